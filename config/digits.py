@@ -1,0 +1,33 @@
+"""The main road: a model that reads strings of digits aloud, trained in minutes on a laptop's CPU.
+
+    python data/digits/prepare.py && python prepare.py config/digits.py && python train.py config/digits.py
+    python sample.py config/digits.py --text "three one four"
+"""
+
+# prepare.py
+sources = "data/digits"
+heldout = "data/digits/heldout.txt"
+data_dir = "data/digits/tokens"
+text_format = "[{speaker}] {text}"  # the space makes every word, the first too, one and the same token
+codec = "mel"
+codec_args = {"n_codebooks": 8, "codebook_size": 256, "sample_rate": 16000, "frame_rate": 12.5}
+fit_seconds = 1200.0
+
+# train.py: a backbone of 0.9M parameters, a depth decoder of 0.2M
+out_dir = "out/digits"
+arch = "csm"
+backbone = "llama-1M"
+decoder = "llama-300K"
+decoder_fraction = 0.25
+frame_dropout = 0.6  # most of what was said is hidden, so that the next word can only come from the text
+max_tokens = 2000
+max_batch = 64
+max_iters = 2500
+learning_rate = 3e-3
+min_lr = 1.5e-4
+warmup_iters = 100
+eval_interval = 500
+
+# sample.py, and the samples spoken at each evaluation
+temperature = 0.3
+top_k = 50

@@ -1,0 +1,29 @@
+"""The first thing to try on recordings of one's own: can a small model learn them by heart?
+
+    python prepare.py config/memorise.py --sources=my/metadata.csv
+    python train.py config/memorise.py
+
+If codebook 0 does not come above 0.95 accuracy on the training data, something is wrong with data or code, and no
+amount of training will help. Held-out loss goes the other way meanwhile, and train.py says so.
+"""
+
+# prepare.py
+data_dir = "data/memorise/tokens"
+codec = "mel"
+codec_args = {"n_codebooks": 8, "codebook_size": 256, "sample_rate": 24000, "frame_rate": 12.5}
+vocab_size = 512
+val_fraction = 0.1
+
+# train.py
+out_dir = "out/memorise"
+arch = "csm"
+backbone = "llama-1M"
+decoder = "llama-300K"
+decoder_fraction = 0.25
+max_tokens = 1000
+max_iters = 1500
+learning_rate = 3e-3
+weight_decay = 0.0  # nothing in the way of memory
+lr_schedule = "constant"
+warmup_iters = 50
+eval_interval = 100

@@ -1,0 +1,436 @@
+"""Token files on disk <-> batches, and the text tokenizers.
+
+- A token folder is memory-mapped: opening millions of utterances costs their index and nothing else. It is written
+  under a temporary name and renamed when whole, so a folder that can be opened is a folder that was finished.
+- Batches are filled to a budget of rows from buckets of like length, shuffled anew each epoch by seed.
+- The order of batches is one global list, a pure function of (seed, epoch): rank r of W takes every W-th of it, so any
+  number of ranks sees the same epoch divided without overlap, and the whole position is two integers, epoch and batch.
+- What a row means is the architecture's affair: its `layout` makes the rows, here they are only padded and stacked.
+
+Letters in shapes: B batch, S rows (padded length), C columns, K codebooks, T frames, n text ids.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import unicodedata
+
+import numpy as np
+import torch
+
+VERSION = 1
+SPLITS = ("train", "val")
+INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token folders
+
+
+class TokenWriter:
+    """Writes a token folder under `folder + ".partial"` and gives it its name only in `finish`.
+
+        with TokenWriter("data/x/tokens") as w:
+            w.add("train", "utt1", text_ids, codes, speaker=0)      # codes (T, K)
+            w.file("tokenizer.model", model_bytes)
+            w.finish(meta)
+
+    Leaving the block without `finish` (an error, Ctrl-C) removes the partial folder; a kill leaves it under its partial
+    name, which the next run replaces. `text_dtype` is uint16 unless the vocabulary needs uint32.
+    Raises ValueError for codes or ids that do not fit their type, OSError when the disk refuses.
+    """
+
+    def __init__(self, folder, text_dtype=np.uint16):
+        self.folder, self.partial = str(folder).rstrip("/"), str(folder).rstrip("/") + ".partial"
+        self.text_dtype = np.dtype(text_dtype)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        os.makedirs(self.partial)
+        kinds = ("text.bin", "codes.bin", "ids.txt")
+        self.out = {s: [self._open(f"{s}.{kind}") for kind in kinds] for s in SPLITS}
+        self.index = {s: [] for s in SPLITS}
+        self.ends = {s: [0, 0] for s in SPLITS}  # text ids and frames written so far
+        self.n_codebooks = None
+
+    def _open(self, name):
+        return open(os.path.join(self.partial, name), "wb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        for files in self.out.values():
+            for f in files:
+                f.close()
+        shutil.rmtree(self.partial, ignore_errors=True)  # already renamed away if finish was reached
+
+    def add(self, split, name, text, codes, speaker=0):
+        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K)."""
+        text, codes = np.asarray(text), np.asarray(codes)
+        if codes.ndim != 2 or self.n_codebooks not in (None, codes.shape[1]):
+            K = self.n_codebooks or "K"
+            raise ValueError(f"utterance {name}: codes of shape {codes.shape}, expected (frames, {K})")
+        for what, array, dtype in (("text ids", text, self.text_dtype), ("codes", codes, np.dtype(np.uint16))):
+            if array.size and not 0 <= array.min() <= array.max() <= np.iinfo(dtype).max:
+                raise ValueError(f"utterance {name}: {what} from {array.min()} to {array.max()} do not fit {dtype}")
+        if any(c in name for c in "\r\n"):
+            raise ValueError(f"utterance id {name!r} contains a line break")
+        self.n_codebooks = codes.shape[1]
+        text_out, codes_out, ids_out = self.out[split]
+        text_out.write(text.astype(self.text_dtype).tobytes())
+        codes_out.write(codes.astype(np.uint16).tobytes())
+        ids_out.write(f"{name}\n".encode())
+        ends = self.ends[split]
+        self.index[split].append((ends[0], len(text), ends[1], len(codes), speaker))
+        ends[0] += len(text)
+        ends[1] += len(codes)
+
+    def file(self, name, content):
+        """Put a further file (bytes) into the folder: the tokenizer, a report."""
+        with self._open(name) as f:
+            f.write(content)
+
+    def finish(self, meta):
+        """Write index and meta.json, flush to disk, and rename; an older folder of the same name is replaced."""
+        for split in SPLITS:
+            for f in self.out[split]:
+                f.flush()
+                os.fsync(f.fileno())
+                f.close()
+            index = np.array(self.index[split], np.int64).reshape(-1, len(INDEX_COLUMNS))
+            with self._open(f"{split}.index.npy") as f:
+                np.save(f, index)
+        splits = {
+            s: {"utterances": len(self.index[s]), "text_tokens": self.ends[s][0], "frames": self.ends[s][1]}
+            for s in SPLITS
+        }
+        meta = {"version": VERSION, "text_dtype": self.text_dtype.name, "splits": splits, **meta}
+        with self._open("meta.json") as f:
+            f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode())
+            f.flush()
+            os.fsync(f.fileno())
+        old = self.folder + ".old"
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(self.folder):
+            os.replace(self.folder, old)
+        os.replace(self.partial, self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_meta(folder):
+    """A token folder's meta.json as a dict. Raises ValueError where it is missing, damaged or of another version."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} is not a finished token folder (no meta.json): make it with prepare.py") from None
+    except ValueError as e:
+        raise ValueError(f"{folder}/meta.json is damaged ({e}): make the folder again with prepare.py") from None
+    if meta.get("version") != VERSION:
+        found = meta.get("version")
+        raise ValueError(f"{folder} has format version {found}, this code reads {VERSION}: run prepare.py again")
+    return meta
+
+
+class TokenFiles:
+    """One split of a token folder, memory-mapped.
+
+    `meta` is the folder's meta.json, `index` int64, a row of INDEX_COLUMNS for each utterance. Raises ValueError for a
+    folder that is not finished, of another version, or whose files do not have the sizes its meta.json claims.
+    """
+
+    def __init__(self, folder, split):
+        self.folder, self.split, self.meta = str(folder), split, read_meta(folder)
+        path = os.path.join(folder, split)
+        K = self.meta["codec"]["n_codebooks"]
+        try:
+            self.index = np.load(path + ".index.npy", mmap_mode="r")
+            n, n_text, n_frames = (self.meta["splits"][split][k] for k in ("utterances", "text_tokens", "frames"))
+            if self.index.shape != (n, len(INDEX_COLUMNS)):
+                raise ValueError(f"{split}.index.npy has shape {self.index.shape}, not {(n, len(INDEX_COLUMNS))}")
+            self._text = self._map(path + ".text.bin", self.meta["text_dtype"], (n_text,))
+            self._codes = self._map(path + ".codes.bin", "uint16", (n_frames, K))
+        except (OSError, ValueError, KeyError, EOFError) as e:
+            raise ValueError(f"{folder}: the {split} split is damaged ({e}): make it again with prepare.py") from None
+
+    @staticmethod
+    def _map(path, dtype, shape):
+        size, needed = os.path.getsize(path), int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size != needed:
+            raise ValueError(f"{os.path.basename(path)} has {size} bytes, meta.json says {needed}")
+        return np.memmap(path, dtype, "r", shape=shape) if np.prod(shape) else np.zeros(shape, dtype)
+
+    def __len__(self):
+        return len(self.index)
+
+    def text(self, i):
+        """Text ids (n,) int64 of utterance i."""
+        start, n = self.index[i, :2]
+        return np.asarray(self._text[start : start + n], np.int64)
+
+    def codes(self, i):
+        """Codes (T, K) int64 of utterance i."""
+        start, n = self.index[i, 2:4]
+        return np.asarray(self._codes[start : start + n], np.int64)
+
+    def speaker(self, i):
+        """Index of the speaker of utterance i in meta["speakers"]."""
+        return int(self.index[i, 4])
+
+    def name(self, i):
+        """The id of utterance i. Reads through the list of ids, so meant for messages, not for loops."""
+        with open(os.path.join(self.folder, f"{self.split}.ids.txt"), encoding="utf-8", newline="\n") as f:
+            return next(line.rstrip("\n") for k, line in enumerate(f) if k == i)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+class Batches:
+    """Endless batches (tokens (B, S, C) int64, segment (B, S) int64) of one split, filled to a token budget.
+
+    files: a TokenFiles. layout, length: the model's own: the rows of one utterance, and their number (for arrays too).
+    max_tokens: most rows of a batch, padding included. max_batch: most utterances of a batch.
+    rank, world: which share of the global list of batches is ours. workers: loader processes.
+    voice_prompt: share of the utterances that get another one of the same speaker as a prompt before their text.
+    shuffle: False gives one fixed order, sorted by length, without prompts (evaluation).
+    max_rows: most rows of one utterance with its prompt, the positions of the model.
+
+    `state()` after a batch, given to `restore` of a fresh object, continues with exactly the batch after it, in the
+    middle of an epoch and with loader workers too. Raises ValueError for an empty split and for an utterance longer
+    than max_tokens or max_rows.
+    """
+
+    BUCKET = 1.04  # lengths within 4% count as alike, so padding stays near 2%
+
+    def __init__(self, files, layout, length, max_tokens, max_batch, seed=0, rank=0, world=1, workers=0,
+                 voice_prompt=0.0, shuffle=True, max_rows=2**31):
+        self.files, self.layout, self.length = files, layout, length
+        self.max_tokens, self.max_batch, self.seed = max_tokens, max_batch, seed
+        self.rank, self.world, self.workers = rank, world, workers
+        self.voice_prompt, self.shuffle, self.max_rows = voice_prompt, shuffle, min(max_rows, max_tokens)
+        self.epoch = self.batch = 0  # the next batch of the global list
+        if not len(files):
+            raise ValueError(f"{files.folder}: the {files.split} split is empty")
+        lengths = self._lengths()
+        worst = int(lengths.argmax())
+        if lengths[worst] > self.max_rows:
+            if lengths[worst] > max_tokens:
+                limit, key = f"more than max_tokens = {max_tokens}", "max_tokens"
+            else:
+                limit, key = f"the model has {max_rows} positions", "max_positions of its backbone"
+            raise ValueError(f"utterance {files.name(worst)} of {files.folder} needs {lengths[worst]} rows, {limit}: "
+                             f"raise {key}, or leave it out with prepare.py's max_seconds")
+
+    def _lengths(self, prompts=None):
+        """Rows of every utterance (n,), with those of its prompt where `prompts` (n,), -1 for none, gives it one."""
+        index = self.files.index
+        text, frames = np.asarray(index[:, 1]), np.asarray(index[:, 3])
+        if prompts is None:
+            return self.length(text, frames)
+        has = prompts >= 0
+        return self.length(text, frames, np.where(has, text[prompts], 0), np.where(has, frames[prompts], 0))
+
+    def _prompts(self, rng):
+        """For each utterance another one of its speaker, or -1: (n,). One too long for max_rows is left out."""
+        n, speaker = len(self.files), np.asarray(self.files.index[:, 4])
+        by_speaker = np.argsort(speaker, kind="stable")
+        first, count = np.searchsorted(speaker[by_speaker], speaker), np.bincount(speaker)[speaker]
+        prompts = by_speaker[first + rng.integers(0, count)]
+        prompts[(prompts == np.arange(n)) | (rng.random(n) >= self.voice_prompt)] = -1
+        prompts[self._lengths(prompts) > self.max_rows] = -1
+        return prompts
+
+    def plan(self, epoch):
+        """An epoch's global list of batches, each the numbers of its utterances, and prompts (n,) or None."""
+        rng = np.random.default_rng((self.seed, epoch))
+        prompts = self._prompts(rng) if self.shuffle and self.voice_prompt else None
+        lengths = self._lengths(prompts)
+        if self.shuffle:
+            border = rng.random()  # moves from epoch to epoch
+            bucket = (np.log(lengths) / np.log(self.BUCKET) + border).astype(int)
+            order = np.lexsort((rng.random(len(lengths)), bucket))
+        else:
+            order = np.argsort(lengths, kind="stable")
+        envelope = np.maximum.accumulate(lengths[order])  # never falls, as lengths in a bucket's random order do
+        batches, i = [], 0
+        while i < len(order):
+            longest = envelope[i : i + self.max_batch]
+            cost = longest * np.arange(1, len(longest) + 1)  # rows of a batch of 1, 2, 3, ... utterances, at most
+            n = max(1, int(np.searchsorted(cost, self.max_tokens, side="right")))
+            batches.append(order[i : i + n])
+            i += n
+        if self.shuffle:
+            batches = [batches[j] for j in rng.permutation(len(batches))]
+        return batches, prompts
+
+    def padding(self, epoch=0):
+        """Share of the rows of an epoch that are padding."""
+        batches, prompts = self.plan(epoch)
+        lengths = self._lengths(prompts)
+        used = sum(int(lengths[b].sum()) for b in batches)
+        return 1 - used / sum(len(b) * int(lengths[b].max()) for b in batches)
+
+    def read(self, utterances, prompts=None):
+        """Stack utterances and their prompts: tokens (B, S, C), segment (B, S), int64, zeros (PAD) on the right."""
+        rows = []
+        for j, i in enumerate(utterances):
+            p = -1 if prompts is None else prompts[j]
+            prompt = (self.files.text(p), self.files.codes(p)) if p >= 0 else None
+            rows.append(self.layout(self.files.text(i), self.files.codes(i), prompt))
+        S = max(len(segment) for _, segment in rows)
+        tokens = np.zeros((len(rows), S, rows[0][0].shape[1]), np.int64)
+        segment = np.zeros((len(rows), S), np.int64)
+        for j, (t, s) in enumerate(rows):
+            tokens[j, : len(s)], segment[j, : len(s)] = t, s
+        return torch.from_numpy(tokens), torch.from_numpy(segment)
+
+    def once(self):
+        """This rank's share of epoch 0, once: what an evaluation reads. Leaves the position alone."""
+        batches, prompts = self.plan(0)
+        for b in batches[self.rank :: self.world]:
+            yield self.read(b, None if prompts is None else prompts[b])
+
+    def state(self):
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def restore(self, state):
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _tasks(self):
+        """From the current position on, without end: this rank's (utterances, prompts, position after the step).
+
+        A step takes `world` batches of the global list, one for each rank, across the end of an epoch where they do not
+        divide it.
+        """
+        epoch, batch, turn = self.epoch, self.batch, 0
+        task = None
+        while True:
+            batches, prompts = self.plan(epoch)
+            while batch < len(batches):
+                if turn == self.rank:
+                    b = batches[batch]
+                    task = b, None if prompts is None else prompts[b]
+                batch, turn = batch + 1, turn + 1
+                if turn == self.world:
+                    yield *task, {"epoch": epoch, "batch": batch}
+                    turn = 0
+            epoch, batch = epoch + 1, 0
+
+    def __iter__(self):
+        loader = torch.utils.data.DataLoader(
+            _Reader(self), sampler=self._tasks(), batch_size=None, num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),  # its own, so that the training's random state stays untouched
+            worker_init_fn=_ignore_signals,
+        )
+        for tokens, segment, position in loader:
+            self.restore(position)
+            yield tokens, segment
+
+
+def _ignore_signals(_):
+    """Ctrl-C reaches a whole process group: the workers leave it to the training process, which stops them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Reader(torch.utils.data.Dataset):
+    """What the loader's workers call: one task of `Batches._tasks` -> one batch."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, task):
+        utterances, prompts, position = task
+        return *self.batches.read(utterances, prompts), position
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text and its tokenizers
+
+
+def normalise(text, lowercase=False):
+    """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request."""
+    text = text.replace("\ufeff", "").replace("\0", "")
+    return " ".join(unicodedata.normalize("NFC", text.lower() if lowercase else text).split())
+
+
+class SentencePiece:
+    """A sentencepiece model (Kudo and Richardson 2018) from its bytes.
+
+    `encode` gives plain ids; begin and end of text (`bos_id`, `eos_id`, -1 where the model has none) are the layout's
+    affair. Raises ValueError where the bytes are no such model.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model):
+        import sentencepiece
+
+        self.model = model
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError("the tokenizer is not a sentencepiece model (a .model file)") from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+
+    def encode(self, text):
+        return self.processor.encode(text)
+
+    def decode(self, ids):
+        return self.processor.decode([int(i) for i in ids])
+
+    def unknown(self, text):
+        """The characters of text that the model has no piece and no bytes for."""
+        unk = self.processor.unk_id()
+        return {c for c in set(text) if not c.isspace() and unk in self.processor.encode(c)}
+
+    def fingerprint(self):
+        return hashlib.sha256(self.model).hexdigest()
+
+    def describe(self):
+        """What meta.json says of it."""
+        return {"kind": self.kind, "file": "tokenizer.model", "sha256": self.fingerprint(),
+                "vocab_size": self.vocab_size, "bos_id": self.bos_id, "eos_id": self.eos_id}
+
+
+def load_tokenizer(kind, model):
+    """A tokenizer of that kind from its file's bytes. Raises ValueError for an unknown kind or a damaged file."""
+    if kind != SentencePiece.kind:
+        raise ValueError(f"unknown tokenizer kind {kind!r}: this code reads {SentencePiece.kind!r}")
+    return SentencePiece(model)
+
+
+def train_tokenizer(texts, vocab_size, symbols=()):
+    """The bytes of a sentencepiece BPE model trained on texts: full character coverage, bytes for what it never saw.
+
+    symbols: strings that always stay one token, such as speaker tags. A corpus too small for vocab_size gives as many
+    pieces as it supports. Raises ValueError where vocab_size leaves no room for the bytes and characters.
+    """
+    import sentencepiece
+
+    whole = [s.replace(" ", "\u2581") for s in symbols]  # sentencepiece's own mark for a space
+
+    def train(size):
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=size, character_coverage=1.0,
+            byte_fallback=True, user_defined_symbols=whole, normalization_rule_name="identity", add_dummy_prefix=False,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+        return out.getvalue()
+
+    texts = list(texts)
+    try:
+        return train(vocab_size)
+    except RuntimeError as e:
+        if most := re.search(r"Vocabulary size too high.*<= (\d+)", str(e), re.S):
+            return train(int(most[1]))
+        if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", str(e), re.S):
+            raise ValueError(f"vocab_size = {vocab_size} is too small: bytes, characters and speaker tags alone need "
+                             f"{least[1]}") from None
+        raise ValueError(f"no tokenizer could be trained on the texts: {str(e).splitlines()[-1]}") from None

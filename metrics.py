@@ -1,0 +1,181 @@
+"""What a run measures: sums on the device, lines of metrics.jsonl, a page of curves.
+
+- A statistic is a pair (sum, count). Pairs add up over micro-batches and ranks, and are divided only when looked at.
+- metrics.jsonl has one JSON object a line; what depends on the machine's speed is apart from the rest, under "timing".
+- The curves are one self-contained HTML page with inline SVG: nothing to install or to load.
+
+Letter in shapes: K codebooks.
+"""
+
+import html
+import json
+import math
+import os
+import resource
+import sys
+
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sums
+
+
+def add(totals, stats, device):
+    """Add stats {name: (sum, count)}, numbers or tensors () or (K,), to totals {name: (2,) or (2, K)} on the device."""
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    for name, pair in stats.items():
+        pair = [x.to(kind) if torch.is_tensor(x) else torch.full((), x, dtype=kind, device=device) for x in pair]
+        pair = torch.stack(torch.broadcast_tensors(*pair))
+        totals[name] = totals[name] + pair if name in totals else pair
+
+
+def collect(totals, world=1):
+    """totals summed over the ranks, on the CPU: here the host waits for the device."""
+    if not totals:
+        return {}
+    flat = torch.cat([pair.flatten() for pair in totals.values()])
+    if world > 1:
+        dist.all_reduce(flat)
+    parts = flat.cpu().split([pair.numel() for pair in totals.values()])
+    return {name: part.view(pair.shape) for (name, pair), part in zip(totals.items(), parts, strict=True)}
+
+
+def means(totals):
+    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None is not finite, for which JSON has no word."""
+    def tidy(x):
+        return [tidy(y) for y in x] if isinstance(x, list) else float(f"{x:.8g}") if math.isfinite(x) else None
+
+    return {name: tidy((pair[0] / pair[1]).tolist()) for name, pair in totals.items()}
+
+
+def timing(totals, frame_rate, seconds, device):
+    """What depends on the machine: throughput of totals that took so many seconds, the most memory used so far."""
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    padding, rows = totals["padding"].tolist()
+    audio = totals["loss"][1].item() / frame_rate
+    speed = {"tokens_per_second": (rows - padding) / seconds, "audio_seconds_per_second": audio / seconds}
+    return {**speed, "seconds": seconds, "memory_gb": memory}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lines
+
+
+def read_metrics(path, until=math.inf):
+    """The lines of metrics.jsonl up to an iter, as dicts; one that a kill left half written is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(text) for text in f if text.endswith("\n")]
+    return [line for line in lines if line["iter"] <= until]
+
+
+def write_metrics(path, lines):
+    """Replace metrics.jsonl by these lines."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+    os.replace(f"{path}.partial", path)
+
+
+def summary(line):
+    """A line of metrics.jsonl for the eye."""
+    shown = {key: math.nan if value is None else value for key, value in {**line, **line["timing"]}.items()}
+    text = ("loss {loss:.3f} c0 {c0_accuracy:.3f} lr {lr:.1e} gnorm {grad_norm:.2f} {tokens_per_second:.0f} tok/s "
+            "{audio_seconds_per_second:.0f} audio s/s pad {padding:.1%} {memory_gb:.1f} GB")  # fmt: skip
+    text = text.format(**shown)
+    if "val_loss" in line:
+        text += " | held out: loss {val_loss:.3f} c0 {val_c0_accuracy:.3f}".format(**shown)
+    return text + (f" | {line['skipped']} steps skipped" if line["skipped"] else "")
+
+
+def overfitting(history, patience):
+    """A warning where held-out loss has been above its best for `patience` evaluations while training loss fell.
+
+    history: [(iter, training loss, held-out loss)] of the evaluations so far. Returns "" where there is nothing to say.
+    """
+    best = min(range(len(history)), key=lambda i: history[i][2], default=0)
+    since = len(history) - 1 - best
+    if not patience or since < patience or not history[-1][1] < history[best][1]:
+        return ""
+    return (f"overfitting: held-out loss has risen for {since} evaluations (best {history[best][2]:.3f} at iter "
+            f"{history[best][0]}, now {history[-1][2]:.3f}) while the training loss fell")  # fmt: skip
+
+
+def other_loggers(wandb_project, tensorboard, out_dir, config):
+    """Functions (line) -> None that log to Weights & Biases, to TensorBoard. ValueError: not installed."""
+    loggers = []
+    try:
+        if wandb_project:
+            import wandb
+
+            run = wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+            loggers.append(lambda line: run.log(line, step=line["iter"]))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(out_dir)
+            scalars = lambda line: [(k, v, line["iter"]) for k, v in line.items() if isinstance(v, float)]  # noqa: E731
+            loggers.append(lambda line: [board.add_scalar(*scalar) for scalar in scalars(line)])
+    except ImportError as e:
+        raise ValueError(f"{e.name} is not installed: pip install {e.name}, or do without that logger") from None
+    return loggers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curves
+
+STYLE = """
+body { font: 15px system-ui, sans-serif; max-width: 960px; margin: 2em auto; color: #223; background: #fff }
+h1 { font-size: 1.3em } h2 { font-size: 1em; margin: 1.5em 0 0 }
+text { font-size: 13px; fill: #667 } .grid { stroke: #e4e6ee }
+polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
+polyline.c0 { stroke: #2a6fdb } polyline.c1 { stroke: #e0662b } text.c0 { fill: #2a6fdb } text.c1 { fill: #e0662b }
+@media (prefers-color-scheme: dark) { body { color: #dde; background: #16181d } text { fill: #99a } }
+@media (prefers-color-scheme: dark) { .grid { stroke: #2b2e37 } }
+"""
+LEFT, RIGHT, TOP, BOTTOM = 60, 880, 10, 270  # of the plotting area, in a picture of 900 x 300
+POINTS = 1000  # most points of a curve; more would not be seen
+
+
+def draw(lines, path):
+    """Write the curves of lines of metrics.jsonl as an HTML page."""
+    def curve(key):
+        return [(line["iter"], line[key]) for line in lines if line.get(key) is not None]
+
+    charts = [
+        chart("Loss", {"training": curve("loss"), "held out": curve("val_loss")}),
+        chart("Accuracy of codebook 0", {"training": curve("c0_accuracy"), "held out": curve("val_c0_accuracy")}),
+        chart("Learning rate", {"learning rate": curve("lr")}),
+    ]
+    title = html.escape(os.path.basename(os.path.dirname(os.path.abspath(path))))
+    with open(f"{path}.partial", "w", encoding="utf-8") as f:
+        f.write(f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8" /><title>{title}</title>'
+                f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{''.join(charts)}</body></html>")  # fmt: skip
+    os.replace(f"{path}.partial", path)
+
+
+def chart(title, series):
+    """One diagram as SVG: series {label: [(x, y)]}, at most two, the last value of each beside its label."""
+    series = {label: line[:: -(-len(line) // POINTS)] + line[-1:] for label, line in series.items() if line}
+    if not series:
+        return ""
+    xs, ys = zip(*(point for line in series.values() for point in line), strict=True)
+    low, high, far = min(ys), max(ys), max(xs)
+    high = high if high > low else low + (abs(low) or 1)
+    svg = [f'<h2>{title}</h2>\n<svg viewBox="0 0 900 300" role="img" aria-label="{title}">']
+    for i in range(5):
+        x, y = LEFT + (RIGHT - LEFT) * i / 4, BOTTOM - (BOTTOM - TOP) * i / 4
+        svg.append(f'<path class="grid" d="M{LEFT} {y}H{RIGHT}" />')
+        svg.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{low + (high - low) * i / 4:.3g}</text>')
+        svg.append(f'<text x="{x}" y="{BOTTOM + 22}" text-anchor="middle">{far * i / 4:.0f}</text>')
+    right, up = (RIGHT - LEFT) / far, (BOTTOM - TOP) / (high - low)
+    for n, (label, line) in enumerate(series.items()):
+        points = [(LEFT + right * x, BOTTOM - up * (y - low)) for x, y in line]
+        svg.append(f'<polyline class="c{n}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" />')
+        where = f'x="{RIGHT - 8}" y="{TOP + 16 + 18 * n}" text-anchor="end"'
+        svg.append(f'<text class="c{n}" {where}>{label} {line[-1][1]:.4g}</text>')
+    return "\n".join(svg) + "</svg>\n"

@@ -1,0 +1,700 @@
+"""The architectures: text ids and codec frames in, a loss or new frames out.
+
+One transformer is there for every family; what a family adds is how the K codebooks of a frame are predicted. So far:
+
+    CSM    Sesame CSM, Marvis TTS: a backbone predicts codebook 0 of the next frame, a small depth decoder runs along
+           the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
+
+Notable features:
+- pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases
+- a static key/value cache sized up front; one code path for training, prefill and single steps
+- `layout` says how an utterance becomes rows, and both training and generation call it
+- `multi_codebook_cross_entropy` is the only loss: neither the logits nor their gradient are ever held whole
+- `contract_check` compares teacher forcing with cached generation before anything is trained or spoken
+
+Letters in shapes: B batch, S rows, K codebooks, C = K + 1 columns, T frames, D width, H heads, V classes, N frames of a
+batch, n of one chunk of it.
+"""
+
+import math
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+PAD, TEXT, PROMPT, AUDIO = 0, 1, 2, 3  # what `segment` says of a row; only AUDIO rows are ever a target
+IGNORE = -100
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+
+class _MultiCodebookCrossEntropy(torch.autograd.Function):
+    """Chunks of rows go through logits -> log-sum-exp; backward makes each chunk's logits again from what went in."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, ignore_index, rows):
+        N, K = target.shape
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays, for gradient checks
+        total = torch.zeros(K, dtype=exact, device=hidden.device)
+        correct = torch.zeros(K, dtype=torch.long, device=hidden.device)
+        lse = torch.empty(K, N, dtype=exact, device=hidden.device)
+        used = target != ignore_index
+        for i in range(0, N, rows):
+            logits = _logits(hidden[i : i + rows], weight, bias)
+            keep, goal = used[i : i + rows].T, target[i : i + rows].T.clamp(min=0)
+            z = torch.logsumexp(logits, -1)
+            lse[:, i : i + rows] = z
+            picked = logits.gather(-1, goal[..., None])[..., 0]
+            total += torch.where(keep, z - picked, 0).sum(1)
+            correct += ((logits.argmax(-1) == goal) & keep).sum(1)
+        count = used.sum(0)
+        ctx.save_for_backward(hidden, weight, bias, target, lse, count)
+        ctx.ignore_index, ctx.rows = ignore_index, rows
+        ctx.mark_non_differentiable(correct)
+        return total / count.clamp(min=1), correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        hidden, weight, bias, target, lse, count = ctx.saved_tensors
+        exact, shared = lse.dtype, hidden.ndim == 2
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=exact, device=bias.device)
+        scale = (grad_loss / count.clamp(min=1))[:, None] * (target != ctx.ignore_index).T  # (K, N)
+        for i in range(0, len(target), ctx.rows):
+            chunk = slice(i, i + ctx.rows)
+            grad = torch.exp(_logits(hidden[chunk], weight, bias).sub_(lse[:, chunk, None]))
+            goal = target[chunk].T.clamp(min=0)[..., None]
+            grad.scatter_add_(-1, goal, grad.new_full((), -1).expand_as(goal)).mul_(scale[:, chunk, None])
+            if grad_bias is not None:
+                grad_bias += grad.sum(1)
+            grad = grad.to(weight.dtype)  # (K, n, V)
+            back = torch.matmul(grad, weight)  # (K, n, D)
+            grad_hidden[chunk] = back.sum(0) if shared else back.transpose(0, 1)
+            h = hidden[chunk] if shared else hidden[chunk].transpose(0, 1)
+            grad_weight += torch.matmul(grad.transpose(1, 2), h)
+        grad_weight = grad_weight.to(weight.dtype)
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _logits(hidden, weight, bias):
+    """hidden (n, K, D) or (n, D), weight (K, V, D), bias (K, V) or None -> logits (K, n, V) in at least float32."""
+    h = hidden if hidden.ndim == 2 else hidden.transpose(0, 1)
+    logits = torch.matmul(h, weight.transpose(1, 2))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if bias is None else logits + bias[:, None]
+
+
+@torch.compiler.disable  # compiled, its chunks would be traced anew for every length of a batch
+def multi_codebook_cross_entropy(hidden, weight, target, bias=None, ignore_index=IGNORE, buffer=2**23):
+    """Cross-entropy of K classification heads at once, without ever holding their logits.
+
+    hidden (N, K, D), or (N, D) where all heads read the same state; weight (K, V, D), or (V, D) where K = 1; target
+    (N, K) with `ignore_index` where there is none; bias (K, V) or None. Returns loss (K,), each codebook's mean over
+    its targets that are not ignored (0 where there are none), in float32 or better, and correct (K,), how many of these
+    targets were ranked first.
+
+    Rows go through in chunks of at most `buffer` logits. Backward computes each chunk's logits a second time instead of
+    keeping them (as cut cross-entropy does, Wijmans et al. 2024), so the extra memory is one chunk and a log-sum-exp
+    per target, whatever N. Raises ValueError for shapes that do not fit, and on the CPU for targets out of range.
+    """
+    if weight.ndim == 2:
+        weight, bias = weight[None], None if bias is None else bias.reshape(1, -1)
+    K, V, D = weight.shape
+    if target.ndim != 2 or target.shape[1] != K or hidden.shape not in ((len(target), K, D), (len(target), D)):
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes} do not fit: expected (N, K, D) or (N, D), (K, V, D), (N, K)")
+    if target.device.type == "cpu" and target.numel():
+        wrong = (target != ignore_index) & ((target < 0) | (target >= V))
+        if wrong.any():
+            raise ValueError(f"target {int(target[wrong][0])} is outside 0..{V - 1}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, ignore_index, max(1, buffer // (K * V)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+@dataclass
+class TransformerConfig:
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    d_model: int
+    d_ff: int
+    head_dim: int = 0  # 0: d_model / n_head
+    max_positions: int = 2048
+    rope_theta: float = 500_000.0
+    rope_scaling: tuple | None = None  # llama 3: factor, low and high frequency factor, original context
+    norm_eps: float = 1e-5
+    dropout: float = 0.0  # on what each block adds to the residual stream
+    recompute: bool = False  # gradient checkpointing: a block's activations are made again in backward, not kept
+
+
+LLAMA3_ROPE = (32.0, 1.0, 4.0, 8192)
+PRESETS = {
+    "llama-1B": dict(n_layer=16, n_head=32, n_kv_head=8, d_model=2048, d_ff=8192, rope_scaling=LLAMA3_ROPE),
+    "llama-250M": dict(n_layer=6, n_head=12, n_kv_head=3, d_model=1536, d_ff=8192, rope_scaling=LLAMA3_ROPE),
+    "llama-100M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=8192, rope_scaling=LLAMA3_ROPE),
+    "llama-60M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=4096, rope_scaling=LLAMA3_ROPE),
+    "llama-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0),
+    "llama-300K": dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0),
+}
+
+
+def transformer_config(given, **overrides):
+    """A TransformerConfig from a preset's name, a dict of its fields, or one made before. Raises ValueError."""
+    if isinstance(given, TransformerConfig):
+        given = asdict(given)
+    if isinstance(given, str):
+        if given not in PRESETS:
+            names = ", ".join(PRESETS)
+            raise ValueError(f"no transformer preset {given!r}: there are {names}, or give a dict of sizes")
+        given = PRESETS[given]
+    try:
+        c = TransformerConfig(**{**given, **overrides})
+    except TypeError as e:
+        raise ValueError(f"transformer sizes {given}: {str(e).split(') ')[-1]}") from None
+    c.head_dim = c.head_dim or c.d_model // c.n_head
+    c.rope_scaling = c.rope_scaling and tuple(c.rope_scaling)
+    if c.n_head % c.n_kv_head or c.head_dim % 2:
+        raise ValueError(f"{c.n_head} heads over {c.n_kv_head} key/value heads of width {c.head_dim}: "
+                         "the first must be a multiple of the second, and the width even")
+    return c
+
+
+def rope_table(c):
+    """Cosines and sines (2, max_positions, head_dim / 2) of rotary positions (Su et al. 2021), with llama 3's scaling.
+
+    Wavelengths beyond the original context are stretched by `factor`, those well inside it stay, between them the two
+    are blended (Llama 3.1).
+    """
+    # float32 throughout, as the released models were trained: more exact angles differ by 3e-4 at position 2047
+    frequency = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    if c.rope_scaling:
+        factor, low, high, original = c.rope_scaling
+        turns = original * frequency / (2 * math.pi)  # full rotations within the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - blend) * frequency / factor + blend * frequency
+    angle = torch.outer(torch.arange(c.max_positions, dtype=torch.float32), frequency)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, table):
+    """Rotate the pairs (j, j + head_dim / 2) of x (B, H, S, head_dim) by table (2, S, head_dim / 2)."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Cache:
+    """Keys and values of every layer, sized up front: each (n_layer, B, n_kv_head, length, head_dim).
+
+    `used` counts the rows already filled; the transformer moves it on when all layers have stored theirs.
+    """
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
+        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
+        self.used = 0
+
+    def extend(self, layer, k, v):
+        """Store the keys and values of the new rows, give back those of all rows so far."""
+        end = self.used + k.shape[2]
+        self.k[layer, :, :, self.used : end], self.v[layer, :, :, self.used : end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
+
+    def forward(self, x, rope, cache=None, layer=0):
+        S = x.shape[1]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # (B, H, S, head_dim)
+        q, k = rotate(q, rope), rotate(k, rope)
+        causal, mask = S > 1, None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            if causal and cache.used:  # several rows after others: row s sees the cache and the rows up to s
+                causal, mask = False, torch.ones(S, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.used)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.n_kv_head != self.n_head)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (Shazeer 2020)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm, self.attn = nn.RMSNorm(c.d_model, c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = nn.RMSNorm(c.d_model, c.norm_eps), SwiGLU(c)
+        self.dropout = c.dropout
+
+    def forward(self, x, rope, cache=None, layer=0):
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache, layer), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Causal transformer over embeddings: x (B, S, D) -> (B, S, D), final norm included.
+
+    With a cache the rows continue those already in it. Raises ValueError beyond `max_positions`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.register_buffer("rope", rope_table(config), persistent=False)
+
+    def cache(self, batch, length):
+        weight = self.norm.weight
+        return Cache(self.config, batch, length, weight.device, weight.dtype)
+
+    def forward(self, x, cache=None):
+        start = cache.used if cache is not None else 0
+        end = start + x.shape[1]
+        if end > self.config.max_positions:
+            raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
+        rope = self.rope[:, start:end]
+        for i, block in enumerate(self.layers):
+            if self.config.recompute and self.training:  # training has no cache
+                x = recompute(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, i)
+        if cache is not None:
+            cache.used = end
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw a class from logits (V,): temperature 0 takes the likeliest, top_k and top_p cut the tail.
+
+    top_k 0 and top_p 1 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together reach it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = p.sort(descending=True)
+        p[order[ordered.cumsum(-1) - ordered >= top_p]] = 0
+    return torch.multinomial(p, 1, generator=generator)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM
+
+
+@dataclass
+class CSMConfig:
+    """Sizes of a CSM and how it trains. `text_bos` and `text_eos` (-1: none) wrap the text of every utterance."""
+
+    text_vocab_size: int
+    n_codebooks: int
+    codebook_size: int
+    backbone: TransformerConfig
+    decoder: TransformerConfig
+    text_bos: int = -1
+    text_eos: int = -1
+    stop: str = "class"  # or "zeros", see stop_frame
+    decoder_fraction: float = 1 / 16  # share of the frames the depth decoder trains on
+    decoder_loss_weight: float = 1.0
+    frame_dropout: float = 0.0  # share of the input frames blanked in training, so that the text has to be read
+    dropout: float | None = None  # of both transformers; None: what each of them says
+    recompute: bool | None = None  # gradient checkpointing, likewise
+    arch: str = field(default="csm", init=False)
+
+    SPARE = 3  # classes per codebook beyond the codes, as in the released models
+
+    def __post_init__(self):
+        habits = {k: v for k, v in (("dropout", self.dropout), ("recompute", self.recompute)) if v is not None}
+        self.backbone, self.decoder = (transformer_config(given, **habits) for given in (self.backbone, self.decoder))
+        if self.stop not in ("class", "zeros"):
+            raise ValueError(f"stop = {self.stop!r}: it is 'class' or 'zeros'")
+        if not 0 < self.decoder_fraction <= 1:
+            raise ValueError(f"decoder_fraction = {self.decoder_fraction} is not in (0, 1]")
+        if self.n_codebooks < 2:
+            raise ValueError("a CSM needs at least 2 codebooks: one for the backbone, the others for the depth decoder")
+        if self.decoder.max_positions < self.n_codebooks:
+            places = self.decoder.max_positions
+            raise ValueError(f"the depth decoder's {places} positions are fewer than {self.n_codebooks} codebooks")
+
+    @property
+    def audio_vocab_size(self):
+        return self.codebook_size + self.SPARE
+
+    def stop_frame(self):
+        """The frame (K,) that ends an utterance: K zeros, or with stop = "class" class `codebook_size` in codebook 0.
+
+        That class is a spare one, so no speech looks like the end; the released weights end with zeros.
+        """
+        frame = np.zeros(self.n_codebooks, np.int64)
+        frame[0] = self.codebook_size if self.stop == "class" else 0
+        return frame
+
+    def layout(self, text, codes=None, prompt=None):
+        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, K + 1), segment (S,), both int64.
+
+        A row holds a text id in its last column, or a frame in the others. The order is that of CSM: text between begin
+        and end marks, frames, the stop frame; a prompt (text ids, codes) is such an utterance put before, on whose
+        frames no loss falls. Without codes the rows end where speech is to begin.
+        """
+        K = self.n_codebooks
+        rows, segments = [], []
+
+        def put(ids, column, segment):
+            block = np.zeros((len(ids), K + 1), np.int64)
+            block[:, column] = ids
+            rows.append(block)
+            segments.append(np.full(len(ids), segment, np.int64))
+
+        def put_text(ids):
+            marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
+            put(np.concatenate([marks[0], ids, marks[1]]).astype(np.int64), K, TEXT)
+
+        def put_frames(codes, segment):
+            put(np.concatenate([codes, self.stop_frame()[None]]), slice(0, K), segment)
+
+        if prompt is not None:
+            put_text(prompt[0])
+            put_frames(prompt[1], PROMPT)
+        put_text(text)
+        if codes is not None:
+            put_frames(codes, AUDIO)
+        return np.concatenate(rows), np.concatenate(segments)
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt."""
+        marks = (self.text_bos >= 0) + (self.text_eos >= 0)
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + marks + prompt_frames + 1, 0)
+        return text + marks + frames + 1 + prompt
+
+
+class CSM(nn.Module):
+    """Conversational Speech Model (Sesame 2025), also Marvis TTS.
+
+    Row s of the backbone predicts codebook 0 of row s + 1. For one frame the depth decoder reads K places: the
+    backbone's state that predicted the frame, then the embeddings of codebooks 0 .. K - 2; its place k >= 1 predicts
+    codebook k.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        K, V, D = c.n_codebooks, c.audio_vocab_size, c.backbone.d_model
+        self.text_embedding = nn.Embedding(c.text_vocab_size, D)
+        self.audio_embedding = nn.Embedding(K * V, D)  # code v of codebook k is its row k * V + v
+        self.backbone, self.decoder = Transformer(c.backbone), Transformer(c.decoder)
+        self.projection = nn.Linear(D, c.decoder.d_model, bias=False)
+        self.codebook0_head = nn.Parameter(torch.empty(V, D))
+        self.decoder_heads = nn.Parameter(torch.empty(K - 1, V, c.decoder.d_model))
+        self.register_buffer("offset", torch.arange(K) * V, persistent=False)
+        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
+        self.init_weights()
+
+    def init_weights(self):
+        """Every initialisation: standard deviation 0.02, what blocks add scaled down by depth (GPT-2), norms 1.
+
+        The heads are so small that the loss starts at ln V.
+        """
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                nn.init.ones_(p)
+            elif "head" in name:
+                nn.init.normal_(p, std=1 / p.shape[-1])
+            else:
+                depth = (self.decoder if name.startswith("decoder") else self.backbone).config.n_layer
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * depth) if residual else 1))
+
+    def embed(self, tokens, segment):
+        """Rows -> (B, S, D): a text row's text embedding, a frame's K code embeddings summed; padding is zero."""
+        K = self.config.n_codebooks
+        text = self.text_embedding(tokens[..., K]) * (segment == TEXT)[..., None]
+        frames = self.audio_embedding(tokens[..., :K] + self.offset).sum(-2)
+        return text + frames * (segment >= PROMPT)[..., None]
+
+    def depth_inputs(self, state, codes):
+        """state (N, D), codes (N, k) of codebooks 0 .. k - 1 -> depth decoder inputs (N, k + 1, D_decoder)."""
+        codes = self.audio_embedding(codes + self.offset[: codes.shape[1]])
+        return self.projection(torch.cat([state[:, None], codes], 1))
+
+    def forward(self, tokens, segment):
+        """Loss of a batch: tokens (B, S, K + 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
+
+        Codebook 0 is predicted at every frame, the others at a random `decoder_fraction` of them (at all in eval mode);
+        stop frames are always among these. Sums and counts of the stats add up over batches and ranks;
+        `loss_by_codebook` and `accuracy_by_codebook` are (K,).
+        """
+        c, K = self.config, self.config.n_codebooks
+        x = self.embed(tokens, segment)
+        if self.training and c.frame_dropout:
+            blank = (segment == AUDIO) & (torch.rand(segment.shape, device=x.device) < c.frame_dropout)
+            x = x.masked_fill(blank[..., None], 0)
+        hidden = self.backbone(x)
+
+        rows = (segment[:, 1:] == AUDIO).nonzero(as_tuple=True)  # (N,) batch and row whose next row is a frame
+        state, frame = hidden[:, :-1][rows], tokens[:, 1:, :K][rows]  # (N, D), (N, K)
+        stopping = (frame == torch.from_numpy(c.stop_frame()).to(frame.device)).all(-1)
+        loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, frame[:, :1])
+
+        if self.training and c.decoder_fraction < 1:
+            kept = (stopping | (torch.rand(len(frame), device=x.device) < c.decoder_fraction)).nonzero()[:, 0]
+            depth_state, depth_frame = state[kept], frame[kept]
+        else:
+            depth_state, depth_frame = state, frame
+        depth = self.decoder(self.depth_inputs(depth_state, depth_frame[:, :-1]))[:, 1:]  # (N', K - 1, D_decoder)
+        losses, correct = multi_codebook_cross_entropy(depth, self.decoder_heads, depth_frame[:, 1:])
+        loss = loss0[0] + c.decoder_loss_weight * losses.mean()
+
+        with torch.no_grad():
+            n, m = len(frame), len(depth_frame)
+            counts = torch.tensor([n] + [m] * (K - 1), device=x.device)
+            stats = {
+                "loss": (loss.detach() * n, n),
+                "backbone_loss": (loss0[0] * n, n),
+                "decoder_loss": (losses.mean() * m, m),
+                "c0_accuracy": (correct0[0], n),
+                "loss_by_codebook": (torch.cat([loss0, losses]).detach() * counts, counts),
+                "accuracy_by_codebook": (torch.cat([correct0, correct]), counts),
+            }
+            if not self.training:
+                missed = (state[stopping] @ self.codebook0_head.T).argmax(-1) != c.stop_frame()[0]
+                stats["stop_missed"] = (missed.sum(), len(missed))
+        return loss, stats
+
+    def teacher_forced_logits(self, text, codes):
+        """Logits (T + 1, K, V) of an utterance's frames and its stop frame, from one pass over the whole of it."""
+        tokens, segment = (torch.from_numpy(a)[None].to(self.offset.device) for a in self.layout(text, codes))
+        hidden = self.backbone(self.embed(tokens, segment))
+        rows = segment[0, 1:] == AUDIO
+        state, frame = hidden[0, :-1][rows], tokens[0, 1:, : self.config.n_codebooks][rows]
+        depth = self.decoder(self.depth_inputs(state, frame[:, :-1]))[:, 1:]
+        first, others = state @ self.codebook0_head.T, torch.einsum("nkd,kvd->nkv", depth, self.decoder_heads)
+        return torch.cat([first[:, None], others], 1)
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+        """Speak text ids (n,), after an optional prompt (text ids, codes (T, K)): yields frames (K,) int64 as made.
+
+        `choose(logits of the classes allowed) -> class` picks every code; see `sampler`. The generator returns True
+        where the model ended by itself, at the stop frame, and False where max_frames or the end of its positions cut
+        it off. Raises ValueError where text and prompt leave no position to speak at.
+        """
+        c, device = self.config, self.offset.device
+        tokens, segment = (torch.from_numpy(a)[None].to(device) for a in self.layout(text, None, prompt))
+        taken, positions = tokens.shape[1], c.backbone.max_positions
+        if taken >= positions:
+            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
+        max_frames = min(max_frames, positions - taken)
+        cache = self.backbone.cache(1, taken + max_frames)
+        depth_cache = self.decoder.cache(1, c.n_codebooks)
+        stop = torch.from_numpy(c.stop_frame()).to(device)
+        row = torch.zeros(1, 1, c.n_codebooks + 1, dtype=torch.long, device=device)
+        audio = torch.full((1, 1), AUDIO, device=device)
+        x = self.embed(tokens, segment)
+        for _ in range(max_frames):
+            state = self.backbone(x, cache)[:, -1]
+            frame = self._frame(state, depth_cache, choose)
+            if frame is None or torch.equal(frame, stop):
+                return True
+            yield frame
+            row[0, 0, :-1] = frame
+            x = self.embed(row, audio)
+        return False
+
+    def _frame(self, state, cache, choose):
+        """The frame (K,) that follows state (1, D), or None where codebook 0 says stop."""
+        c = self.config
+        logits = state[0] @ self.codebook0_head.T
+        frame = [choose(logits[: c.codebook_size + (c.stop == "class")])]
+        if frame[0] == c.codebook_size:
+            return None
+        cache.used = 0
+        x = self.depth_inputs(state, frame[0].view(1, 1))
+        for k in range(1, c.n_codebooks):
+            depth = self.decoder(x, cache)[0, -1]
+            frame.append(choose((depth @ self.decoder_heads[k - 1].T)[: c.codebook_size]))
+            x = self.projection(self.audio_embedding(frame[k].view(1, 1) + self.offset[k]))
+        return torch.stack(frame)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what every family shares
+
+
+ARCHS = {"csm": (CSM, CSMConfig)}
+
+
+def build(arch, meta, options):
+    """A fresh model for a token folder: `meta` its meta.json, `options` the run's keys.
+
+    Each family takes the options it has. Raises ValueError for an unknown family or sizes that do not fit.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
+    model, config = ARCHS[arch]
+    names = {f.name for f in fields(config) if f.init}
+    codec, tokenizer = meta["codec"], meta["tokenizer"]
+    given = dict(
+        text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
+        n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
+    )  # fmt: skip
+    return model(config(**{k: v for k, v in {**options, **given}.items() if k in names}))
+
+
+def sampler(temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """A `choose` for `generate` with these settings of `sample_code`."""
+    return lambda logits: sample_code(logits, temperature, top_k, top_p, generator)
+
+
+def contract_check(model, text, codes):
+    """Compare teacher forcing with cached generation on one utterance: text ids (n,), codes (T, K).
+
+    Every logit of every codebook and frame must agree; training and generation that disagree by one step are the
+    commonest way to a falling loss and noise for audio. Returns {"max_difference", "loss_at_shift", "ln_v"}, where
+    loss_at_shift is the cross-entropy of codebook 0 against the frame just heard (shift 0), the next one, as trained
+    (1), and the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ, or where a
+    model that has learnt something predicts another shift.
+    """
+    training = model.training
+    model.eval()
+    forced, seen = iter(np.concatenate([codes, model.config.stop_frame()[None]]).ravel().tolist()), []
+
+    def choose(logits):
+        seen.append(logits.float())
+        return torch.tensor(next(forced), device=logits.device)
+
+    with torch.no_grad():
+        for _ in model.generate(text, max_frames=len(codes) + 1, choose=choose):
+            pass
+        whole = model.teacher_forced_logits(text, codes).float()
+    flat = whole.flatten(0, 1)
+    difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(seen))
+    scale = max(1.0, float(flat.abs().max()))
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    model.train(training)
+    if not difference <= (1e-3 if exact else 0.1) * scale:
+        raise ValueError("contract check failed: cached generation and teacher forcing differ by "
+                         f"{difference:.3g} in the logits (scale {scale:.3g}): "
+                         "the model would speak another language than it was trained on")
+    codebook0, T = torch.as_tensor(codes, device=whole.device)[:, 0], len(codes)
+    shifts = range(3) if T > 2 else ()
+    loss = [float(F.cross_entropy(whole[1 : T - 1, 0], codebook0[s : T - 2 + s])) for s in shifts]
+    ln_v = math.log(whole.shape[-1])
+    if loss and min(loss) < min(loss[1] - 0.5, ln_v - 0.5):
+        raise ValueError(f"contract check failed: codebook 0 fits the frame at shift {loss.index(min(loss))} best, "
+                         "it must be shift 1 (cross-entropy at shifts 0, 1, 2: "
+                         f"{', '.join(f'{x:.2f}' for x in loss)}; ln V {ln_v:.2f})")
+    return {"max_difference": difference, "loss_at_shift": loss, "ln_v": ln_v}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+FORMAT = "parlando-1"
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict as a checkpoint under a partial name, then rename it, so that `path` is always a whole one.
+
+    Raises OSError where it cannot be written; the older one at `path` then stays.
+    """
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save({"format": FORMAT, **checkpoint}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except RuntimeError as e:  # how torch's zip writer reports a full disk, in words that do not say so
+        reason = str(e).splitlines()[0]
+        raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason})") from None
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint as a dict, read without running code from it.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or not one of ours.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is truncated or not a checkpoint") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
+    return checkpoint
+
+
+def load_model(checkpoint, device="cpu", dtype=torch.float32):
+    """The model of a checkpoint, in eval mode, with its averaged weights where it has them.
+
+    Raises ValueError for an unknown architecture or weights that do not fit.
+    """
+    arch = checkpoint["arch"]
+    if arch not in ARCHS:
+        raise ValueError(f"the checkpoint is of architecture {arch!r}, this code has {', '.join(ARCHS)}")
+    model, config = ARCHS[arch]
+    names = {f.name for f in fields(config) if f.init}
+    model = model(config(**{k: v for k, v in checkpoint["model_config"].items() if k in names}))
+    load_weights(model, checkpoint.get("ema") or checkpoint["model"])
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_weights(model, state):
+    """load_state_dict, but its ValueError is one line: the first key missing, left over or of another shape."""
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise ValueError(f"the weights lack {name}")
+        if own[name].shape != state[name].shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}")
+    for name in state:
+        if name not in own:
+            raise ValueError(f"the weights hold {name}, which the model does not have")
+    model.load_state_dict(state)

@@ -1,0 +1,299 @@
+"""A checkpoint speaks: text in, wav files out.
+
+    python sample.py --ckpt out/digits/best.pt --text "three one four"
+    python sample.py --ckpt out/digits/best.pt --file lines.txt --out_dir spoken   spoken/000.wav, 001.wav, ...
+    python sample.py config/digits.py --text "three one four"                      the recipe's out_dir/best.pt speaks
+    python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "what I say there" --text "my clone"
+    python sample.py --ckpt out/x/best.pt --text "..." --out_dir - | aplay -f S16_LE -r 16000
+
+- Teacher forcing and cached generation are compared on an utterance kept in the checkpoint before a word is spoken.
+- The same seed and text give the same audio, whatever other lines stand beside it.
+- `Voice.frames` yields frames as they are made. Streaming decodes them block by block with context on both sides;
+  collecting them first is the special case. Streamed and whole audio come from the same codes.
+
+Letters in shapes: n text ids or samples, K codebooks, T frames, N samples.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import itertools
+import math
+import os
+import sys
+import time
+import wave
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import configurator
+from codec import load_codec, read_audio
+from data import load_tokenizer, normalise
+from model import contract_check, load_checkpoint, load_model, sampler
+
+ckpt = ""  # checkpoint; empty: best.pt in out_dir, so that a recipe alone is enough
+text = ""  # what to say
+file = ""  # or a text file, one utterance a line
+out_dir = "samples"  # folder for 000.wav, 001.wav, ...; "-": raw 16-bit mono samples to standard output, as they come
+speaker = ""  # one of the speakers trained on; empty: the one heard most
+reference = ""  # recording of a voice to clone
+reference_text = ""  # what is said in it, word for word
+temperature: float | None = None  # 0: always the likeliest code; None, here and below: as the training run has it
+top_k: int | None = None  # draw among so many of the likeliest codes; 0: all
+top_p: float | None = None  # draw among the likeliest codes that make up this share of the probability
+seed = 1337
+cap_seconds = 0.0  # longest utterance; 0: follows the text, three times what as much took in training, and a second
+stream = False  # write audio while it is generated
+device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
+dtype = "float32"  # of the weights: float32, bfloat16, float16
+codec_path = ""  # the codec's tables, where not those in the checkpoint
+
+NEEDED = ("arch", "model_config", "model", "codec", "codec_fingerprint", "tokenizer", "meta", "probe")
+DRAW = {"temperature": 0.9, "top_k": 50, "top_p": 1.0}  # as published for CSM; where nobody says otherwise
+HOW = ("speaker", "temperature", "top_k", "top_p", "seed", "cap_seconds")  # keys that say how a line is spoken
+
+
+class Voice:
+    """A model with all it takes to speak: `frames` yields codes, `say` gives the wav, `stream` the wav in pieces.
+
+    meta: the meta.json of the token folder the model was trained on. config: the training run's keys, for temperature,
+    top_k and top_p where a call names none. After an utterance, `stopped` says whether the model ended it by itself.
+    """
+
+    def __init__(self, model, codec, tokenizer, meta, config=None):
+        self.model, self.codec, self.tokenizer, self.meta = model, codec, tokenizer, meta
+        self.draw = {key: (config or {}).get(key, usual) for key, usual in DRAW.items()}
+        self.device = next(model.parameters()).device
+        self.stopped = None
+
+    @classmethod
+    def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32"):
+        """The voice of a checkpoint whose contract holds; `report` says how well. Raises ValueError or OSError."""
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype = {dtype!r}: it is float32, bfloat16 or float16")
+        device, checkpoint = pick_device(device), load_checkpoint(path)
+        if missing := [key for key in NEEDED if checkpoint.get(key) is None]:
+            raise ValueError(f"{path} cannot speak, it lacks {', '.join(missing)}: train.py writes whole ones")
+        codec = load_codec(checkpoint["codec"]["name"], codec_path or checkpoint["codec"])
+        if codec.fingerprint() != checkpoint["codec_fingerprint"]:
+            raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
+                             f"learnt the codes of {checkpoint['codec_fingerprint']}")  # fmt: skip
+        tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
+        model = load_model(checkpoint, device, getattr(torch, dtype))
+        voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], checkpoint.get("config"))
+        probe = checkpoint["probe"]
+        voice.report = contract_check(model, np.asarray(probe["text"]), np.asarray(probe["codes"]))
+        return voice
+
+    def text_ids(self, text, speaker=""):
+        """Ids (n,) of a text as it stands in token files. Raises ValueError for a text that is empty or has characters
+        the tokenizer lacks, and for a speaker never heard."""
+        words, speakers = normalise(text, self.meta["lowercase"]), self.meta["speakers"]
+        if not words:
+            raise ValueError("the text is empty")
+        if speaker and speaker not in speakers:
+            near = difflib.get_close_matches(speaker, speakers, len(speakers), 0)[:12]  # the likest first
+            more = f" and {len(speakers) - len(near)} more" if len(speakers) > len(near) else ""
+            raise ValueError(f"speaker {speaker!r} is not known, there are: {', '.join(near)}{more}")
+        if unknown := self.tokenizer.unknown(words):
+            raise ValueError(f"{words!r} has characters the tokenizer does not know: {' '.join(sorted(unknown))}")
+        tagged = self.meta["text_format"].format(speaker=speaker or speakers[0], text=words)
+        return np.array(self.tokenizer.encode(tagged))
+
+    def prompt(self, reference, reference_text, speaker=""):
+        """What cloning puts before the text: (ids, codes (T, K)) of a recording (its path, or its codes) and of its
+        transcript; None where there is neither. Raises ValueError where one is missing or cannot be read."""
+        if reference is None and not reference_text:
+            return None
+        if reference is None or not normalise(reference_text):
+            raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
+        ids = self.text_ids(reference_text, speaker)
+        if isinstance(reference, str | os.PathLike):
+            wav = read_audio(reference, self.codec.sample_rate)
+            reference = self.codec.encode(wav[None].to(self.device))[0].T.cpu()
+        return ids, np.asarray(reference)
+
+    def cap(self, ids, cap_seconds=0.0):
+        """The most frames an utterance may have: `cap_seconds`, or three times what the training data takes on average
+        for as many text ids, and a second."""
+        train, rate = self.meta["splits"]["train"], self.codec.frame_rate
+        return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
+
+    def frames(self, text, speaker="", reference=None, reference_text="", temperature=None, top_k=None,
+               top_p=None, seed=1337, cap_seconds=0.0):  # fmt: skip
+        """Speak a text: yields frames (K,) int64 as they are made.
+
+        reference: path of a recording of the voice to clone, or its codes (T, K); reference_text: its transcript.
+        temperature, top_k, top_p: see model.sample_code. The random numbers depend on seed and text alone.
+        cap_seconds: see cap. Raises ValueError for settings out of range, and what text_ids and prompt raise.
+        """
+        given = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        draw = {key: self.draw[key] if value is None else value for key, value in given.items()}
+        check_settings(**draw, cap_seconds=cap_seconds)
+        ids, prompt = self.text_ids(text, speaker), self.prompt(reference, reference_text, speaker)
+        key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
+        training, self.stopped = self.model.training, None
+        self.model.eval()
+        try:
+            choose = sampler(**draw, generator=generator)
+            self.stopped = yield from self.model.generate(ids, prompt, self.cap(ids, cap_seconds), choose)
+        finally:
+            self.model.train(training)
+
+    def decode(self, frames):
+        """Frames, a list of (K,), at once -> wav (N,) float32 on the CPU."""
+        if not frames:
+            return torch.zeros(0)
+        return self.codec.decode(torch.stack(frames, 1)[None].to(self.device))[0].float().cpu()
+
+    def say(self, text, **how):
+        """The wav (N,) of a text at codec.sample_rate, float32 on the CPU; `how` as for `frames`."""
+        return self.decode(list(self.frames(text, **how)))
+
+    def stream(self, text, **how):
+        """The wav of a text in pieces (n,) while it is generated; `how` as for `frames`."""
+        return self.join(self.frames(text, **how))
+
+    def join(self, frames, block=0.4, context=0.4, ahead=0.15):
+        """Frames as they come -> pieces of wav (n,) as soon as they are certain; T frames' worth of samples in all.
+
+        A decoder that is not causal needs neighbours: each block of `block` seconds is decoded with `context` seconds
+        before and `ahead` seconds after it. Where two blocks meet, their phases may differ: the new one slides by up to
+        5 ms to where its waveform fits (as in WSOLA, Verhelst and Roelands 1993), and is faded in over 10 ms.
+        """
+        rate, frame_rate = self.codec.sample_rate, self.codec.frame_rate
+        block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
+        size, reach, fade = round(rate / frame_rate), rate // 200, rate // 100  # in samples: a frame, 5 ms, 10 ms
+        up, slides = torch.linspace(0, 1, fade), torch.arange(-reach, reach + 1)
+        frames, seen, done, tail, ended = iter(frames), [], 0, None, False
+        while not ended:
+            seen += itertools.islice(frames, done + block + ahead - len(seen))
+            ended = len(seen) < done + block + ahead
+            end = len(seen) if ended else done + block
+            first = max(0, done - context)
+            wav = torch.cat([self.decode(seen[first : end + ahead]), torch.zeros(reach + fade)])
+            at = (done - first) * size
+            if tail is not None:
+                places = wav[at - reach : at + reach + fade].unfold(0, fade, 1)  # (2 * reach + 1, fade)
+                likeness = places @ tail / (places.norm(dim=1) * tail.norm() + 1e-6)
+                at += int(slides[(likeness - 1e-6 * slides.abs()).argmax()])  # in silence, stay
+                wav[at : at + fade] = up * wav[at : at + fade] + (1 - up) * tail
+            stop = at + (end - done) * size
+            yield wav[at:stop]
+            tail, done = wav[stop : stop + fade], end
+
+
+def pick_device(name):
+    """A device by name, or the best there is for "auto". Raises ValueError for one this machine lacks."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def check_settings(temperature, top_k, top_p, cap_seconds):
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("cap_seconds", cap_seconds)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value}: it must be 0 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1")
+
+
+def read_lines(text, file):
+    """The utterances to speak. Raises ValueError where there are none, or one is empty."""
+    if bool(text) == bool(file):
+        raise ValueError('give either --text="what to say" or --file=lines.txt')
+    if text:
+        return [text]
+    try:
+        with open(file, encoding="utf-8-sig") as f:
+            lines = f.read().rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+    if not lines:
+        raise ValueError(f"{file} is empty")
+    if "" in (stripped := [line.strip() for line in lines]):
+        raise ValueError(f"{file}: line {stripped.index('') + 1} is empty")
+    return lines
+
+
+@contextlib.contextmanager
+def wav_file(path, rate, growing):
+    """A function that appends a piece (n,) to a 16-bit wav file. A growing one can be played after each piece and is
+    removed on an error, another gets its name when it is whole. "-" is standard output, without a header."""
+    if path == "-":
+        yield lambda piece: (sys.stdout.buffer.write(pcm(piece)), sys.stdout.buffer.flush())
+        return
+    name = path if growing else f"{path}.partial"
+    try:
+        with open(name, "wb") as raw, wave.open(raw) as out:
+            out.setparams((1, 2, rate, 0, "NONE", "not compressed"))
+            yield lambda piece: (out.writeframes(pcm(piece)), raw.flush())  # the first corrects the header's length
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(name)
+        raise
+
+
+def pcm(wav):
+    return (wav.clamp(-1, 1) * 32767).round().numpy().astype("<i2").tobytes()
+
+
+def speak(voice, line, path, stream, **how):
+    """Speak one line into `path`; `how` as for Voice.frames. Returns what there is to say about it."""
+    frames, samples, first, start = [], 0, 0.0, time.perf_counter()
+
+    def counted():
+        for frame in voice.frames(line, **how):
+            frames.append(frame)
+            yield frame
+
+    with wav_file(path, voice.codec.sample_rate, stream) as write:
+        for piece in voice.join(counted()) if stream else map(voice.decode, [list(counted())]):
+            first = first or time.perf_counter() - start
+            samples += len(piece)
+            write(piece)
+    took, seconds = time.perf_counter() - start, samples / voice.codec.sample_rate
+    says = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
+    if not frames:
+        return f"{says}; warning: the model stopped at once"
+    says += f", real-time factor {took / seconds:.2f}, first audio after {first:.2f} s"
+    return says if voice.stopped else f"{says}; warning: cut off at the cap, it did not stop by itself"
+
+
+def main(cfg):
+    check_settings(cfg.temperature, cfg.top_k, cfg.top_p, cfg.cap_seconds)
+    lines, piped = read_lines(cfg.text, cfg.file), cfg.out_dir == "-"
+    path = cfg.ckpt or os.path.join(cfg.out_dir, "best.pt")
+    if not cfg.ckpt and not os.path.isfile(path):
+        raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
+    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
+    prompt = voice.prompt(cfg.reference or None, cfg.reference_text, cfg.speaker)
+    for line in lines:  # what can be refused is refused before the first line is spoken
+        voice.text_ids(line, cfg.speaker)
+    if not piped:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        if not os.access(cfg.out_dir, os.W_OK):
+            raise OSError(f"{cfg.out_dir}: no permission to write there")
+    how = {key: getattr(cfg, key) for key in HOW}
+    if prompt:
+        how.update(reference=prompt[1], reference_text=cfg.reference_text)
+    messages = sys.stderr if piped else sys.stdout
+    difference, ln_v = voice.report["max_difference"], voice.report["ln_v"]
+    shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
+    print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
+          f"shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}", file=messages)  # fmt: skip
+    for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):
+        target = "-" if piped else os.path.join(cfg.out_dir, f"{i:03d}.wav")
+        tqdm.write(speak(voice, line, target, cfg.stream or piped, **how), file=messages)
+
+
+if __name__ == "__main__":
+    configurator.run(main, __file__)

@@ -1,0 +1,515 @@
+import hashlib
+import itertools
+import json
+import os
+import resource
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import Batches, TokenFiles, TokenWriter, load_tokenizer, normalise, train_tokenizer
+
+K = 3
+META = {"codec": {"name": "mel", "n_codebooks": K}, "speakers": ["ann", "bob"]}
+FEW = settings(max_examples=30, deadline=None)
+
+
+def utterances(n, seed=0, most=30):
+    """n times (id, text ids, codes, speaker)."""
+    rng = np.random.default_rng(seed)
+
+    def one(i):
+        text, codes = rng.integers(0, 60000, rng.integers(1, most)), rng.integers(0, 1024, (rng.integers(1, most), K))
+        return f"utt-{i}", text, codes, int(rng.integers(0, 2))
+
+    return [one(i) for i in range(n)]
+
+
+def write(folder, train, val=(), meta=META, **options):
+    with TokenWriter(folder, **options) as out:
+        for split, part in (("train", train), ("val", val)):
+            for u in part:
+                out.add(split, *u)
+        out.file("tokenizer.model", b"pieces")
+        out.finish(meta)
+    return str(folder)
+
+
+def layout(text, codes, prompt=None):
+    """Rows of one column each: the prompt's and the utterance's text ids and codebook 0; segment tells them apart."""
+    parts = [*(prompt or ()), text, codes]
+    rows = [np.asarray(p) if p.ndim == 1 else p[:, 0] for p in parts]
+    kinds = ([3, 4] if prompt else []) + [1, 2]
+    return np.concatenate(rows)[:, None], np.concatenate([np.full(len(r), k) for r, k in zip(rows, kinds, strict=True)])
+
+
+def length(text, frames, prompt_text=0, prompt_frames=0):
+    return text + frames + prompt_text + prompt_frames
+
+
+class Lengths:
+    """Stands in for a TokenFiles where only the lengths matter."""
+
+    folder, split = "lengths", "train"
+
+    def __init__(self, text, frames, speaker=None):
+        zeros = np.zeros_like(text)
+        self.index = np.stack([zeros, text, zeros, frames, zeros if speaker is None else speaker], 1)
+
+    def __len__(self):
+        return len(self.index)
+
+    def name(self, i):
+        return f"utt-{i}"
+
+    def text(self, i):
+        return np.full(self.index[i, 1], i)
+
+    def codes(self, i):
+        return np.full((self.index[i, 3], K), i)
+
+
+def lengths(n, seed=0, most=40):
+    rng = np.random.default_rng(seed)
+    return Lengths(rng.integers(1, most, n), rng.integers(1, most, n), rng.integers(0, 3, n))
+
+
+def batches(files, max_tokens=300, max_batch=8, **options):
+    return Batches(files, layout, length, max_tokens, max_batch, **options)
+
+
+def listed(batch):
+    return [t.tolist() for t in batch]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token folders
+
+
+@given(n=st.integers(0, 20), m=st.integers(1, 5), seed=st.integers(0, 99), wide=st.booleans())
+@FEW
+def test_what_was_written_is_read(n, m, seed, wide, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "x"
+    parts = {"train": utterances(n, seed), "val": utterances(m, seed + 1)}
+    if wide:
+        parts["val"][0] = ("long ids, and spaces: čaj", np.array([2**31, 5, 70000]), *parts["val"][0][2:])
+    write(folder, *parts.values(), text_dtype=np.uint32 if wide else np.uint16)
+    assert not os.path.exists(f"{folder}.partial")
+    for split, expected in parts.items():
+        files = TokenFiles(folder, split)
+        assert len(files) == len(expected)
+        assert files.meta["splits"][split]["frames"] == sum(len(u[2]) for u in expected)
+        assert files.meta["splits"][split]["text_tokens"] == sum(len(u[1]) for u in expected)
+        assert files.meta["splits"][split]["utterances"] == len(expected)
+        for i, (name, text, codes, speaker) in enumerate(expected):
+            assert files.name(i) == name and files.speaker(i) == speaker
+            assert np.array_equal(files.text(i), text) and np.array_equal(files.codes(i), codes)
+            assert files.text(i).dtype == files.codes(i).dtype == np.int64 and files.codes(i).shape == codes.shape
+    width = 4 if wide else 2
+    assert os.path.getsize(folder / "val.text.bin") == width * sum(len(u[1]) for u in parts["val"])
+    assert os.path.getsize(folder / "val.codes.bin") == 2 * K * sum(len(u[2]) for u in parts["val"])
+
+
+def test_the_files_are_what_the_design_says(tmp_path):
+    """Read back with numpy alone, as anybody may."""
+    train = utterances(4)
+    write(tmp_path / "x", train, utterances(2))
+    meta = json.loads((tmp_path / "x/meta.json").read_text())
+    assert meta["version"] == data.VERSION and meta["text_dtype"] == "uint16" and meta["speakers"] == ["ann", "bob"]
+    codes = np.fromfile(tmp_path / "x/train.codes.bin", np.uint16).reshape(-1, K)
+    index = np.load(tmp_path / "x/train.index.npy")
+    text_start, text_length, first_frame, frames, speaker = index[2]
+    assert np.array_equal(codes[first_frame : first_frame + frames], train[2][2]) and speaker == train[2][3]
+    assert np.array_equal(np.fromfile(tmp_path / "x/train.text.bin", np.uint16)[text_start:][:text_length], train[2][1])
+    assert (tmp_path / "x/tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "x/val.ids.txt").read_text() == "utt-0\nutt-1\n"
+
+
+def test_a_folder_that_was_not_finished_cannot_be_opened(tmp_path):
+    with pytest.raises(KeyError), TokenWriter(tmp_path / "x") as out:
+        out.add("train", *utterances(1)[0])
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+    with TokenWriter(tmp_path / "x") as out:
+        out.add("train", *utterances(1)[0])
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="x is not a finished token folder .* make it with prepare.py"):
+        TokenFiles(tmp_path / "x", "train")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_killed_at_any_moment_no_folder_looks_whole_that_is_not(again, tmp_path):
+    """The writer dies at its n-th operation, for every n; there is then the old folder, the new one, or none."""
+    folder, old, new = tmp_path / "x", utterances(3, 1), utterances(4, 2)
+    operations = "fsync", "replace", "rmtree", "makedirs", "save", "add", "file"
+
+    def die_at(n):
+        calls = itertools.count()
+
+        def mortal(function):
+            return lambda *a, **k: os._exit(9) if next(calls) == n else function(*a, **k)
+
+        for module in (os, data.shutil, data.np, TokenWriter):
+            for name in filter(module.__dict__.get, operations):
+                setattr(module, name, mortal(getattr(module, name)))
+        write(folder, new, utterances(2, 3))
+        os._exit(0)
+
+    outcomes = set()
+    for n in range(60):
+        write(folder, old)  # whatever was left behind does not stop the next run, and goes with it
+        assert os.listdir(tmp_path) == ["x"]
+        if not again:
+            data.shutil.rmtree(folder)
+        child = os.fork()
+        if not child:
+            die_at(n)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            files = TokenFiles(folder, "train")
+            found = [files.codes(i).tolist() for i in range(len(files))]
+            assert found in ([u[2].tolist() for u in old], [u[2].tolist() for u in new])
+            assert (tmp_path / "x/tokenizer.model").exists()
+            outcomes.add("old" if len(files) == 3 else "new")
+        except ValueError as error:
+            assert "not a finished token folder" in str(error)
+            outcomes.add("none")
+        if code == 0:
+            break
+    assert code == 0 and n > 10 and "new" in outcomes and ("old" in outcomes) == again
+
+
+@pytest.mark.parametrize("file", ["train.codes.bin", "train.text.bin", "train.index.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "gone", "folder"])
+def test_damaged_files_are_noticed(file, damage, tmp_path):
+    folder = write(tmp_path / "x", utterances(5))
+    path = tmp_path / "x" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "gone":
+        path.write_bytes({"cut": content[:-1], "longer": content + b"\0\0", "empty": b""}[damage])
+    if damage == "longer" and file == "train.index.npy":
+        return  # numpy reads what its header says
+    with pytest.raises((ValueError, OSError), match=str(tmp_path)) as error:
+        TokenFiles(folder, "train")
+    assert "\n" not in str(error.value) and ("prepare.py" in str(error.value) or damage == "folder")
+
+
+def test_an_index_of_other_files_is_noticed(tmp_path):
+    folder = write(tmp_path / "x", utterances(5))
+    index = np.load(tmp_path / "x/train.index.npy")
+    for wrong in (index[:-1], index[:, :-1], np.concatenate([index, index[-1:]])):
+        np.save(tmp_path / "x/train.index.npy", wrong)
+        with pytest.raises(ValueError, match="train split is damaged"):
+            TokenFiles(folder, "train")
+
+
+def test_another_version_or_no_folder_is_refused(tmp_path):
+    folder = write(tmp_path / "x", utterances(1), meta={**META, "version": 99})
+    with pytest.raises(ValueError, match="format version 99, this code reads 1: run prepare.py again"):
+        TokenFiles(folder, "train")
+    for path in (tmp_path / "none", tmp_path / "x/meta.json"):
+        with pytest.raises(ValueError, match="not a finished token folder"):
+            TokenFiles(path, "train")
+
+
+@pytest.mark.parametrize("text, codes, name, message", [
+    ([1], [[0, 1]], "b", r"utterance b: codes of shape \(1, 2\), expected \(frames, 3\)"),
+    ([1], [1, 2], "b", r"utterance b: codes of shape \(2,\)"),
+    ([1], [[0, 1, 65536]], "b", "utterance b: codes from 0 to 65536 do not fit uint16"),
+    ([1], [[0, 1, -1]], "b", "utterance b: codes from -1 to 1 do not fit uint16"),
+    ([1, 65536], [[0, 1, 2]], "b", "utterance b: text ids from 1 to 65536 do not fit uint16"),
+    ([-1], [[0, 1, 2]], "b", "utterance b: text ids from -1 to -1 do not fit uint16"),
+    ([1], [[0, 1, 2]], "b\nc", "line break"),
+])  # fmt: skip
+def test_writer_refuses(text, codes, name, message, tmp_path):
+    with pytest.raises(ValueError, match=message), TokenWriter(tmp_path / "x") as out:
+        out.add("train", "a", [1], [[1, 2, 3]])
+        out.add("train", name, text, codes)
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenWriter, "_open", lambda self, name: open("/dev/full", "wb"))  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "x", utterances(3))
+    assert not (tmp_path / "x").exists()
+
+
+def test_opening_reads_the_index_and_nothing_else(tmp_path):
+    """200 million frames, of which the file system holds none (a sparse file) and this process reads five."""
+    folder = write(tmp_path / "x", utterances(2))
+    frames = 200_000_000
+    os.truncate(tmp_path / "x/train.codes.bin", 2 * K * frames)
+    np.save(tmp_path / "x/train.index.npy", [(0, 5, 0, 9, 0), (5, 5, frames - 5, 5, 1)])
+    os.truncate(tmp_path / "x/train.text.bin", 20)
+    meta = json.loads((tmp_path / "x/meta.json").read_text())
+    meta["splits"]["train"].update(frames=frames, text_tokens=10)
+    (tmp_path / "x/meta.json").write_text(json.dumps(meta))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    files = TokenFiles(folder, "train")
+    assert files.codes(1).tolist() == [[0] * K] * 5
+    list(itertools.islice(batches(files), 3))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB, of 1.2 GB
+    assert isinstance(files.index, np.memmap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+@given(n=st.integers(1, 80), world=st.integers(1, 4), max_tokens=st.integers(78, 400), max_batch=st.integers(1, 9),
+       seed=st.integers(0, 99), voice_prompt=st.sampled_from([0.0, 0.5]))  # fmt: skip
+@FEW
+def test_ranks_divide_each_epoch(n, world, max_tokens, max_batch, seed, voice_prompt):
+    """The steps of all ranks, put in order, are those of one process; in them every utterance occurs once an epoch."""
+    files = lengths(n, seed)
+    make = lambda **o: batches(files, max_tokens, max_batch, seed=seed, voice_prompt=voice_prompt, **o)  # noqa: E731
+    alone = make()
+    plans = [alone.plan(epoch)[0] for epoch in range(2)]
+    for plan in plans:
+        assert sorted(np.concatenate(plan)) == list(range(n))
+        assert all(0 < len(batch) <= max_batch for batch in plan)
+    steps = -(-sum(map(len, plans)) // world)
+    ranks = [list(itertools.islice(make(rank=r, world=world), steps)) for r in range(world)]
+    together = [listed(batch) for step in zip(*ranks, strict=True) for batch in step]
+    assert together == [listed(batch) for batch in itertools.islice(alone, steps * world)]
+    seen = [set(np.array(tokens)[..., 0][np.array(segment) == 2]) for tokens, segment in together]  # rows tell whose
+    assert seen[: len(plans[0])] == [set(batch) for batch in plans[0]]
+    assert all(len(segment) * len(segment[0]) <= max_tokens for _, segment in together)
+
+
+def test_batch_is_padded_rows():
+    files = Lengths(np.array([2, 1, 4]), np.array([3, 1, 1]))
+    tokens, segment = batches(files).read([0, 1, 2])
+    assert tokens.dtype == segment.dtype == torch.int64
+    assert tokens[..., 0].tolist() == [[0] * 5, [1, 1, 0, 0, 0], [2] * 5]
+    assert segment.tolist() == [[1, 1, 2, 2, 2], [1, 2, 0, 0, 0], [1, 1, 1, 1, 2]]
+    tokens, segment = batches(files).read([0, 1], [1, -1])
+    assert tokens[..., 0].tolist() == [[1, 1] + [0] * 5, [1, 1] + [0] * 5]
+    assert segment.tolist() == [[3, 4, 1, 1, 2, 2, 2], [1, 2, 0, 0, 0, 0, 0]]
+
+
+def test_budget_is_filled_to_the_last_row():
+    files = Lengths(np.full(30, 4), np.full(30, 6))
+    for max_tokens, size in ((100, 10), (99, 9), (109, 10), (10, 1)):
+        assert max(len(b) for b in batches(files, max_tokens, 64).plan(0)[0]) == size
+
+
+def test_epochs_differ_and_seeds_repeat():
+    files = lengths(60)
+    plan = lambda epoch, **o: [sorted(b.tolist()) for b in batches(files, **o).plan(epoch)[0]]  # noqa: E731
+    assert plan(0) == plan(0) and plan(0, seed=1) == plan(0, seed=1)
+    assert plan(0) != plan(1) and plan(0) != plan(0, seed=1)
+    assert {tuple(b) for b in plan(0)} != {tuple(b) for b in plan(1)}  # other company, not only another order
+    fixed = batches(files, shuffle=False)
+    assert [b.tolist() for b in fixed.plan(0)[0]] == [b.tolist() for b in fixed.plan(1)[0]]
+    sizes = [fixed.length(*files.index[i, [1, 3]]) for b in fixed.plan(0)[0] for i in b]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_one_pass_for_evaluation(world):
+    files = lengths(50)
+    passes = [list(batches(files, shuffle=False, rank=r, world=world).once()) for r in range(world)]
+    seen = [int(i) for p in passes for tokens, segment in p for i in tokens[:, 0, 0]]
+    assert sorted(seen) == list(range(50))
+    assert max(map(len, passes)) - min(map(len, passes)) <= 1
+
+
+def ljspeech(n, seed=0):
+    """As many utterances as LJSpeech has, of its lengths: 1.1 to 10.1 s, 6.6 s on average, leaning to the long side."""
+    rng = np.random.default_rng(seed)
+    seconds = np.clip(10.1 - rng.gamma(2.6, 1.35, n), 1.1, 10.1)
+    assert 6.3 < seconds.mean() < 6.9
+    return Lengths((seconds * 4 * rng.uniform(0.8, 1.2, n)).astype(int) + 3, (seconds * 12.5).astype(int) + 1)
+
+
+@pytest.mark.parametrize("n, max_tokens, max_batch", [(13100, 8192, 64), (13100, 8192, 16), (13100, 2048, 1000),
+                                                      (13100, 32768, 256), (2000, 4096, 64)])  # fmt: skip
+def test_padding_on_lengths_like_ljspeech(n, max_tokens, max_batch):
+    made = batches(ljspeech(n), max_tokens, max_batch)
+    for epoch in range(2):
+        assert 0 < made.padding(epoch) < 0.05
+    plan = made.plan(0)[0]
+    sizes = made._lengths()
+    rows = [len(b) * sizes[b].max() for b in plan]
+    assert max(rows) <= max_tokens and max(map(len, plan)) <= max_batch
+    full = [r > 0.9 * max_tokens or len(b) == max_batch for r, b in zip(rows, plan, strict=True)]
+    assert np.mean(full) > 0.95  # the budget is used
+    used = sum(sizes) / sum(rows)
+    assert abs(1 - used - made.padding()) < 1e-9
+
+
+def test_padding_with_voice_prompts():
+    files = ljspeech(5000)
+    made = batches(files, 8192, 64, voice_prompt=0.5)
+    assert made.padding() < 0.05
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_position_is_restored_exactly(workers, world):
+    """From any step on, also in mid-epoch and over its end, and with loader processes that have read ahead."""
+    files = lengths(40)
+    options = dict(max_tokens=150, seed=3, world=world, rank=world - 1, voice_prompt=0.3)
+    reference = batches(files, **options)
+    per_epoch = len(reference.plan(0)[0]) // world
+    assert per_epoch > 5
+    expected, states = [], []
+    for batch in itertools.islice(reference, 2 * per_epoch + 3):
+        expected.append(listed(batch))
+        states.append(json.loads(json.dumps(reference.state())))
+    assert len({json.dumps(s) for s in states}) == len(states)
+    for stop in [1, 3, per_epoch - 1, per_epoch, per_epoch + 1] if not workers else [3, per_epoch]:
+        first = batches(files, **options, workers=workers)
+        assert [listed(b) for b in itertools.islice(first, stop)] == expected[:stop]
+        assert first.state() == states[stop - 1]
+        second = batches(files, **options, workers=workers)
+        second.restore(states[stop - 1])
+        rest = [listed(b) for b in itertools.islice(second, len(expected) - stop)]
+        assert rest == expected[stop:]
+
+
+def test_the_loader_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    list(itertools.islice(batches(lengths(20)), 5))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_too_long_and_empty(tmp_path):
+    long = ("the long one", [1] * 50, [[1, 2, 3]] * 60, 0)
+    files = TokenFiles(write(tmp_path / "x", [*utterances(3), long]), "train")
+    with pytest.raises(ValueError, match="utterance the long one of .*x needs 110 rows, more than max_tokens = 109"):
+        batches(files, max_tokens=109)
+    batches(files, max_tokens=110, max_rows=110)
+    with pytest.raises(ValueError, match="utterance the long one of .*x needs 110 rows, the model has 109 positions"):
+        batches(files, max_rows=109)
+    with pytest.raises(ValueError, match="x: the val split is empty"):
+        batches(TokenFiles(tmp_path / "x", "val"))
+
+
+def test_voice_prompts():
+    files = lengths(200)
+    made = batches(files, voice_prompt=0.5, seed=2)
+    speaker = files.index[:, 4]
+    for epoch in range(3):
+        plan, prompts = made.plan(epoch)
+        has = prompts >= 0
+        assert 0.4 < has.mean() < 0.6
+        assert (speaker[prompts[has]] == speaker[has]).all() and (prompts != np.arange(200)).all()
+        again = batches(files, voice_prompt=0.5, seed=2).plan(epoch)
+        assert np.array_equal(prompts, again[1])
+    assert not np.array_equal(made.plan(0)[1], made.plan(1)[1])
+    every = batches(files, voice_prompt=1.0)
+    assert (every.plan(0)[1] >= 0).mean() > 0.9
+    for tokens, segment in itertools.islice(every, 10):
+        for row, kind in zip(tokens[..., 0], segment, strict=True):
+            own, others = set(row[(kind == 1) | (kind == 2)].tolist()), set(row[kind >= 3].tolist())
+            assert len(own) == 1 and len(others) <= 1 and not own & others
+    assert batches(files, voice_prompt=0.5, shuffle=False).plan(0)[1] is None
+    alone = Lengths(np.full(5, 9), np.full(5, 9), np.arange(5))
+    assert (batches(alone, voice_prompt=1.0).plan(0)[1] == -1).all()  # a speaker of one utterance has no prompt
+    tight = batches(Lengths(np.full(9, 9), np.full(9, 9)), max_tokens=35, voice_prompt=1.0)
+    assert (tight.plan(0)[1] == -1).all()  # none that would not fit
+    tight = batches(Lengths(np.full(9, 9), np.full(9, 9)), max_rows=35, voice_prompt=1.0)
+    assert (tight.plan(0)[1] == -1).all()
+
+
+def test_rows_of_the_model(tmp_path):
+    """With the CSM's own layout and length: the number of rows is what was counted."""
+    import model
+
+    csm = model.CSMConfig(60000, K, 1024, "llama-300K", "llama-300K", text_bos=1, text_eos=2)
+    files = TokenFiles(write(tmp_path / "x", utterances(30)), "train")
+    made = Batches(files, csm.layout, csm.length, 400, 8, voice_prompt=0.5)
+    plan, prompts = made.plan(0)
+    counted = made._lengths(prompts)
+    for b, (tokens, segment) in zip(plan, made, strict=False):
+        assert (segment != 0).sum(1).tolist() == counted[b].tolist() and tokens.shape == (*segment.shape, K + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [f"[{s}]{t}" for s in ("slt", "ann b.") for t in ("one two three", "three two one", "nine one one")]
+    return load_tokenizer("sentencepiece", train_tokenizer(texts * 5, 300, symbols=["[slt]", "[ann b.]"]))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="▁"), max_size=30).map(normalise))
+@settings(max_examples=100, deadline=None)
+def test_any_text_survives_in_bytes(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.unknown(text) == set()
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_speaker_tags_are_single_tokens(tokenizer):
+    slt, ann = tokenizer.encode("[slt]"), tokenizer.encode("[ann b.]")
+    assert len(slt) == len(ann) == 1
+    ids = tokenizer.encode("[slt]one [ann b.]two")
+    assert [i for i in ids if [i] in (slt, ann)] == slt + ann
+    assert tokenizer.decode(ids) == "[slt]one [ann b.]two"
+    assert len(tokenizer.encode("[slt]one two three")) < 10
+    assert tokenizer.bos_id == 1 and tokenizer.eos_id == 2 and 1 not in ids and 2 not in ids
+
+
+def test_tokenizer_training_is_deterministic_and_bounded():
+    texts = ["one two three", "three four five"] * 20
+    assert train_tokenizer(texts, 290) == train_tokenizer(texts, 290)
+    assert load_tokenizer("sentencepiece", train_tokenizer(texts, 275)).vocab_size == 275
+    assert load_tokenizer("sentencepiece", train_tokenizer(texts, 50_000)).vocab_size < 400
+    with pytest.raises(ValueError, match="vocab_size = 20 is too small: bytes, characters and speaker tags alone need"):
+        train_tokenizer(texts, 20)
+    with pytest.raises(ValueError, match="no tokenizer could be trained") as error:
+        train_tokenizer([], 300)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer_without_bytes_names_what_it_lacks(tmp_path):
+    import sentencepiece
+
+    (tmp_path / "t").write_text("one two three\n" * 9)
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "t"), model_prefix=str(tmp_path / "m"),
+                                             model_type="char", vocab_size=12, minloglevel=2)  # fmt: skip
+    tokenizer = load_tokenizer("sentencepiece", (tmp_path / "m.model").read_bytes())
+    assert tokenizer.unknown("one zq two!") == {"z", "q", "!"} and tokenizer.unknown("three") == set()
+
+
+def test_tokenizers_that_are_none():
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        load_tokenizer("sentencepiece", b"hello")
+    with pytest.raises(ValueError, match="unknown tokenizer kind 'bpe'"):
+        load_tokenizer("bpe", b"")
+
+
+def test_tokenizer_describes_itself(tokenizer):
+    said = tokenizer.describe()
+    assert said["vocab_size"] == tokenizer.vocab_size
+    assert said["sha256"] == hashlib.sha256(tokenizer.model).hexdigest()
+    assert set(said) == {"kind", "file", "sha256", "vocab_size", "bos_id", "eos_id"}
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("  a \t b\n\nc ", "a b c"), ("cafe\u0301", "caf\u00e9"), ("\ufeffone\0", "one"), ("a\u00a0\u2009b", "a b"),
+    (" \u3000\n", ""), ("\ufeff a", "a"), ("Éa", "Éa"),
+])  # fmt: skip
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+@given(st.text(max_size=40), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_normalise_is_stable(text, lowercase):
+    once = normalise(text, lowercase)
+    assert normalise(once, lowercase) == once
+    assert normalise(f" {text} ", lowercase) == once

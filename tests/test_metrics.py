@@ -1,0 +1,66 @@
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+import metrics
+
+CPU = torch.device("cpu")
+
+
+def test_pairs_add_up_and_are_divided_at_the_end():
+    totals = {}
+    metrics.add(totals, {"loss": (torch.tensor(6.0), 2), "by": (torch.tensor([1.0, 2.0]), torch.tensor([1, 4]))}, CPU)
+    metrics.add(totals, {"loss": (torch.tensor(1.0), 5), "by": (torch.tensor([3.0, 2.0]), torch.tensor([1, 4]))}, CPU)
+    assert metrics.means(metrics.collect(totals)) == {"loss": 1.0, "by": [2.0, 0.5]}
+    assert metrics.collect({}) == {}
+
+
+def test_what_is_not_finite_is_null():
+    totals = {}
+    metrics.add(totals, {"a": (math.nan, 1), "b": (1.0, 0), "c": (torch.tensor([0.0, 1.0]), 0)}, CPU)
+    assert json.dumps(metrics.means(metrics.collect(totals))) == '{"a": null, "b": null, "c": [null, null]}'
+
+
+def test_lines_are_read_back_up_to_an_iter(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.read_metrics(path) == []
+    metrics.write_metrics(path, [{"iter": i, "loss": 1 / i} for i in (10, 20, 30)])
+    with open(path, "a") as f:
+        f.write('{"iter": 40')
+    assert [line["iter"] for line in metrics.read_metrics(path)] == [10, 20, 30]
+    assert metrics.read_metrics(path, 20)[-1] == {"iter": 20, "loss": 0.05}
+
+
+@pytest.mark.parametrize("training, held_out, warned", [
+    ([5, 4, 3, 2, 1], [5, 4, 4.1, 4.2, 4.3], True),
+    ([5, 4, 3, 2, 1], [5, 4, 4.5, 4.2, 4.1], True),  # above its best, if not ever higher
+    ([5, 4, 3, 2], [5, 4, 4.1, 4.2], False),  # two evaluations are not three
+    ([5, 4, 4.1, 4.2, 4.3], [5, 4, 4.1, 4.2, 4.3], False),  # both rise: that is something else
+    ([5, 4, 3, 2, 1], [5, 4, 3, 2, 1], False),
+    ([5, 4, 3, 2, math.nan], [5, 4, 4.1, 4.2, 4.3], False),  # every step was skipped
+])  # fmt: skip
+def test_overfitting(training, held_out, warned):
+    history = [(10 * i, a, b) for i, (a, b) in enumerate(zip(training, held_out, strict=True))]
+    warning = metrics.overfitting(history, 3)
+    assert ("overfitting: held-out loss has risen for 3 evaluations (best 4.000 at iter 10" in warning) == warned
+    assert warned or not warning
+    assert metrics.overfitting(history, 0) == metrics.overfitting([], 3) == ""
+
+
+def test_the_page_of_curves_is_well_formed_and_shows_the_values(tmp_path):
+    lines = [{"iter": i, "loss": 5.0 - i / 1000, "lr": 1e-3, "c0_accuracy": None} for i in range(1, 4001)]
+    lines[-1]["val_loss"] = 2.125
+    path = tmp_path / "a <run>" / "loss.html"
+    path.parent.mkdir()
+    metrics.draw(lines, str(path))
+    text = path.read_text()
+    page = ElementTree.fromstring(text.removeprefix("<!doctype html>"))
+    curves = {e.get("class"): e.get("points").split() for e in page.iter("polyline")}
+    assert [e.text for e in page.iter("h2")] == ["Loss", "Learning rate"]  # no accuracy, so no picture of one
+    labels = [e.text for e in page.iter("text")]
+    assert "training 1" in labels and "held out 2.125" in labels and page.find("head/title").text == "a <run>"
+    assert len(curves["c1"]) == 2 and len(max(curves.values(), key=len)) <= metrics.POINTS + 1
+    assert "http" not in text and "src=" not in text

@@ -1,0 +1,937 @@
+import json
+import math
+import os
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as models
+from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check, multi_codebook_cross_entropy
+
+GOLDEN = Path(__file__).parent / "golden"
+STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
+FEW = settings(max_examples=25, deadline=None)
+
+
+def tiny(cls=CSM, K=4, V=16, backbone=None, decoder=None, **options):
+    """A small CSM with weights wide enough for logits that differ."""
+    torch.manual_seed(0)
+    config = CSMConfig(text_vocab_size=30, n_codebooks=K, codebook_size=V, text_bos=1, text_eos=2,
+                       backbone={**STACK, **(backbone or {})}, decoder={**STACK, "d_model": 16, **(decoder or {})},
+                       **{"decoder_fraction": 1.0, **options})  # fmt: skip
+    model = cls(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=0.3)
+    return model
+
+
+def utterance(n=5, T=6, K=4, V=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, 30, n), rng.integers(0, V, (T, K))
+
+
+def batch_of(model, *utterances, width=0):
+    """Laid out and padded on the right, as data.py does: tokens (B, S, C), segment (B, S)."""
+    rows = [model.layout(*u) for u in utterances]
+    S = max(width, *(len(s) for _, s in rows))
+    tokens = np.stack([np.pad(t, ((0, S - len(t)), (0, 0))) for t, _ in rows])
+    return torch.from_numpy(tokens), torch.from_numpy(np.stack([np.pad(s, (0, S - len(s))) for _, s in rows]))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+
+def plain_loss(hidden, weight, target, bias=None, ignore_index=-100):
+    """What multi_codebook_cross_entropy computes, by torch's own cross-entropy on whole logits."""
+    K = target.shape[1]
+    hidden = hidden if hidden.ndim == 3 else hidden[:, None].expand(-1, K, -1)
+    logits = torch.einsum("nkd,kvd->nkv", hidden, weight)
+    logits = logits if bias is None else logits + bias
+    count = (target != ignore_index).sum(0).clamp(min=1)
+    sums = [F.cross_entropy(logits[:, k], target[:, k], ignore_index=ignore_index, reduction="sum") for k in range(K)]
+    return torch.stack(sums) / count, ((logits.argmax(-1) == target) & (target != ignore_index)).sum(0)
+
+
+def loss_inputs(N, K, D, V, shared, bias, dtype=torch.float64, seed=0, ignored=0.3, ignore_index=-100):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*((N, D) if shared else (N, K, D)), generator=g, dtype=torch.float64)
+    weight = torch.randn(K, V, D, generator=g, dtype=torch.float64)
+    b = torch.randn(K, V, generator=g, dtype=torch.float64) if bias else None
+    target = torch.randint(V, (N, K), generator=g)
+    target[torch.rand(N, K, generator=g) < ignored] = ignore_index
+    tensors = [t if t is None else t.to(dtype).requires_grad_() for t in (hidden, weight, b)]
+    return *tensors, target
+
+
+def loss_and_gradients(function, hidden, weight, bias, target, **options):
+    loss, correct = function(hidden, weight, target, bias, **options)
+    share = torch.linspace(1, 2, len(loss), dtype=loss.dtype)  # another gradient for each codebook
+    leaves = [t for t in (hidden, weight, bias) if t is not None]
+    return loss, correct, *torch.autograd.grad((loss * share).sum(), leaves)
+
+
+def assert_same(ours, theirs, **tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.to(b.dtype), b, **tolerance)
+
+
+@given(N=st.integers(0, 40), K=st.integers(1, 5), D=st.integers(1, 9), V=st.integers(1, 30), shared=st.booleans(),
+       bias=st.booleans(), buffer=st.integers(1, 2000), ignored=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_loss_and_gradients_are_those_of_torch(N, K, D, V, shared, bias, buffer, ignored, seed):
+    inputs = loss_inputs(N, K, D, V, shared, bias, seed=seed, ignored=ignored)
+    ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=buffer)
+    assert_same(ours, loss_and_gradients(plain_loss, *inputs), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)])
+def test_loss_in_lower_precision(dtype, atol, shared):
+    inputs = loss_inputs(50, 3, 16, 40, shared, True, dtype)
+    exact = [t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_() for t in inputs]
+    ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=500)
+    assert ours[0].dtype == torch.float32 and ours[2].dtype == ours[3].dtype == dtype
+    theirs = loss_and_gradients(plain_loss, *exact)
+    assert_same(ours[:1] + ours[2:], theirs[:1] + theirs[2:], rtol=atol, atol=atol)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradcheck(shared):
+    hidden, weight, bias, target = loss_inputs(7, 3, 4, 5, shared, True)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: multi_codebook_cross_entropy(h, w, target, b, buffer=40)[0], (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0])
+def test_ignore_index(ignore_index):
+    inputs = loss_inputs(20, 3, 4, 6, False, False, ignore_index=ignore_index)
+    inputs[3][:, 1] = ignore_index  # a codebook without any target
+    ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, ignore_index=ignore_index, buffer=50)
+    assert_same(ours, loss_and_gradients(lambda *a, **o: plain_loss(*a, ignore_index=ignore_index), *inputs))
+    assert ours[0][1] == 0 and ours[1][1] == 0 and not ours[3][1].any() and torch.isfinite(ours[2]).all()
+
+
+def test_loss_of_one_head_takes_a_plain_matrix():
+    hidden, weight, bias, target = loss_inputs(9, 1, 4, 6, True, True)
+    loss = multi_codebook_cross_entropy(hidden, weight[0], target, bias[0])[0]
+    torch.testing.assert_close(loss, plain_loss(hidden, weight, target, bias)[0])
+
+
+@pytest.mark.parametrize("wrong", [6, 2**40, -1, -101])
+def test_target_out_of_range(wrong):
+    hidden, weight, _, target = loss_inputs(9, 2, 4, 6, True, False)
+    target[4, 1] = wrong
+    with pytest.raises(ValueError, match=f"target {wrong} is outside 0..5"):
+        multi_codebook_cross_entropy(hidden, weight, target)
+
+
+@pytest.mark.parametrize("hidden, weight, target", [((9, 4), (2, 6, 5), (9, 2)), ((8, 4), (2, 6, 4), (9, 2)),
+                                                    ((9, 3, 4), (2, 6, 4), (9, 2)), ((9, 4), (2, 6, 4), (9, 3))])
+def test_loss_of_shapes_that_do_not_fit(hidden, weight, target):
+    with pytest.raises(ValueError, match="do not fit"):
+        multi_codebook_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(target, dtype=torch.long))
+
+
+def test_loss_under_autocast():
+    inputs = loss_inputs(50, 3, 16, 40, False, False, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=500)
+    assert all(t.dtype == torch.float32 for t in ours[:1] + ours[2:])
+    theirs = loss_and_gradients(plain_loss, *inputs)
+    assert_same(ours[:1] + ours[2:], theirs[:1] + theirs[2:], rtol=6e-2, atol=6e-2)
+    assert not torch.equal(ours[0], theirs[0])  # it did go through bfloat16
+
+
+def test_loss_is_nan_where_the_hidden_state_is():
+    hidden, weight, _, target = loss_inputs(9, 2, 4, 6, True, False, ignored=0)
+    hidden.data[3] = math.nan
+    assert multi_codebook_cross_entropy(hidden, weight, target)[0].isnan().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that any operation gives back."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_neither_logits_nor_their_gradient_are_ever_whole(shared):
+    N, K, D, V, buffer = 512, 4, 16, 256, 2**13
+    inputs = loss_inputs(N, K, D, V, shared, False, torch.float32)
+    with LargestTensor() as plain:
+        loss_and_gradients(plain_loss, *inputs)
+    assert plain.largest >= N * K * V
+    with LargestTensor() as ours:
+        loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=buffer)
+    assert buffer <= ours.largest <= max(buffer, N * K * D, K * V * D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer
+
+LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n_kv_head, head_dim", [(4, 0), (2, 0), (1, 20)])
+def test_transformer_equals_transformers_llama(scaled, n_kv_head, head_dim):
+    from transformers import LlamaConfig, LlamaModel
+
+    c = models.transformer_config({**STACK, "n_kv_head": n_kv_head, "head_dim": head_dim, "rope_theta": 1e4},
+                                  rope_scaling=(32.0, 1.0, 4.0, 64) if scaled else None)  # fmt: skip
+    torch.manual_seed(0)
+    theirs = LlamaModel(LlamaConfig(
+        vocab_size=1, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=128,
+        rope_parameters={"rope_theta": c.rope_theta, **(LLAMA3 if scaled else {"rope_type": "default"})},
+        initializer_range=0.2,
+    )).eval()  # fmt: skip
+    ours = Transformer(c).eval()
+    names = {"attn.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    weights = theirs.state_dict()
+    models.load_weights(ours, {name: weights[translate(name, names)] for name in ours.state_dict()})
+    x = torch.randn(2, 100, c.d_model)
+    with torch.no_grad():
+        expected = theirs(inputs_embeds=x).last_hidden_state
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def translate(name, names):
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+@given(cuts=st.lists(st.integers(1, 23), max_size=8), n_kv_head=st.sampled_from([1, 2, 4]))
+@FEW
+@torch.no_grad()
+def test_cached_blocks_equal_the_whole(cuts, n_kv_head):
+    """Rows fed in any division, single steps and blocks of many, give what one pass over all gives."""
+    torch.manual_seed(0)
+    model = Transformer(models.transformer_config(STACK, n_kv_head=n_kv_head)).double().eval()
+    x = torch.randn(3, 24, 32, dtype=torch.float64)
+    cache = model.cache(3, 24)
+    pieces = [model(piece, cache) for piece in x.tensor_split(sorted(set(cuts)), 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(x), rtol=1e-9, atol=1e-9)
+    assert cache.used == 24
+
+
+@torch.no_grad()
+def test_cached_single_steps_equal_the_whole():
+    model = Transformer(models.transformer_config(STACK)).eval()
+    x, cache = torch.randn(2, 40, 32), model.cache(2, 40)
+    steps = torch.cat([model(x[:, s : s + 1], cache) for s in range(40)], 1)
+    torch.testing.assert_close(steps, model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_transformer_is_causal():
+    model = Transformer(models.transformer_config(STACK)).eval()
+    x = torch.randn(1, 20, 32)
+    y = x.clone()
+    y[:, 12:] = torch.randn(1, 8, 32)
+    torch.testing.assert_close(model(x)[:, :12], model(y)[:, :12])
+    assert (model(x)[:, 12] - model(y)[:, 12]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_positions_end():
+    model = Transformer(models.transformer_config(STACK, max_positions=16))
+    cache = model.cache(1, 20)
+    model(torch.randn(1, 16, 32), cache)
+    for x, c in ((torch.randn(1, 17, 32), None), (torch.randn(1, 1, 32), cache)):
+        with pytest.raises(ValueError, match="17 rows are more than the model's 16 positions"):
+            model(x, c)
+
+
+def test_recompute_gives_the_same_gradients():
+    x, results = torch.randn(2, 9, 32), []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        model = Transformer(models.transformer_config(STACK, recompute=recompute, dropout=0.2))
+        torch.manual_seed(2)
+        loss = model(x).square().sum()
+        loss.backward()
+        results.append((loss, *gradients(model).values()))
+    assert_same(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("given, message", [
+    ("llama-2B", "no transformer preset 'llama-2B': there are llama-1B"),
+    ({**STACK, "d_modle": 3}, "unexpected keyword argument 'd_modle'"),
+    ({"n_layer": 1}, "missing .* required positional arguments"),
+    ({**STACK, "n_kv_head": 3}, "must be a multiple"),
+    ({**STACK, "head_dim": 5}, "the width even"),
+])  # fmt: skip
+def test_transformer_config_refuses(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        models.transformer_config(given)
+    assert "\n" not in str(error.value)
+
+
+def test_presets_have_the_published_sizes():
+    def count(name):
+        with torch.device("meta"):
+            return sum(p.numel() for p in Transformer(models.transformer_config(name)).parameters())
+
+    # layers, width, inner width, width of keys and values, from the released files
+    sizes = {"llama-1B": (16, 2048, 8192, 512), "llama-100M": (4, 1024, 8192, 256),
+             "llama-250M": (6, 1536, 8192, 384), "llama-60M": (4, 1024, 4096, 256)}  # fmt: skip
+    for name, (L, D, inner, kv) in sizes.items():
+        assert count(name) == L * (2 * D * D + 2 * D * kv + 3 * D * inner + 2 * D) + D
+    assert 0.5e6 < count("llama-1M") < 1.5e6 and 1e5 < count("llama-300K") < 4e5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM against others
+
+
+def half_split(weight, heads):
+    """Rows of q or k of an interleaved rotary layout, reordered for ours, as its port to transformers does."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def from_original(weights, model):
+    """Weights or gradients under the original's (torchtune's) names -> under ours."""
+    names = {"text_embedding.": "text_embeddings.", "audio_embedding.": "audio_embeddings.", "o_proj": "output_proj",
+             "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "attn_norm.weight": "sa_norm.scale",
+             "mlp_norm.weight": "mlp_norm.scale", "norm.weight": "norm.scale", "decoder_heads": "audio_head"}
+    out = {}
+    for name in model.state_dict():
+        key = "codebook0_head.weight" if name == "codebook0_head" else translate(name, names)
+        if key not in weights:
+            continue
+        value = weights[key]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            stack = model.config.backbone if name.startswith("backbone") else model.config.decoder
+            value = half_split(value, stack.n_head if "q_proj" in name else stack.n_kv_head)
+        out[name] = value.transpose(1, 2) if name == "decoder_heads" else value
+    return out
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "csm_original.safetensors")
+
+
+@pytest.fixture
+def original(golden, monkeypatch):
+    """Our CSM with the weights of the golden file, which was made by the original code."""
+    monkeypatch.setattr(CSMConfig, "SPARE", 0)  # its greedy decoding may choose the spare classes as well
+    c = json.loads((GOLDEN / "csm_original.json").read_text())["config"]
+    scaling = [c[f"rope_{key}"] for key in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")]
+
+    def sizes(s):
+        return dict(n_layer=s["num_layers"], n_head=s["num_heads"], n_kv_head=s["num_kv_heads"],
+                    d_model=s["embed_dim"], d_ff=s["intermediate_dim"], rope_theta=c["rope_base"],
+                    rope_scaling=scaling, norm_eps=c["norm_eps"])  # fmt: skip
+
+    model = CSM(CSMConfig(c["text_vocab_size"], c["audio_num_codebooks"], c["audio_vocab_size"], sizes(c["backbone"]),
+                          sizes(c["decoder"]), stop="zeros", decoder_fraction=1.0))  # fmt: skip
+    weights = {k.removeprefix("weights."): v for k, v in golden.items() if k.startswith("weights.")}
+    models.load_weights(model, from_original(weights, model))
+    return model.eval()
+
+
+def rows_of(tokens, mask):
+    """tokens, segment as ours from the original's tokens and mask (B, S, K + 1)."""
+    kind = torch.tensor([PAD, TEXT] + [AUDIO] * 4)
+    return tokens, kind[mask.sum(-1).long()]
+
+
+def test_golden_states_losses_and_gradients(original, golden):
+    tokens, segment = rows_of(golden["in.tokens"], golden["in.tokens_mask"])
+    used = segment[:, :-1] != PAD
+    hidden = original.backbone(original.embed(tokens, segment))[:, :-1]
+    torch.testing.assert_close(hidden[used], golden["out.backbone_hidden"][used], rtol=0, atol=1e-5)
+    target = segment[:, 1:] == AUDIO
+    state, frame = hidden[target], tokens[:, 1:, :5][target]
+    torch.testing.assert_close(state @ original.codebook0_head.T, golden["out.c0_logits"], rtol=0, atol=1e-5)
+    inputs = original.depth_inputs(state, frame[:, :-1])
+    torch.testing.assert_close(inputs, golden["out.decoder_in"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(original.decoder(inputs), golden["out.decoder_hidden"], rtol=0, atol=1e-5)
+
+    loss, stats = original(tokens, segment)
+    torch.testing.assert_close(loss, golden["out.loss"], rtol=0, atol=1e-5)
+    for name in ("backbone_loss", "decoder_loss", "c0_accuracy"):
+        total, count = stats[name]
+        expected = golden[f"out.{name}".replace("backbone", "c0")]
+        torch.testing.assert_close(total / count, expected, rtol=0, atol=1e-5)
+    total, count = stats["loss_by_codebook"]
+    torch.testing.assert_close((total / count)[1:], golden["out.per_level_losses"], rtol=0, atol=1e-5)
+
+    loss.backward()
+    expected = {k.removeprefix("grad."): v for k, v in golden.items() if k.startswith("grad.")}
+    compared = from_original(expected, original)
+    assert len(compared) == len(expected) == 7
+    for name, gradient in compared.items():
+        ours = dict(original.named_parameters())[name].grad
+        torch.testing.assert_close(ours, gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_golden_row_alone(original, golden):
+    loss, _ = original(*rows_of(golden["in.tokens"][:1], golden["in.tokens_mask"][:1]))
+    torch.testing.assert_close(loss, golden["row0.loss"], rtol=0, atol=1e-5)
+
+
+def test_golden_generation(original, golden):
+    tokens, segment = rows_of(golden["gen.prompt_tokens"], golden["gen.prompt_mask"])
+    frames = (segment[0] == AUDIO).nonzero()[:, 0].tolist()
+    first, stop = frames[0], frames[-1]
+    text = tokens[0, :, -1].numpy()
+    prompt = text[:first], tokens[0, first:stop, :-1].numpy()
+    rows, _ = original.layout(text[stop + 1 :], None, prompt)
+    assert np.array_equal(rows, tokens[0])
+    spoken = list(original.generate(text[stop + 1 :], prompt, max_frames=8, choose=models.sampler(temperature=0)))
+    assert torch.equal(torch.stack(spoken), golden["gen.frames"])
+
+
+def test_golden_rotary(golden):
+    for dim in (64, 128):
+        c = models.transformer_config("llama-1B", head_dim=dim)
+        table = models.rope_table(c)[:, golden["rope.positions"]]
+        x, expected = (golden[f"rope{dim}.{end}"].transpose(1, 2) for end in ("in", "out"))  # (1, H, S, dim)
+        split = lambda t: t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # noqa: E731
+        torch.testing.assert_close(models.rotate(split(x), table), split(expected), rtol=0, atol=1e-5)
+
+
+def test_golden_permutation(golden):
+    for name, heads in (("q_proj", 4), ("k_proj", 2)):
+        key = f"backbone.layers.0.attn.{name}.weight"
+        assert torch.equal(half_split(golden[f"weights.{key}"], heads), golden[f"hf.{key}"])
+
+
+@pytest.fixture(scope="module")
+def port():
+    """transformers' CSM with small random weights, and ours with the same."""
+    from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
+
+    def rope(factor, original):
+        return {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": factor,
+                "high_freq_factor": 4 * factor, "original_max_position_embeddings": original}  # fmt: skip
+
+    torch.manual_seed(3)
+    K, V, T = 4, 19, 30
+    sizes = dict(intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    theirs = CsmForConditionalGeneration(CsmConfig(
+        **sizes, hidden_size=32, num_codebooks=K, vocab_size=V, text_vocab_size=T, max_position_embeddings=2048,
+        initializer_range=0.2, rope_parameters=rope(0.125, 1024), pad_token_id=0, codebook_pad_token_id=18,
+        bos_token_id=1, audio_token_id=28, audio_eos_token_id=29,
+        depth_decoder_config=dict(**sizes, hidden_size=16, num_codebooks=K, vocab_size=V, backbone_hidden_size=32,
+                                  rope_parameters=rope(1 / 512, 16), initializer_range=0.2),
+        codec_config=MimiConfig(hidden_size=16, num_filters=2, num_hidden_layers=1, num_attention_heads=1,
+                                num_key_value_heads=1, intermediate_size=8, codebook_size=8, codebook_dim=4,
+                                vector_quantization_hidden_dimension=4, upsample_groups=4).to_dict(),
+    )).eval()  # fmt: skip
+    torch.nn.init.normal_(theirs.depth_decoder.codebooks_head.weight, std=0.2)
+    stack = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, rope_scaling=(32.0, 1.0, 4.0, 8192))
+    ours = CSM(CSMConfig(T, K, V - 3, stack, {**stack, "d_model": 16}, stop="zeros", decoder_fraction=1.0))
+    names = {"text_embedding": "embed_text_tokens",
+             "audio_embedding": "backbone_model.embed_tokens.embed_audio_tokens",
+             "projection": "depth_decoder.model.inputs_embeds_projector",
+             "decoder_heads": "depth_decoder.codebooks_head.weight",
+             "codebook0_head": "lm_head.weight", "attn.": "self_attn.", "attn_norm": "input_layernorm",
+             "mlp_norm": "post_attention_layernorm"}  # fmt: skip
+    weights, mapped = theirs.state_dict(), {}
+    for name in ours.state_dict():
+        key = name.replace("backbone.", "backbone_model.", 1) if name.startswith("backbone.") else name
+        key = "depth_decoder.model." + key.removeprefix("decoder.") if name.startswith("decoder.") else key
+        value = weights[translate(key, names)]
+        mapped[name] = value.transpose(1, 2) if name == "decoder_heads" else value
+    models.load_weights(ours, mapped)
+    return theirs, ours.eval()
+
+
+def test_losses_and_logits_equal_those_of_transformers(port):
+    theirs, ours = port
+    tokens, segment = batch_of(ours, utterance(5, 9), utterance(3, 6, seed=1))
+    labels = torch.where((segment == AUDIO)[..., None], tokens[..., :4], -100)
+    embedded = theirs.embed_text_tokens(tokens[..., 4]) * (segment == TEXT)[..., None]
+    embedded = embedded + theirs.backbone_model.embed_tokens(tokens[..., :4]) * (segment == AUDIO)[..., None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.embed(tokens, segment), embedded, rtol=0, atol=1e-5)
+        expected = theirs(inputs_embeds=embedded, labels=labels)
+        loss, stats = ours(tokens, segment)
+        state = ours.backbone(ours.embed(tokens, segment))
+        torch.testing.assert_close(state @ ours.codebook0_head.T, expected.logits, rtol=1e-4, atol=1e-4)
+        kept = segment[:, 1:] == AUDIO
+        depth = ours.decoder(ours.depth_inputs(state[:, :-1][kept], tokens[:, 1:, :3][kept]))[:, 1:]
+        logits = torch.einsum("nkd,kvd->nkv", depth, ours.decoder_heads)
+        torch.testing.assert_close(logits, expected.depth_decoder_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+    for name, value in (("backbone_loss", expected.backbone_loss), ("decoder_loss", expected.depth_decoder_loss)):
+        torch.testing.assert_close(stats[name][0] / stats[name][1], value, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM by itself
+
+
+META = dict(codec=dict(n_codebooks=8, codebook_size=256), tokenizer=dict(vocab_size=300, bos_id=1, eos_id=2))
+
+
+@pytest.mark.parametrize("options", [
+    dict(backbone="llama-1M", decoder="llama-300K"),
+    dict(backbone="llama-1M", decoder="llama-300K", decoder_fraction=1.0, dropout=0.1),
+])  # fmt: skip
+def test_initial_loss_is_near_2_ln_v(options):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = models.build("csm", META, {**options, "learning_rate": 1.0})
+        batch = batch_of(model, *(utterance(9, 40, 8, 256, seed=s) for s in range(4)))
+        assert abs(model(*batch)[0].item() - 2 * math.log(259)) < 0.1
+
+
+def test_build_refuses_what_does_not_fit():
+    meta = json.loads(json.dumps(META))
+    options = dict(backbone="llama-1M", decoder="llama-300K")
+    for change, message in (
+        ({"decoder_fraction": 0.0}, "not in"),
+        ({"stop": "never"}, "'class' or 'zeros'"),
+        ({"backbone": "big"}, "no transformer preset"),
+        ({"decoder": {**STACK, "max_positions": 4}}, "positions are fewer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.build("csm", meta, {**options, **change})
+    with pytest.raises(ValueError, match="arch = 'tacotron': there is csm"):
+        models.build("tacotron", meta, options)
+    meta["codec"]["n_codebooks"] = 1
+    with pytest.raises(ValueError, match="at least 2 codebooks"):
+        models.build("csm", meta, options)
+
+
+@given(n=st.integers(1, 20), T=st.integers(1, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
+       bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), stop=st.sampled_from(["class", "zeros"]))
+@FEW
+def test_layout(n, T, prompt, bos, eos, stop):
+    config = CSMConfig(30, 4, 16, STACK, STACK, bos, eos, stop)
+    text, codes = utterance(n, T)
+    before = utterance(*prompt, seed=1) if prompt else None
+    tokens, segment = config.layout(text, codes, before)
+    assert tokens.dtype == np.int64 and tokens.shape == (len(segment), 5)
+    assert len(segment) == config.length(n, T, *(prompt or ()))
+    before_too = [np.array([x, 0]) for x in prompt or (0, 0)]  # on arrays; the second utterance has no prompt
+    lengths = config.length(np.array([n, 3]), np.array([T, 4]), *before_too)
+    assert lengths.tolist() == [len(segment), config.length(3, 4)]
+
+    marked = [m for m in (bos,) if m >= 0] + text.tolist() + [m for m in (eos,) if m >= 0]
+    assert tokens[segment == AUDIO][:, :4].tolist() == codes.tolist() + [config.stop_frame().tolist()]
+    assert tokens[segment == TEXT][-len(marked) :, 4].tolist() == marked
+    assert not tokens[segment == TEXT][:, :4].any() and not tokens[segment != TEXT][:, 4].any()
+    assert (np.diff((segment == AUDIO).astype(int)) >= 0).all() and segment[-1] == AUDIO  # the frames come last
+    if before:
+        assert tokens[segment == PROMPT][:, :4].tolist() == before[1].tolist() + [config.stop_frame().tolist()]
+        own = len(config.layout(*before)[0])
+        assert np.array_equal(tokens[:own], config.layout(*before)[0]) and PROMPT not in segment[own:]
+    asked, kinds = config.layout(text, None, before)  # generation starts from what training saw before the frames
+    assert np.array_equal(asked, tokens[: -T - 1]) and np.array_equal(kinds, segment[: -T - 1])
+
+
+def test_right_padding_changes_nothing():
+    model = tiny().double()
+    batch = [utterance(5, 9), utterance(3, 4, seed=1), utterance(8, 2, seed=2)]
+    losses = []
+    for width in (0, 40):
+        model.zero_grad()
+        loss, _ = model(*batch_of(model, *batch, width=width))
+        loss.backward()
+        losses.append((loss, *gradients(model).values()))
+    assert_same(*losses)
+    one, stats = model(*batch_of(model, batch[1], width=30))
+    both, more = model(*batch_of(model, batch[0], batch[1]))
+    alone, first = model(*batch_of(model, batch[0]))
+    for name in ("loss", "backbone_loss", "decoder_loss", "loss_by_codebook", "accuracy_by_codebook", "c0_accuracy"):
+        (a, n), (b, m), (c, k) = stats[name], first[name], more[name]
+        torch.testing.assert_close(a + b, c)  # sums and counts add up over batches
+        assert torch.equal(torch.as_tensor(n + m), torch.as_tensor(k))
+
+
+def test_no_loss_on_prompts():
+    """The frames of a prompt are read, but never a target."""
+    model, text, codes = tiny(), *utterance()
+    prompt = utterance(3, 4, seed=1)
+    tokens, segment = batch_of(model, (text, codes, prompt))
+    loss, stats = model(tokens, segment)
+    hidden = model.backbone(model.embed(tokens, segment))
+    first = int((segment[0] == AUDIO).nonzero()[0])
+    expected = F.cross_entropy(hidden[0, first - 1 : -1] @ model.codebook0_head.T, tokens[0, first:, 0])
+    torch.testing.assert_close(stats["backbone_loss"][0] / stats["backbone_loss"][1], expected)
+    assert stats["backbone_loss"][1] == stats["decoder_loss"][1] == len(codes) + 1
+    other = (prompt[0], (prompt[1] + 1) % 16)
+    assert abs(model(*batch_of(model, (text, codes, other)))[0] - loss) > 1e-4  # but it is heard
+
+
+def test_stop_frames_are_always_among_the_depth_decoders():
+    model = tiny(decoder_fraction=1e-6).train()
+    seen, loss = [], models.multi_codebook_cross_entropy
+
+    def spy(hidden, weight, target, **options):
+        seen.append(target)
+        return loss(hidden, weight, target, **options)
+
+    batch = batch_of(model, utterance(5, 9), utterance(4, 7, seed=1), utterance(2, 3, seed=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "multi_codebook_cross_entropy", spy)
+        _, stats = model(*batch)
+    backbone, depth = seen
+    assert backbone.shape == (22, 1) and (backbone == 16).sum() == 3
+    assert depth.tolist() == [[0, 0, 0]] * 3  # the three stop frames, and by chance of one in a million nothing else
+    assert stats["decoder_loss"][1] == 3 and stats["backbone_loss"][1] == 22
+
+
+def test_decoder_fraction_keeps_its_share():
+    model = tiny(decoder_fraction=0.25).train()
+    batch = batch_of(model, *(utterance(5, 50, seed=s) for s in range(4)))
+    torch.manual_seed(0)
+    kept = np.mean([model(*batch)[1]["decoder_loss"][1] for _ in range(20)])
+    assert abs(kept - (4 + 0.25 * 200)) < 6
+
+
+def test_whole_decoder_fraction_and_eval_are_the_same():
+    model = tiny(decoder_fraction=1.0)
+    batch = batch_of(model, utterance(5, 9), utterance(4, 7, seed=1))
+    trained, evaluated = model.train()(*batch), model.eval()(*batch)
+    assert torch.equal(trained[0], evaluated[0])
+    model.config.decoder_fraction = 0.1
+    assert torch.equal(model(*batch)[0], evaluated[0])  # evaluation looks at all frames whatever training does
+    assert "stop_missed" in evaluated[1] and "stop_missed" not in trained[1]
+    assert evaluated[1]["stop_missed"][1] == 2
+
+
+@torch.no_grad()
+def test_frame_dropout_blanks_input_frames_in_training_only():
+    model, (text, codes), prompt = tiny(frame_dropout=1.0), utterance(), utterance(seed=1)
+    other = codes.copy()
+    other[:, 1:] += 1  # an input of the backbone, not its target
+    other %= 16
+
+    def loss(codes, prompt):
+        return model(*batch_of(model, (text, codes, prompt)))[1]["backbone_loss"][0]
+
+    model.train()
+    assert loss(codes, prompt) == loss(other, prompt)
+    assert loss(codes, prompt) != loss(codes, (prompt[0], other))  # a prompt is never blanked
+    model.eval()
+    assert loss(codes, prompt) != loss(other, prompt)
+    model.train().config.frame_dropout = 0.5
+    assert len({float(loss(codes, prompt)) for _ in range(9)}) > 1
+
+
+def test_decoder_loss_weight():
+    batch = batch_of(tiny(), utterance())
+    whole, stats = tiny()(*batch)
+    parts = [stats[k][0] / stats[k][1] for k in ("backbone_loss", "decoder_loss")]
+    torch.testing.assert_close(whole, parts[0] + parts[1])
+    torch.testing.assert_close(tiny(decoder_loss_weight=0.3)(*batch)[0], parts[0] + 0.3 * parts[1])
+
+
+def test_recompute_gives_csm_the_same_gradients():
+    results = []
+    for recompute in (False, True):
+        model = tiny(backbone=dict(recompute=recompute), decoder=dict(recompute=recompute)).train()
+        loss, _ = model(*batch_of(model, utterance()))
+        loss.backward()
+        results.append((loss, *gradients(model).values()))
+    assert len(results[0]) == 1 + len(list(model.parameters()))
+    assert_same(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient_even_without_depth_frames():
+    """So that DistributedDataParallel finds all of them in use in every step."""
+    model = tiny(decoder_fraction=1e-6, stop="class").train()
+    tokens, segment = batch_of(model, utterance())
+    loss, _ = model(tokens[:, :-1], segment[:, :-1])  # without its stop frame: none for the depth decoder
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generation
+
+
+def test_generation_ends_at_the_stop_class():
+    model, (text, codes) = tiny(), utterance(T=3)
+    forced = iter([*codes.ravel().tolist(), 16])
+    spoken = model.generate(text, max_frames=10, choose=lambda logits: torch.tensor(next(forced)))
+    frames = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            frames.append(next(spoken).tolist())
+    assert frames == codes.tolist() and end.value.value is True
+
+
+@pytest.mark.parametrize("stop", ["class", "zeros"])
+def test_generation_never_speaks_spare_classes_and_ends_at_the_cap(stop):
+    model, (text, _) = tiny(stop=stop), utterance()
+    widths = []
+    forced = iter([5] * 1000)
+    spoken = model.generate(text, max_frames=4, choose=lambda x: widths.append(len(x)) or torch.tensor(next(forced)))
+    assert [frame.tolist() for frame in spoken] == [[5] * 4] * 4
+    assert widths == ([17 if stop == "class" else 16] + [16] * 3) * 4
+
+
+def test_generation_ends_at_zeros():
+    model, (text, codes) = tiny(stop="zeros"), utterance(T=3)
+    forced = iter([*codes.ravel().tolist(), 0, 0, 0, 1, 0, 0, 0, 0])
+    spoken = list(model.generate(text, max_frames=10, choose=lambda logits: torch.tensor(next(forced))))
+    assert torch.stack(spoken).tolist() == [*codes.tolist(), [0, 0, 0, 1]]
+
+
+def test_generation_within_the_positions():
+    model, (text, codes) = tiny(backbone=dict(max_positions=12)), utterance(n=5)
+    spoken = model.generate(text, max_frames=50, choose=lambda logits: torch.tensor(3))
+    assert len(list(spoken)) == 12 - 7
+    with pytest.raises(ValueError, match="text and prompt take 19 rows, the model has 12 positions"):
+        next(model.generate(text, (text[:3], codes)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("stop", ["class", "zeros"])
+def test_contract_holds(dtype, stop):
+    model = tiny(stop=stop, backbone=dict(dropout=0.5)).to(dtype).train()
+    report = contract_check(model, *utterance(7, 12))
+    assert model.training and report["ln_v"] == math.log(19) and len(report["loss_at_shift"]) == 3
+    assert report["max_difference"] < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1}[dtype]
+    for T in (1, 2, 3):
+        contract_check(model, *utterance(2, T))
+
+
+class ShiftedLayout(CSM):
+    """Trains on frames that generation would find one row later."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layout = self.shifted
+
+    def shifted(self, text, codes=None, prompt=None):
+        tokens, segment = self.config.layout(text, codes, prompt)
+        return (tokens, segment) if codes is not None else (tokens[:-1], segment[:-1])
+
+
+class ForgetfulCache(CSM):
+    """Generation takes every row for the first."""
+
+    def generate(self, *args, **options):
+        forward = self.backbone.forward
+
+        def forget(x, cache=None):
+            if cache is not None and x.shape[1] == 1:
+                cache.used = 0
+            return forward(x, cache)
+
+        self.backbone.forward = forget
+        yield from super().generate(*args, **options)
+        self.backbone.forward = forward
+
+
+class StaleDepth(CSM):
+    """The depth decoder's cache is not emptied between frames."""
+
+    def _frame(self, state, cache, choose):
+        c = self.config
+        frame = [choose((state[0] @ self.codebook0_head.T)[: c.codebook_size + 1])]
+        if frame[0] == c.codebook_size:
+            return None
+        x = self.depth_inputs(state, frame[0].view(1, 1))
+        cache.used = min(cache.used, 1)
+        for k in range(1, c.n_codebooks):
+            frame.append(choose((self.decoder(x, cache)[0, -1] @ self.decoder_heads[k - 1].T)[: c.codebook_size]))
+            x = self.projection(self.audio_embedding(frame[k].view(1, 1) + self.offset[k]))
+            cache.used = min(cache.used, c.n_codebooks - 1)
+        return torch.stack(frame)
+
+
+class WrongOffset(CSM):
+    """Generation embeds the codes it chose in another codebook's table."""
+
+    def embed(self, tokens, segment):
+        if tokens.shape[1] == 1:
+            tokens = tokens.roll(1, -1)
+        return super().embed(tokens, segment)
+
+
+@pytest.mark.parametrize("broken", [ShiftedLayout, ForgetfulCache, StaleDepth, WrongOffset])
+def test_contract_check_refuses(broken):
+    with pytest.raises(ValueError, match="check failed: cached generation and teacher forcing differ") as error:
+        contract_check(tiny(broken), *utterance(7, 12))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_contract_check_refuses_a_model_of_another_shift(shift):
+    """Logits agree, but the model has learnt to repeat the frame it hears (0), or to leave one out (2)."""
+    model, (text, codes) = tiny(), utterance(7, 12)
+    codes[:, 0] = np.arange(12)  # no frame is like another
+    learnt = torch.from_numpy(np.concatenate([[0], codes[:, 0], [0, 0]])[shift : shift + 13])
+    logits = 9.0 * F.one_hot(learnt, 19)[:, None].expand(-1, 4, -1).float()  # (T + 1, K, V)
+    model.teacher_forced_logits = lambda text, codes: logits
+
+    def generate(text, prompt=None, max_frames=0, choose=None):
+        for row in logits:
+            yield [choose(x) for x in row]
+
+    model.generate = generate
+    if shift == 1:
+        assert np.argmin(contract_check(model, text, codes)["loss_at_shift"]) == 1
+        return
+    with pytest.raises(ValueError, match=f"fits the frame at shift {shift} best"):
+        contract_check(model, text, codes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def draws(logits, n=4000, **settings):
+    g = torch.Generator().manual_seed(0)
+    picked = [int(models.sample_code(logits, generator=g, **settings)) for _ in range(n)]
+    return np.bincount(picked, minlength=len(logits)) / n
+
+
+def test_temperature():
+    logits = torch.tensor([0.5, 2.0, 1.0, -1.0])
+    assert models.sample_code(logits, temperature=0) == 1
+    for temperature in (0.5, 1.0, 2.0):
+        assert np.allclose(draws(logits, temperature=temperature), (logits / temperature).softmax(0), atol=0.03)
+
+
+def test_top_k_and_top_p():
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert np.allclose(draws(p.log(), top_k=2), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
+    assert np.allclose(draws(p.log(), top_k=9), p, atol=0.03)
+    assert np.allclose(draws(p.log(), top_p=0.65), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
+    assert np.allclose(draws(p.log(), top_p=0.75), [0, 0.4 / 0.9, 0.2 / 0.9, 0.3 / 0.9], atol=0.03)
+    assert draws(p.log(), 50, top_p=1e-6)[1] == 1  # at least the likeliest
+    assert np.allclose(draws(p.log(), top_k=3, top_p=0.5), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
+    logits = p.log()
+    models.sample_code(logits, top_k=2, top_p=0.5)
+    assert torch.equal(logits, p.log())  # what was given stays as it was
+
+
+def test_sampling_by_seed():
+    def some(seed):
+        choose = models.sampler(1.0, generator=torch.Generator().manual_seed(seed))
+        return [int(choose(torch.zeros(1000))) for _ in range(5)]
+
+    assert some(1) == some(1) != some(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def checkpoint_of(model, **more):
+    return {"arch": "csm", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None, **more}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model, path = tiny(stop="zeros", backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192))), tmp_path / "x.pt"
+    models.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"model": b"bytes"}))
+    assert os.listdir(tmp_path) == ["x.pt"]
+    checkpoint = models.load_checkpoint(path)
+    again = models.load_model(checkpoint)
+    assert checkpoint["iter"] == 7 and checkpoint["tokenizer"]["model"] == b"bytes"
+    assert again.config == model.config and not again.training
+    batch = batch_of(model, utterance())
+    assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
+    assert models.load_model(checkpoint, dtype=torch.bfloat16).codebook0_head.dtype == torch.bfloat16
+
+
+def test_averaged_weights_speak():
+    model = tiny()
+    averaged = {k: v * 0.5 for k, v in model.state_dict().items()}
+    loaded = models.load_model({**checkpoint_of(model), "ema": averaged})
+    assert torch.equal(loaded.codebook0_head, 0.5 * model.codebook0_head)
+
+
+def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "x.pt"
+    models.save_checkpoint(path, {"iter": 1})
+
+    class Bad:
+        def __reduce__(self):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        models.save_checkpoint(path, {"iter": 2, "bad": Bad()})
+    assert models.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+    os.symlink("/dev/full", tmp_path / "x.pt.partial")
+    with pytest.raises(OSError) as error:
+        models.save_checkpoint(path, {"iter": 2, "weights": torch.zeros(10**6)})
+    assert "\n" not in str(error.value)
+    assert models.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    model, good = tiny(), tmp_path / "good.pt"
+    models.save_checkpoint(good, checkpoint_of(model))
+    whole = good.read_bytes()
+    bad = {
+        "empty.pt": b"", "half.pt": whole[: len(whole) // 2], "short.pt": whole[:-1], "text.pt": b"hello " * 99,
+        "pickle.pt": pickle.dumps({"format": "parlando-1"}, 2), "zeros.pt": b"\0" * 999,
+    }  # fmt: skip
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is (truncated or not a|not a parlando-1) checkpoint") as e:
+            models.load_checkpoint(tmp_path / name)
+        assert "\n" not in str(e.value)
+    torch.save({"evil": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt is truncated or not a checkpoint"):
+        models.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "made").exists()
+    for foreign in ({"model_state": {}}, [1, 2], torch.zeros(3), {"format": "parlando-0"}):
+        torch.save(foreign, tmp_path / "foreign.pt")
+        with pytest.raises(ValueError, match="is not a parlando-1 checkpoint"):
+            models.load_checkpoint(tmp_path / "foreign.pt")
+    for name in ("none.pt", ""):
+        with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+            models.load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("projection.weight"), "the weights lack projection.weight"),
+    (lambda w: w.update(extra=torch.zeros(1)), "the weights hold extra, which the model does not have"),
+    (lambda w: w.update(codebook0_head=torch.zeros(5, 32)), r"_head has shape \(5, 32\), the model needs \(19, 32\)"),
+])  # fmt: skip
+def test_weights_that_do_not_fit(change, message):
+    checkpoint = checkpoint_of(tiny())
+    change(checkpoint["model"])
+    with pytest.raises(ValueError, match=message):
+        models.load_model(checkpoint)
+    with pytest.raises(ValueError, match="architecture 'kani', this code has csm"):
+        models.load_model({**checkpoint, "arch": "kani"})

@@ -1,0 +1,550 @@
+import contextlib
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import configurator
+import prepare
+from codec import load_codec, read_audio
+from data import TokenFiles, load_tokenizer, train_tokenizer
+
+ROOT = Path(prepare.__file__).parent
+RATE = 16000
+TINY = {"n_codebooks": 2, "codebook_size": 16}
+
+
+def clip(i, seconds=0.8, level=0.3):
+    """Something like a voice: harmonics of a gliding pitch, in syllables."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    phase = 2 * np.pi * (90 + 7 * i + 20 * np.sin(3 * t)) * t
+    wav = sum(np.sin(k * phase) / k for k in range(1, 8)) * np.abs(np.sin(np.pi * (3 + i % 3) * t))
+    return (level * wav / np.abs(wav).max()).astype(np.float32)
+
+
+def words(i):
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    return " ".join(digits[int(d)] for d in f"{i * 37 % 1000:03d}")
+
+
+def make_set(folder, n=24, speakers=("ann", "bob")):
+    """A small csv data set; returns its rows (audio, text, speaker)."""
+    (folder / "wavs").mkdir(parents=True)
+    rows = [(f"wavs/u{i:02d}.wav", words(i), speakers[i % len(speakers)]) for i in range(n)]
+    for i, (audio, _, _) in enumerate(rows):
+        soundfile.write(folder / audio, clip(i, 0.6 + 0.05 * (i % 7)), RATE)
+    write_csv(folder / "metadata.csv", rows)
+    return rows
+
+
+def write_csv(path, rows, header=("audio", "text", "speaker")):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def config(**keys):
+    cfg = configurator.configure(ROOT / "prepare.py", [])
+    vars(cfg).update({"codec_args": TINY, "val_fraction": 0.2, "workers": 1, "vocab_size": 400, **keys})
+    return cfg
+
+
+def run(source, data_dir, **keys):
+    prepare.main(config(sources=str(source), data_dir=str(data_dir), **keys))
+    return json.loads((data_dir / "report.json").read_text())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw") / "voices"
+    make_set(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(raw):
+    run(raw, raw.parent / "tokens")
+    return raw.parent / "tokens"
+
+
+# -----------------------------------------------------------------------------
+# metadata
+
+QUOTED = '"Well," she said,\nand left.'
+LAYOUTS = {
+    "ljspeech": ("metadata.csv", 'a|He said "no.|He said "no.\nb|10 %|ten percent\nc|three|\n'),
+    "ljspeech, two columns": ("metadata.csv", 'a|He said "no.\nb|ten percent\nc|three\n'),
+    "ljspeech, header and extension": (
+        "metadata.csv", 'ID|Text|Normalised Text\na.wav|x|He said "no.\nb.wav|x|ten percent\nc.wav|x|three\n'),
+    "pipes with a header": ("list.txt", 'audio_file|text\nwavs/a.wav|He said "no.\nb.wav|ten percent\nc.wav|three\n'),
+    "csv": ("metadata.csv", 'Audio,text,other\na.wav,"He said ""no.",1\nwavs/b.wav,ten percent,2\n./c.wav,three,3\n'),
+    "csv, semicolons": ("metadata.csv", 'audio;text\na.wav;"He said ""no."\nb.wav;ten percent\nc.wav;three\n'),
+    "tsv": ("x.tsv", 'path\tsentence\na.wav\t"He said ""no."\nb.wav\tten percent\nc.wav\tthree\n'),
+    "tsv with stray quotes": ("x.tsv", 'path\tsentence\na.wav\tHe said "no.\nb.wav\tten percent\nc.wav\tthree\n'),
+    "json": ("x.json", json.dumps([{"audio": {"path": "a.wav"}, "text": 'He said "no.'},
+                                   {"file": "b.wav", "text": "ten percent", "speaker": None},
+                                   {"audio": "c.wav", "text": "three"}], indent=1)),
+    "jsonl": ("x.jsonl", '{"audio_filepath": "a.wav", "text": "He said \\"no."}\n\n'
+                         '{"file_name": "b.wav", "text": "ten percent"}\n{"path": "c.wav", "text": "three"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_the_same(tmp_path, layout, newline, bom):
+    name, text = LAYOUTS[layout]
+    (tmp_path / name).write_bytes(bom + text.replace("\n", newline).encode())
+    got = prepare.read_source(str(tmp_path / name))
+    assert [(u.id, u.text) for u in got] == [("a", 'He said "no.'), ("b", "ten percent"), ("c", "three")]
+    assert not any(u.reason for u in got)
+    assert {u.speaker for u in got} == {tmp_path.name}
+
+
+def test_quoted_fields_with_commas_and_line_breaks(tmp_path):
+    write_csv(tmp_path / "metadata.csv", [("a.wav", QUOTED, "x"), ("b.wav", "b", "y")])
+    got = prepare.read_source(str(tmp_path))
+    assert [(u.id, u.text, u.speaker) for u in got] == [("a", '"Well," she said, and left.', "x"), ("b", "b", "y")]
+
+
+def test_ids(tmp_path):
+    at = str(tmp_path / "metadata.csv")
+    names = ["wavs/a.wav", "a.FLAC", "x/a.wav", str(tmp_path / "x" / "a.ogg"), "v1.2", "v1.2.mp3", "/elsewhere/a.wav"]
+    assert [prepare.utterance_id(n, at) for n in names] == ["a", "a", "x/a", "x/a", "v1.2", "v1.2", "/elsewhere/a"]
+
+
+def test_cuts(tmp_path):
+    lines = [{"audio": "talk.wav", "text": "t", **extra} for extra in (
+        {"start": 0.5, "end": 1.25}, {"offset": 2, "duration": 1.5}, {"duration": 9}, {"end": "3"}, {"start": 4},
+        {"start": 3, "end": 2}, {"start": "soon"}, {"start": float("nan")}, {"start": -1},
+    )]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    got = prepare.read_source(str(tmp_path / "m.jsonl"))
+    assert [(u.start, u.end) for u in got[:5]] == [(0.5, 1.25), (2.0, 3.5), (0.0, None), (0.0, 3.0), (4.0, None)]
+    assert [u.id for u in got[:5]] == ["talk_0.5-1.25", "talk_2-1.5", "talk", "talk_0-3", "talk_4-"]
+    assert [u.reason for u in got] == [""] * 5 + ["bad row"] * 4
+
+
+def test_source_options(tmp_path):
+    rows = [(f"{i}.wav", f"text {i}", "us" if i % 2 else "england", "x" if i == 1 else "") for i in range(10)]
+    write_csv(tmp_path / "m.csv", rows, ("audio", "text", "Accent", "speaker"))
+    wanted = {"accent": "u.", "text": r"\D+[1-7]"}
+    source = {"path": str(tmp_path / "m.csv"), "speaker": "anna", "name": "set", "filter": wanted}
+    got = prepare.read_source(source)
+    used = [u for u in got if not u.reason]
+    assert [u.id for u in used] == ["set/1", "set/3", "set/5", "set/7"]
+    assert [u.speaker for u in used] == ["x", "anna", "anna", "anna"]  # a column says more than the source
+    assert [u.reason for u in got if u not in used] == ["filtered out"] * 6
+    capped = [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
+    assert len(capped) == 2 and set(capped) < {u.id for u in used}
+    assert capped == [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
+
+
+def test_rows_at_fault(tmp_path):
+    (tmp_path / "m.csv").write_text("audio,text\na.wav,one\nb.wav,two, and three\nc.wav\n,no audio\nd.wav,  \n")
+    got = prepare.read_source(str(tmp_path / "m.csv"))
+    assert [(u.id, u.reason) for u in got] == [
+        ("a", ""), ("b", "bad row"), ("c", "bad row"), ("line 5", "bad row"), ("d", "empty text")]  # fmt: skip
+    assert got[1].detail == "line 3: 3 fields instead of 2"
+
+
+# -----------------------------------------------------------------------------
+# the split
+
+
+def utterances(ids):
+    return [prepare.Utterance(name, "", "", "", "") for name in ids]
+
+
+def test_adding_data_moves_nobody():
+    few, many = utterances(f"a{i}" for i in range(0, 5000, 7)), utterances(f"a{i}" for i in range(5000))
+    small, large = (prepare.held_out(u, "", 0.1) for u in (few, many))
+    assert small == large & {u.id for u in few}
+    assert 0.08 < len(large) / 5000 < 0.12
+    assert large < prepare.held_out(many, "", 0.2)
+
+
+def test_held_out_list(tmp_path):
+    path = tmp_path / "heldout.txt"
+    path.write_text("\ufeffa3\r\n\r\na5 \nnot there\n", encoding="utf-8")
+    assert prepare.held_out(utterances(f"a{i}" for i in range(9)), str(path), 0.5) == {"a3", "a5"}
+
+
+def test_the_advice_of_an_empty_split_is_right():
+    some = utterances(f"a{i}" for i in range(20))
+    with pytest.raises(ValueError, match="val split is empty") as error:
+        prepare.held_out(some, "", 0.0)
+    fraction = float(str(error.value).split("--val_fraction=")[1].split()[0])
+    assert len(prepare.held_out(some, "", fraction)) == 1
+    with pytest.raises(ValueError, match="train split is empty"):
+        prepare.held_out(some, "", 1.0)
+
+
+# -----------------------------------------------------------------------------
+# the whole road
+
+
+def test_what_is_written(raw, tokens):
+    with open(raw / "metadata.csv", newline="") as file:
+        rows = {Path(row[0]).stem: row for row in list(csv.reader(file))[1:]}
+    codec = load_codec("mel", str(tokens))
+    names = []
+    for split in ("train", "val"):
+        files = TokenFiles(tokens, split)
+        tokenizer = load_tokenizer("sentencepiece", (tokens / files.meta["tokenizer"]["file"]).read_bytes())
+        for i in range(len(files)):
+            names.append(files.name(i))
+            audio, text, speaker = rows[files.name(i)]
+            assert (prepare.fraction(files.name(i)) < 0.2) == (split == "val")
+            assert files.meta["speakers"][files.speaker(i)] == speaker
+            assert tokenizer.decode(files.text(i)) == f"[{speaker}]{text}"
+            assert len(tokenizer.encode(f"[{speaker}]")) == 1
+            wav = read_audio(raw / audio, codec.sample_rate)
+            assert torch.equal(torch.from_numpy(files.codes(i)), codec.encode(wav[None])[0].T)
+    assert sorted(names) == sorted(rows)
+    meta = files.meta
+    assert meta["codec"] == {
+        "name": "mel", "fingerprint": codec.fingerprint(), "sample_rate": 16000, "frame_rate": 12.5,
+        "n_codebooks": 2, "codebook_size": 16,
+    }  # fmt: skip
+    assert meta["text_format"] == "[{speaker}]{text}" and meta["lowercase"] is False
+    report = json.loads((tokens / "report.json").read_text())
+    assert report["used"] == 24 and report["not_used"] == [] and list(report["speakers"]) == meta["speakers"]
+    assert sum(b["utterances"] for b in report["durations"]) == 24
+    train = meta["splits"]["train"]
+    assert report["cost"]["rows"] == train["frames"] + train["text_tokens"]
+
+
+def test_workers_do_not_change_a_byte(raw, tokens, tmp_path):
+    run(raw, tmp_path / "again", workers=2)
+    assert contents(tmp_path / "again") == contents(tokens)
+    run(raw, tmp_path / "seed", seed=5)
+    assert contents(tmp_path / "seed")["codec.pt"] != contents(tokens)["codec.pt"]
+
+
+def test_given_codec_and_tokenizer(raw, tokens, tmp_path):
+    given = {"codec_args": {}, "codec_path": str(tokens), "tokenizer": str(tokens / "tokenizer.model")}
+    run(raw, tmp_path / "b", text_format="{text}", **given)
+    a, b = TokenFiles(tokens, "train"), TokenFiles(tmp_path / "b", "train")
+    assert a.meta["codec"] == b.meta["codec"] and a.meta["tokenizer"] == b.meta["tokenizer"]
+    assert np.array_equal(a.codes(3), b.codes(3)) and len(a.text(3)) == len(b.text(3)) + 1
+
+
+def test_cuts_are_cut(tmp_path):
+    wav = np.concatenate([clip(1, 2.0), clip(2, 2.0, 0.1)])
+    soundfile.write(tmp_path / "talk.flac", wav, RATE)
+    cuts = [(0, 1), (1, 2), (2, 3.5), (3, 9)]
+    rows = [("talk", "some words", *cut) for cut in cuts]
+    write_csv(tmp_path / "metadata.csv", rows, ("audio", "text", "start", "end"))
+    (tmp_path / "heldout.txt").write_text("talk_1-2\n")
+    run(tmp_path, tmp_path / "t", heldout=str(tmp_path / "heldout.txt"))
+    files, codec = TokenFiles(tmp_path / "t", "train"), load_codec("mel", str(tmp_path / "t"))
+    assert [files.name(i) for i in range(3)] == ["talk_0-1", "talk_2-3.5", "talk_3-9"]
+    seconds = [1, 1.5, 1]  # the last one ends with the recording
+    assert [len(files.codes(i)) for i in range(3)] == [codec.frames(int(s * RATE)) for s in seconds]
+    assert np.array_equal(files.codes(1), codec.encode(read_audio(tmp_path / "talk.flac", RATE, 2, 3.5)[None])[0].T)
+
+
+def test_the_fit_hears_a_part_of_the_training_split(raw):
+    class Listener:
+        sample_rate = RATE
+
+        def fit(self, wavs, seed):
+            self.heard = [len(wav) / RATE for wav in wavs]
+
+    train, listener, pool = prepare.read_source(str(raw))[:20], Listener(), ThreadPoolExecutor(1)
+    train = prepare.examine(train, vars(config()))
+    prepare.fit_codec(listener, config(fit_seconds=3.0), train, pool)
+    assert 3.0 <= sum(listener.heard) < 4.0 and set(listener.heard) <= {u.seconds for u in train}
+    prepare.fit_codec(listener, config(), train, pool)
+    assert sorted(listener.heard) == sorted(u.seconds for u in train)
+
+
+def test_batches_on_a_device_give_the_same_codes(tokens):
+    codec = load_codec("mel", str(tokens))
+    wavs = [clip(i, 0.5 + 0.13 * (i * 5 % 11)) for i in range(23)]
+    for batch_seconds in (0.1, 3.0, 100.0):
+        got = list(prepare.encode_batches(codec, iter(wavs), torch.device("cpu"), batch_seconds, window=10))
+        assert len(got) == len(wavs)
+        for wav, codes in zip(wavs, got, strict=True):
+            assert np.array_equal(codes, codec.encode(torch.from_numpy(wav)[None])[0].T)
+
+
+def test_which_codecs_go_to_the_device():
+    assert prepare.encode_device(load_codec("mel"), "cuda:99").type == "cpu"
+    network = torch.nn.Linear(1, 1)
+    assert prepare.encode_device(network, "cpu").type == "cpu" and prepare.encode_device(network, "meta").type == "meta"
+    for wrong in ("gpuu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device = '{wrong}' cannot be used"):
+            prepare.encode_device(network, wrong)
+
+
+# -----------------------------------------------------------------------------
+# the doctor
+
+
+@pytest.fixture(scope="module")
+def sick(tmp_path_factory):
+    """A set with one utterance for each thing that can be wrong, and some sound ones."""
+    folder = tmp_path_factory.mktemp("sick")
+    rows = [(f"ok{i}.wav", words(i), "s") for i in range(8)]
+    wavs = {f"ok{i}.wav": clip(i) for i in range(8)}
+    nan = clip(1)
+    nan[500] = np.nan
+    for name, text, wav in [
+        ("missing.wav", "one two", None),
+        ("rubbish.wav", "one two", None),
+        ("empty.wav", "", clip(1)),
+        ("short.wav", "one", clip(1, 0.1)),
+        ("nothing.wav", "one", clip(1)[:0]),
+        ("long.wav", "one two three", clip(1, 5.0)),
+        ("silent.wav", "one two", np.zeros(RATE, np.float32)),
+        ("hiss.wav", "one two", clip(1, level=0.001)),
+        ("clipped.wav", "one two", np.clip(clip(1) * 8, -1, 1)),
+        ("nan.wav", "one two", nan),
+        ("fast.wav", "one two three four five six seven eight nine zero", clip(1, 0.5)),
+        ("slow.wav", "i", clip(1, 2.5)),
+        ("strange.wav", "one ☃ two", clip(1)),
+        ("ok3.wav", "one two", None),
+        ("broken.flac", "one two three", np.random.default_rng(0).normal(0, 0.1, 2 * RATE)),
+        ("cut.wav", "one two", clip(1)),
+    ]:
+        rows.append((name, text, "s"))
+        if wav is not None:
+            wavs[name] = wav
+    for name, wav in wavs.items():
+        soundfile.write(folder / name, wav, RATE, subtype="FLOAT" if name == "nan.wav" else None)
+    (folder / "rubbish.wav").write_bytes(b"this is no audio" * 99)
+    data = (folder / "broken.flac").read_bytes()
+    (folder / "broken.flac").write_bytes(data[: len(data) // 2])
+    write_csv(folder / "metadata.csv", [(*row, "9" if row[0] == "cut.wav" else "") for row in rows],
+              ("audio", "text", "speaker", "start"))  # fmt: skip
+    return folder
+
+
+def test_every_reason_is_named(sick, tmp_path, capsys):
+    sentencepiece.SentencePieceTrainer.train(  # without byte fallback, so that it does not know the snowman
+        sentence_iterator=iter([words(i) for i in range(99)]), model_prefix=str(tmp_path / "plain"), vocab_size=30,
+        model_type="bpe", minloglevel=2, user_defined_symbols=["[s]"], normalization_rule_name="identity",
+    )  # fmt: skip
+    plain = str(tmp_path / "plain.model")
+    report = run(sick, tmp_path / "t", tokenizer=plain, max_bad=0.9, max_seconds=4.0, val_fraction=0.3)
+    assert {x["id"]: x["reason"] for x in report["not_used"]} == {
+        "missing": "missing file", "rubbish": "unreadable file", "empty": "empty text", "short": "too short",
+        "nothing": "too short", "long": "too long", "silent": "silence", "hiss": "silence", "clipped": "clipping",
+        "nan": "NaN", "fast": "impossible speed", "slow": "impossible speed", "strange": "unknown characters",
+        "ok3": "duplicate id", "broken": "unreadable file", "cut_9-": "too short",
+    }  # fmt: skip
+    assert report["used"] == 8 and report["utterances"] == 24
+    assert all(x["source"] == str(sick / "metadata.csv") for x in report["not_used"])
+    screen = capsys.readouterr().out
+    for reason in set(report["reasons"]) | {"8 of 24 utterances are used", "☃", "nan.wav", "duration", "speaker"}:
+        assert reason in screen
+    files = [TokenFiles(tmp_path / "t", split) for split in ("train", "val")]
+    assert sum(map(len, files)) == 8
+
+
+def test_too_many_bad_ones(sick, tmp_path):
+    message = "15 of 24 utterances cannot be used .*max_bad = 0.5 allows fewer; for example"
+    with pytest.raises(ValueError, match=message) as error:
+        run(sick, tmp_path / "t", max_seconds=4.0, max_bad=0.5)
+    report = tmp_path / "t.report.json"
+    assert str(report) in str(error.value) and len(json.loads(report.read_text())["not_used"]) == 15
+    assert os.listdir(tmp_path) == ["t.report.json"]
+    run(sick, tmp_path / "t", max_seconds=4.0, max_bad=0.7)
+    assert os.listdir(tmp_path) == ["t"]
+
+
+# -----------------------------------------------------------------------------
+# text
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_unseen_characters_survive_the_tokenizer(text):
+    tokenizer = given_tokenizer()
+    text = prepare.normalise(text)
+    assert unicodedata.is_normalized("NFC", text) and text == text.strip()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and not tokenizer.unknown(text)
+    assert max(ids, default=0) < tokenizer.vocab_size
+
+
+@prepare.lru_cache
+def given_tokenizer():
+    return load_tokenizer("sentencepiece", train_tokenizer([f"[s]{words(i)}" for i in range(40)], 320, ["[s]"]))
+
+
+def test_text_is_composed_and_lowered(tmp_path):
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", clip(i), RATE)
+    write_csv(tmp_path / "metadata.csv", [(f"{i}.wav", "  CAFE\u0301  \t ÉTÉ ", "s") for i in range(4)])
+    (tmp_path / "heldout.txt").write_text("0\n")
+    run(tmp_path, tmp_path / "t", lowercase=True, heldout=str(tmp_path / "heldout.txt"), text_format="{text}")
+    tokenizer = load_tokenizer("sentencepiece", (tmp_path / "t" / "tokenizer.model").read_bytes())
+    assert tokenizer.decode(TokenFiles(tmp_path / "t", "val").text(0)) == "café été"
+
+
+# -----------------------------------------------------------------------------
+# accidents
+
+
+def test_killed_in_mid_run(raw, tokens, tmp_path):
+    out = tmp_path / "t"
+    sources = [{"path": str(raw), "name": f"copy {i}"} for i in range(30)]  # so much that the kill comes in time
+    args = [sys.executable, ROOT / "prepare.py", f"--sources={sources}", f"--data_dir={out}", f"--codec_args={TINY}",
+            "--val_fraction=0.2", "--workers=1"]  # fmt: skip
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, start_new_session=True)
+    partial, end = Path(f"{out}.partial"), time.time() + 60
+    while not (partial / "codec.pt").exists():  # the codec is fitted, the encoding begins
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and partial.exists()
+    while alive(process.pid):  # the workers go with their parent
+        assert time.time() < end
+        time.sleep(0.05)
+    with pytest.raises(ValueError, match="not a finished token folder"):
+        TokenFiles(partial, "train")
+    run(raw, out)
+    assert contents(out) == contents(tokens) and not partial.exists()
+
+
+def alive(session):
+    """Is a process of this session left?"""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z" and int(fields[3]) == session:
+                return True
+    return False
+
+
+def die(chunk):
+    os._exit(1)
+
+
+def test_a_worker_that_dies():
+    with pytest.raises(OSError, match="a worker process was killed"):
+        list(prepare.in_order("dying", prepare.start_pool(1), die, [1, 2]))
+
+
+def test_disk_full(raw, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    args = [sys.executable, "-B", ROOT / "prepare.py", f"--sources={raw}", f"--data_dir={tmp_path / 't'}",
+            f"--codec_args={TINY}", "--val_fraction=0.2", "--workers=1"]  # fmt: skip
+    done = subprocess.run(args, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_old_folder_is_replaced_when_the_new_one_is_whole(raw, tokens, tmp_path):
+    out = tmp_path / "t"
+    run(raw, out, seed=5)
+    before = contents(out)
+    with pytest.raises(ValueError):
+        run(raw, out, val_fraction=0.0)
+    with pytest.raises(ValueError, match="holds token files already"):
+        run(raw, out, overwrite=False)
+    assert contents(out) == before
+    run(raw, out)
+    assert contents(out) == contents(tokens) and os.listdir(tmp_path) == ["t"]
+
+
+BAD = {
+    "missing metadata": (["--sources=nowhere.csv"], "nowhere.csv"),
+    "folder without metadata": (["--sources=bare"], "none of metadata.csv"),
+    "data set not made yet": (["--sources=unmade"], "run python unmade/prepare.py first"),
+    "empty metadata": (["--sources=empty.csv"], "no rows"),
+    "header only": (["--sources=header.csv"], "no rows"),
+    "wrong columns": (["--sources=columns.csv"], "its columns are name, words"),
+    "no columns": (["--sources=prose.csv"], "its columns are"),
+    "metadata that is audio": (["--sources=raw/wavs/u00.wav"], "not a text file"),
+    "broken json": (["--sources=broken.jsonl"], "line 2: not JSON"),
+    "json of strings": (["--sources=strings.json"], "is not an object"),
+    "open quotation mark": (["--sources=open.csv"], "open.csv, line"),
+    "unknown source key": (["--sources={'path': 'raw', 'spaeker': 'x'}"], "takes a path"),
+    "filter that is no pattern": (["--sources={'path': 'raw', 'filter': {'text': '('}}"], "no regular expression"),
+    "filter that lets nobody pass": (["--sources={'path': 'raw', 'filter': {'txt': 'one'}}"], "columns: audio, text"),
+    "cap of nothing": (["--sources={'path': 'raw', 'cap': 0}"], "cap"),
+    "no sources": (["--sources=[]"], "--sources="),
+    "no data_dir": (["--data_dir="], "--data_dir="),
+    "data_dir in a file": (["--data_dir=prose.csv/t"], "prose.csv"),
+    "data_dir with other things": (["--data_dir=raw"], "no token folder"),
+    "data_dir that is a file": (["--data_dir=prose.csv"], "no token folder"),
+    "unknown codec": (["--codec=mle"], "mle"),
+    "codec option": (["--codec_args={'codebooks': 3}"], "codebooks"),
+    "codec path": (["--codec_path=nowhere.pt"], "nowhere.pt"),
+    "codec that is none": (["--codec_path=prose.csv", "--codec_args={}"], "prose.csv"),
+    "tokenizer that is none": (["--tokenizer=prose.csv"], "prose.csv: the tokenizer is not"),
+    "missing tokenizer": (["--tokenizer=nowhere.model"], "nowhere.model"),
+    "text_format": (["--text_format={txt}"], "text_format"),
+    "workers": (["--workers=-1"], "workers"),
+    "missing held-out list": (["--heldout=nowhere.txt"], "nowhere.txt"),
+    "held-out list of others": (["--heldout=prose.csv"], "the val split is empty"),
+    "vocabulary too small": (["--vocab_size=200"], "vocab_size = 200 is too small"),
+    "all audio missing": (["--sources=lost.csv"], "3 of 3 utterances cannot be used (3 missing file), none is left"),
+    "wrong type": (["--vocab_size=many"], "not of type int"),
+    "unknown key": (["--source=raw"], "did you mean 'sources'"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def yard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("yard")
+    make_set(folder / "raw", 12)
+    (folder / "bare").mkdir()
+    (folder / "unmade").mkdir()
+    (folder / "unmade" / "prepare.py").touch()
+    for name, text in {
+        "empty.csv": "", "header.csv": "audio,text\n", "columns.csv": "name,words\na,b\n", "prose.csv": "Dear\nyou\n",
+        "broken.jsonl": '{"audio": "a", "text": "b"}\n{"audio": \n', "strings.json": '["a", "b"]',
+        "open.csv": 'audio,text\na.wav,"b\n', "lost.csv": "audio,text\na.wav,a\nb.wav,b\nc.wav,c\n",
+    }.items():  # fmt: skip
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(case, yard, monkeypatch, capsys):
+    argv, message = BAD[case]
+    monkeypatch.chdir(yard)
+    defaults = ["--sources=raw", "--data_dir=t", f"--codec_args={TINY}", "--val_fraction=0.3", "--workers=1"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *defaults, *argv])
+    before = set(os.listdir(yard))
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(prepare.main, prepare.__file__)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert set(os.listdir(yard)) - before <= {"t.report.json"}
+
+
+def test_the_two_scripts_agree_on_shared_keys():
+    mine = configurator.read_defaults(ROOT / "prepare.py")
+    for name in ("train.py", "sample.py"):
+        if (ROOT / name).exists():
+            other = configurator.read_defaults(ROOT / name)
+            for key in ("max_tokens", "data_dir", "device"):
+                assert key not in other or other[key][0] == mine[key][0], key

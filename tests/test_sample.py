@@ -1,0 +1,483 @@
+import os
+import subprocess
+import sys
+import types
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import torch
+from torch import nn
+
+import codec as codecs
+import configurator
+import data
+import model as models
+import sample
+from sample import Voice
+
+ROOT = Path(__file__).parents[1]
+RATE = 8000
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    """A checkpoint of a tiny CSM with random weights over a mel codec fitted on noise."""
+    torch.manual_seed(1)
+    codec = codecs.load_codec("mel", n_codebooks=3, codebook_size=16, sample_rate=RATE, frame_rate=12.5)
+    codec.fit([0.1 * torch.randn(5 * RATE)], seed=0)
+    tokenizer = data.train_tokenizer(["[slt]one two three", "[awb]four five"] * 5, 290, symbols=["[slt]", "[awb]"])
+    meta = {
+        "codec": {"name": "mel", "fingerprint": codec.fingerprint(), "sample_rate": RATE, "frame_rate": 12.5,
+                  "n_codebooks": 3, "codebook_size": 16},
+        "tokenizer": data.SentencePiece(tokenizer).describe(), "text_format": "[{speaker}]{text}", "lowercase": True,
+        "speakers": ["slt", "awb"], "splits": {"train": {"utterances": 10, "frames": 200, "text_tokens": 50}},
+    }  # fmt: skip
+    stack = dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_positions=256, dropout=0.1)
+    model = models.build("csm", meta, dict(backbone=stack, decoder={**stack, "d_model": 16}))
+    for parameter in model.parameters():  # wide enough that the draws depend on what was read
+        if parameter.ndim > 1:
+            parameter.data.mul_(8)
+    model.codebook0_head.data[16] = 0  # stopping is less likely than the likelier codes
+    probe = {"text": data.SentencePiece(tokenizer).encode("[slt]one two"), "codes": torch.randint(16, (7, 3))}
+    return {
+        "arch": "csm", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None,
+        "codec": codec.pack(), "codec_fingerprint": codec.fingerprint(),
+        "meta": meta, "config": {}, "iter": 0, "train": None, "probe": probe,
+        "tokenizer": {"kind": "sentencepiece", "model": tokenizer},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ckpt(checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    models.save_checkpoint(path, checkpoint)
+    return str(path)
+
+
+@pytest.fixture
+def voice(ckpt):
+    return Voice.from_checkpoint(ckpt)
+
+
+@pytest.fixture
+def recording(tmp_path):
+    path = tmp_path / "me.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
+    return str(path)
+
+
+def run(*argv):
+    sample.main(configurator.configure(sample.__file__, [str(a) for a in argv]))
+
+
+def cli(*argv, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, argv)], capture_output=True, cwd=cwd)
+
+
+def codes(frames):
+    return [frame.tolist() for frame in frames]
+
+
+def talkative(voice):
+    """The likeliest code of codebook 0 is always 0, so that the model never stops by itself."""
+    voice.model.codebook0_head.data.zero_()
+    return voice
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frames
+
+
+def test_same_seed_same_frames_and_wav(voice):
+    first = codes(voice.frames("one two three", seed=3))
+    assert first == codes(voice.frames("one two three", seed=3))
+    assert first == codes(voice.frames("  One two\tTHREE ", seed=3))  # the text is normalised as in prepare.py
+    wav = voice.say("one two three", seed=3)
+    assert wav.dtype == torch.float32 and wav.shape == (len(first) * RATE // 12.5,)
+    assert torch.equal(wav, voice.say("one two three", seed=3))
+    others = [codes(voice.frames("one two three", seed=s)) for s in range(4, 8)]
+    assert all(first != other for other in others)
+    for parameter in voice.model.parameters():  # all codes equally likely: what differs now are the draws alone
+        parameter.data.zero_()
+    first = [next(voice.frames(text, seed=3), None) for text in ("one", "two", "three", "four", "five")]
+    assert len({tuple(f.tolist()) for f in first if f is not None}) > 1
+
+
+def test_draws_as_the_training_run_did_unless_told_otherwise(ckpt, checkpoint, tmp_path, monkeypatch):
+    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "config": {"temperature": 0.3, "top_k": 7, "seed": 5}})
+    asked, make = [], models.sampler
+    monkeypatch.setattr(sample, "sampler", lambda generator, **how: asked.append(how) or make(**how))
+    run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path)
+    run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path, "--temperature=0", "--top_p=0.5")
+    run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path)
+    assert asked == [dict(temperature=0.3, top_k=7, top_p=1.0), dict(temperature=0, top_k=7, top_p=0.5),
+                     dict(temperature=0.9, top_k=50, top_p=1.0)]  # fmt: skip
+
+
+def test_random_state_and_mode_stay_untouched(voice):
+    voice.model.train()
+    before = torch.get_rng_state()
+    frames = codes(voice.frames("one two", seed=3))
+    assert voice.model.training and torch.equal(before, torch.get_rng_state())
+    voice.model.eval()
+    assert frames == codes(voice.frames("one two", seed=3))  # no dropout while it speaks
+    assert not voice.model.training
+
+
+def uncached(voice, text, cap, choose, prompt=None):
+    """Frames by a whole pass, without any cache, for every code."""
+    model, K, frames = voice.model, voice.codec.n_codebooks, []
+    ids = voice.text_ids(text)
+    for _ in range(cap):
+        given = np.array(frames, np.int64).reshape(-1, K)
+        tokens, segment = model.layout(ids, given, prompt)
+        tokens, segment = (torch.from_numpy(a)[None, :-1] for a in (tokens, segment))  # no stop frame yet
+        state = model.backbone(model.embed(tokens, segment))[:, -1]
+        frame = [int(choose((state[0] @ model.codebook0_head.T)[:17]))]
+        if frame[0] == 16:
+            break
+        for k in range(1, K):
+            depth = model.decoder(model.depth_inputs(state, torch.tensor([frame])))[0, -1]
+            frame.append(int(choose((depth @ model.decoder_heads[k - 1].T)[:16])))
+        frames.append(frame)
+    return frames
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0, 0, 1.0), (0.9, 50, 1.0), (1.0, 5, 0.8)])
+@pytest.mark.parametrize("cloning", [False, True])
+@torch.no_grad()
+def test_cached_generation_equals_uncached(voice, temperature, top_k, top_p, cloning, monkeypatch):
+    reference = dict(reference=torch.arange(15).view(5, 3), reference_text="two") if cloning else {}
+    choosers = []
+    make = models.sampler
+    monkeypatch.setattr(sample, "sampler", lambda **how: choosers.append(how) or make(**how))
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, cap_seconds=2.0, **reference)
+    prompt, lengths = voice.prompt(**reference) if cloning else None, []
+    for seed in range(3):
+        cached = codes(voice.frames("one two three four", seed=seed, **how))
+        again = choosers[-1]["generator"]  # the generator, back to its start
+        again.manual_seed(again.initial_seed())
+        assert cached == uncached(voice, "one two three four", 25, make(**choosers[-1]), prompt)
+        lengths.append(len(cached))
+    assert max(lengths) > 3
+
+
+def test_cap_follows_the_text(voice):
+    voice = talkative(voice)
+    ids = voice.text_ids("one two three")
+    assert voice.cap(ids) == np.ceil(12.5 + 3 * len(ids) * 200 / 50)
+    short, long = (len(list(voice.frames(t, temperature=0))) for t in ("one", "one two three four five one two three"))
+    assert short < long and short == voice.cap(voice.text_ids("one"))
+    assert not voice.stopped
+    assert len(list(voice.frames("one", temperature=0, cap_seconds=1.0))) == 13
+
+
+def test_stopped_says_whether_the_model_ended_by_itself(voice):
+    for seed in range(50):
+        n = len(list(voice.frames("one two", seed=seed, temperature=1.0)))
+        if n < voice.cap(voice.text_ids("one two")):
+            break
+    assert voice.stopped is True
+    list(voice.frames("one two", seed=seed, temperature=1.0, cap_seconds=max(n - 1, 1) / 12.5))
+    assert n == 0 or voice.stopped is False
+
+
+def test_speaker(voice):
+    assert np.array_equal(voice.text_ids("one"), voice.text_ids("one", "slt"))
+    assert codes(voice.frames("one two", speaker="awb")) != codes(voice.frames("one two"))
+    with pytest.raises(ValueError, match="speaker 'abw' is not known, there are: awb, slt"):
+        voice.text_ids("one", "abw")
+    voice.meta = {**voice.meta, "speakers": [f"reader{i}" for i in range(100)]}
+    with pytest.raises(ValueError, match="there are: reader42, .* and 88 more"):
+        voice.text_ids("one", "reader_42")
+
+
+def test_characters_the_tokenizer_does_not_know(voice, tmp_path):
+    assert len(voice.text_ids("čaj 茶"))  # bytes stand in for them
+    prefix = str(tmp_path / "m")
+    (tmp_path / "t").write_text("one two three\n" * 9)
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "t"), model_prefix=prefix, model_type="char",
+                                             vocab_size=12, minloglevel=2)  # fmt: skip
+    voice.tokenizer = data.SentencePiece(Path(prefix + ".model").read_bytes())
+    voice.meta = {**voice.meta, "text_format": "{text}"}
+    with pytest.raises(ValueError, match="characters the tokenizer does not know: q z"):
+        voice.text_ids("one qz")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cloning
+
+
+def test_reference_is_encoded_and_put_before_the_text(voice, recording):
+    ids, reference = voice.prompt(recording, "Two", "awb")
+    wav = codecs.read_audio(recording, RATE)
+    assert np.array_equal(reference, voice.codec.encode(wav[None])[0].T) and reference.shape == (13, 3)
+    assert np.array_equal(ids, voice.text_ids("two", "awb"))
+    given = dict(speaker="awb", reference_text="two", seed=2)
+    generate, asked = voice.model.generate, []
+    voice.model.generate = lambda *args: asked.append(args) or generate(*args)
+    cloned = codes(voice.frames("one", reference=recording, **given))
+    assert np.array_equal(asked[0][1][0], ids) and np.array_equal(asked[0][1][1], reference)
+    assert cloned == codes(voice.frames("one", reference=reference, **given))
+    assert cloned == codes(voice.frames("one", reference=Path(recording), **given))
+    assert cloned != codes(voice.frames("one", speaker="awb", seed=2))
+    assert cloned != codes(voice.frames("one", reference=(reference + 1) % 16, **given))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# streaming
+
+
+class Snippets(nn.Module):
+    """A codec whose every frame sounds the same wherever it stands."""
+
+    sample_rate, frame_rate, n_codebooks = 8000, 12.5, 2
+
+    def __init__(self):
+        super().__init__()
+        self.sounds = torch.randn(4, 16, 640, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+    def decode(self, codes):
+        return self.sounds[codes[:, 0], codes[:, 1]].flatten(1)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 6, 7, 8, 12, 13, 40])
+def test_pieces_of_a_stream_make_up_the_whole(n):
+    voice = Voice(nn.Linear(1, 1), Snippets(), None, None)
+    frames = [torch.tensor([i % 4, i % 15]) for i in range(n)]
+    pieces = list(voice.join(frames))
+    whole = voice.decode(frames)
+    assert len(pieces) == 1 + max(0, n - 2) // 5  # a block of 5 as soon as 2 more are there
+    assert torch.cat(pieces).shape == whole.shape
+    assert torch.allclose(torch.cat(pieces), whole, atol=1e-5)
+
+
+def test_first_piece_comes_before_the_last_frame():
+    voice, drawn = Voice(nn.Linear(1, 1), Snippets(), None, None), []
+    frames = (drawn.append(i) or torch.tensor([i % 4, i % 15]) for i in range(100))
+    pieces = voice.join(frames)
+    assert len(next(pieces)) == 5 * 640 and len(drawn) == 7
+    assert len(next(pieces)) == 5 * 640 and len(drawn) == 12
+
+
+def test_blocks_whose_phases_differ_are_joined_without_a_gap():
+    """A tone whose phase starts anew with each decoding: joined blocks must not cancel where they overlap."""
+
+    class Tone(Snippets):
+        def decode(self, codes):
+            starts.append(len(starts) * 1.3)
+            return torch.sin(2 * np.pi * 200 * torch.arange(codes.shape[2] * 640) / 8000 + starts[-1])[None]
+
+    starts = []
+    wav = torch.cat(list(Voice(nn.Linear(1, 1), Tone(), None, None).join([torch.zeros(2, dtype=torch.long)] * 60)))
+    assert len(wav) == 60 * 640 and len(starts) > 5
+    level = wav[:-80].unfold(0, 80, 8).square().mean(1)  # of two periods
+    assert level.min() > 0.45 and level.max() < 0.55
+
+
+def test_blocks_are_faded_into_each_other():
+    class Level(Snippets):
+        def decode(self, codes):
+            levels.append(1.0 - levels[-1] if levels else 1.0)
+            return torch.full((1, codes.shape[2] * 640), 0.5 + 0.5 * levels[-1])
+
+    levels = []
+    wav = torch.cat(list(Voice(nn.Linear(1, 1), Level(), None, None).join([torch.zeros(2, dtype=torch.long)] * 20)))
+    assert wav.min() == 0.5 and wav.max() == 1 and wav.diff().abs().max() < 0.01
+
+
+def test_stream_has_the_codes_and_the_length_of_the_whole(voice):
+    voice, seen = talkative(voice), []
+    frames, decode = codes(voice.frames("one two three", temperature=0)), voice.decode
+    voice.decode = lambda frames: seen.append(codes(frames)) or decode(frames)
+    pieces = list(voice.stream("one two three", temperature=0))
+    assert len(pieces) > 3
+    assert seen[0] == frames[:7] and seen[1] == frames[:12] and seen[2] == frames[5:17]  # 5 before, 2 after each 5
+    assert seen[-1] == frames[-len(seen[-1]) :]
+    assert torch.cat(pieces).shape == voice.say("one two three", temperature=0).shape
+
+
+def test_growing_wav_can_be_read_after_each_piece(tmp_path):
+    path = tmp_path / "x.wav"
+    with sample.wav_file(path, RATE, True) as write:
+        for n in range(1, 4):
+            write(torch.full((100,), n / 10))
+            wav, rate = soundfile.read(path)
+            assert len(wav) == 100 * n and rate == RATE and abs(wav[-1] - n / 10) < 1e-4
+    with pytest.raises(RuntimeError), sample.wav_file(path, RATE, True) as write:
+        write(torch.zeros(9))
+        raise RuntimeError
+    assert not path.exists()
+
+
+def test_other_wav_gets_its_name_when_whole(tmp_path):
+    path = tmp_path / "x.wav"
+    with sample.wav_file(path, RATE, False) as write:
+        write(torch.zeros(9))
+        assert not path.exists()
+    assert len(soundfile.read(path)[0]) == 9
+    with pytest.raises(KeyboardInterrupt), sample.wav_file(path, RATE, False) as write:
+        write(torch.zeros(5))
+        raise KeyboardInterrupt
+    assert len(soundfile.read(path)[0]) == 9 and os.listdir(tmp_path) == ["x.wav"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+
+def test_lines_are_numbered_and_do_not_depend_on_each_other(ckpt, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\ufeffone two\nthree\n\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("three\none two")
+    run("--ckpt", ckpt, "--file", tmp_path / "a.txt", "--out_dir", tmp_path / "a")
+    said = capsys.readouterr().out.splitlines()
+    assert "the contract holds" in said[0] and "ln V 2.94" in said[0]
+    assert "000.wav  '\ufeff" not in said[1] and "'one two': " in said[1] and "'three': " in said[2]
+    assert "s of audio" in said[1] and "real-time factor" in said[1] and "first audio after" in said[1]
+    run("--ckpt", ckpt, "--file", tmp_path / "b.txt", "--out_dir", tmp_path / "b")
+    run("--ckpt", ckpt, "--text", "three", "--out_dir", tmp_path / "c")
+    run("--ckpt", ckpt, "--text", "three", "--out_dir", tmp_path / "d", "--seed", "7")
+    wav = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.glob("?/*")}
+    assert sorted(wav) == ["a/000.wav", "a/001.wav", "b/000.wav", "b/001.wav", "c/000.wav", "d/000.wav"]
+    assert wav["a/001.wav"] == wav["b/000.wav"] == wav["c/000.wav"] != wav["d/000.wav"]
+    assert wav["a/000.wav"] == wav["b/001.wav"]
+
+
+def test_settings_reach_the_voice(ckpt, recording, tmp_path):
+    how = dict(speaker="awb", temperature=0.7, top_k=9, top_p=0.9, seed=4, cap_seconds=2.0)
+    flags = [f"--{key}={value}" for key, value in how.items()]
+    flags += ["--reference", recording, "--reference_text=two"]
+    run("--ckpt", ckpt, "--text=one two", "--out_dir", tmp_path, *flags)
+    expected = Voice.from_checkpoint(ckpt).say("one two", **how, reference=recording, reference_text="two")
+    assert np.allclose(soundfile.read(tmp_path / "000.wav")[0], expected, atol=1e-4) and len(expected) > 640
+
+
+def silent(self, text, **how):
+    self.stopped = True
+    yield from ()
+
+
+def test_warnings(ckpt, tmp_path, capsys, monkeypatch):
+    run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path, "--cap_seconds=0.08", "--seed=1")
+    assert "1 frames" in (said := capsys.readouterr().out) and "warning: cut off at the cap" in said
+    monkeypatch.setattr(Voice, "frames", silent)
+    run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path)
+    assert "warning: the model stopped at once" in capsys.readouterr().out
+    run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path, "--stream")
+    assert "warning: the model stopped at once" in capsys.readouterr().out
+
+
+def test_a_recipe_alone_is_enough_and_streams(ckpt, tmp_path):
+    (tmp_path / "r.py").write_text(f"out_dir = {os.path.dirname(ckpt)!r}\nmax_tokens = 999\n")
+    done = cli(tmp_path / "r.py", "--text", "one two", "--stream")
+    assert done.returncode == 0, done.stderr
+    streamed, _ = soundfile.read(Path(ckpt).with_name("000.wav"))
+    piped = cli("--ckpt", ckpt, "--text", "one two", "--out_dir", "-")
+    assert piped.returncode == 0 and b"real-time factor" in piped.stderr
+    assert np.array_equal(np.frombuffer(piped.stdout, "<i2"), np.round(streamed * 32768))
+
+
+def test_an_error_is_one_line_and_exit_code_1(ckpt, tmp_path):
+    done = cli("--ckpt", tmp_path / "no.pt", "--text=one", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.decode().splitlines() == [f"error: {tmp_path}/no.pt: no such checkpoint"]
+    assert not os.listdir(tmp_path)
+
+
+def refused(out_dir, *argv):
+    """The one line with which sample.py refuses, leaving nothing in out_dir that looks like a result."""
+    with pytest.raises((ValueError, OSError)) as error:
+        run("--out_dir", out_dir, *argv)
+    left = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    assert not [name for name in left if name.endswith((".wav", ".partial"))]
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], 'give either --text="what to say" or --file=lines.txt'),
+        (["--text= "], "the text is empty"),
+        (["--text=one", "--file=lines.txt"], "give either"),
+        (["--file=none.txt"], "none.txt"),
+        (["--file=empty.txt"], "empty.txt is empty"),
+        (["--file=hole.txt"], "hole.txt: line 2 is empty"),
+        (["--file=latin.txt"], "latin.txt is not text in UTF-8"),
+        (["--file=."], "Is a directory"),
+        (["--text=one", "--speaker=bob"], "speaker 'bob' is not known, there are: "),
+        (["--text=one", "--reference=me.wav"], "cloning takes a recording and its transcript"),
+        (["--text=one", "--reference=me.wav", "--reference_text= "], "cloning takes a recording and its transcript"),
+        (["--text=one", "--reference_text=two"], "cloning takes a recording and its transcript"),
+        (["--text=one", "--reference=none.wav", "--reference_text=two"], "none.wav"),
+        (["--text=one", "--reference=hole.txt", "--reference_text=two"], "hole.txt"),
+        (["--text=one", "--temperature=-1"], "temperature = -1.0: it must be 0 or more"),
+        (["--text=one", "--top_k=-1"], "top_k = -1: it must be 0 or more"),
+        (["--text=one", "--top_p=0"], "top_p = 0.0: it must be above 0"),
+        (["--text=one", "--cap_seconds=-1"], "cap_seconds = -1.0: it must be 0 or more"),
+        (["--text=one", "--dtype=int8"], "dtype = 'int8': it is float32"),
+        (["--text=one", "--device=toaster"], "device = 'toaster' is not to be had here"),
+        (["--text=one", "--codec_path=other"], "fingerprint"),
+        (["--text=one", "--codec_path=hole.txt"], "hole.txt: not a codec table"),
+        (["--text=" + "one two three " * 100], "positions"),
+        (["--text=one", "--ckpt="], "no checkpoint given"),
+        (["--text=one", "--ckpt=none.pt"], "none.pt: no such checkpoint"),
+        (["--text=one", "--ckpt=hole.txt"], "hole.txt is truncated or not a checkpoint"),
+        (["--text=one", "--ckpt=cut.pt"], "cut.pt is truncated or not a checkpoint"),
+        (["--text=one", "--ckpt=foreign.pt"], "foreign.pt is not a parlando-1 checkpoint"),
+        (["--text=one", "--ckpt=mute.pt"], "mute.pt cannot speak, it lacks probe"),
+        (["--text=one", "--ckpt=."], "no such checkpoint"),
+        (["--text=one", "--temprature=1"], "temperature"),
+    ],
+)
+def test_refused(argv, message, ckpt, checkpoint, recording, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    Path("hole.txt").write_text("one\n \ntwo\n")
+    Path("latin.txt").write_bytes("première".encode("latin-1"))
+    if "--codec_path=other" in argv:
+        codec = codecs.load_codec("mel", n_codebooks=3, codebook_size=16, sample_rate=RATE)
+        codec.fit([0.1 * torch.randn(RATE)]).save("other")
+    Path("cut.pt").write_bytes(Path(ckpt).read_bytes()[:-5000])
+    torch.save({"model_state": {}}, "foreign.pt")
+    models.save_checkpoint("mute.pt", {**checkpoint, "probe": None})
+    assert message in refused("out", *([] if any("--ckpt" in a for a in argv) else ["--ckpt", ckpt]), *argv)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_disk_leaves_no_wav(ckpt, tmp_path, stream):
+    os.symlink("/dev/full", tmp_path / ("000.wav" if stream else "000.wav.partial"))
+    assert "No space left" in refused(tmp_path, "--ckpt", ckpt, "--text=one two", f"--stream={stream}")
+
+
+def test_out_dir_that_cannot_be_written(ckpt, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    assert "File exists" in refused(tmp_path / "taken", "--ckpt", ckpt, "--text=one")
+    monkeypatch.setattr(os, "access", lambda *a: False)  # the tests may run as root, to whom nothing is forbidden
+    assert "no permission to write" in refused(tmp_path, "--ckpt", ckpt, "--text=one")
+
+
+def test_all_lines_are_checked_before_the_first_is_spoken(ckpt, tmp_path, monkeypatch):
+    (tmp_path / "l.txt").write_text("one\ntwo\u200b")
+    monkeypatch.setattr(data.SentencePiece, "unknown", lambda self, text: set(text) & {"\u200b"})
+    assert "does not know" in refused(tmp_path / "out", "--ckpt", ckpt, f"--file={tmp_path}/l.txt")
+
+
+def test_a_broken_contract_is_refused(ckpt, tmp_path, monkeypatch):
+    embed = models.CSM.depth_inputs
+    monkeypatch.setattr(models.CSM, "depth_inputs", lambda self, state, codes: embed(self, state, codes.flip(1)))
+    assert "contract check failed" in refused(tmp_path / "out", "--ckpt", ckpt, "--text=one")
+
+
+def test_voice_takes_what_train_has(checkpoint):
+    """train.py has the model at hand and no file; the model may be of another dtype."""
+    model = models.load_model(checkpoint, dtype=torch.bfloat16)
+    codec = codecs.load_codec("mel", checkpoint["codec"])
+    voice = Voice(model, codec, data.SentencePiece(checkpoint["tokenizer"]["model"]), checkpoint["meta"])
+    wav = voice.say("one two", temperature=0, cap_seconds=1)
+    assert wav.dtype == torch.float32 and torch.isfinite(wav).all()
+    assert isinstance(voice.frames("one"), types.GeneratorType)

@@ -1,0 +1,589 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import configurator
+import train
+from codec import load_codec
+from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
+from metrics import read_metrics
+from model import build, load_checkpoint, load_model
+from sample import Voice
+
+ROOT = Path(train.__file__).parent
+WORDS = ["zero", "one", "two", "three"]
+TINY = [
+    "--backbone={'n_layer': 1, 'n_head': 2, 'n_kv_head': 1, 'd_model': 16, 'd_ff': 32}",
+    "--decoder={'n_layer': 1, 'n_head': 2, 'n_kv_head': 2, 'd_model': 8, 'd_ff': 16}",
+    "--max_tokens=120", "--warmup_iters=2", "--log_interval=1", "--eval_interval=4", "--eval_samples=0", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # as in the subprocesses
+
+
+def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS):
+    """A token folder: each word is four frames that follow from it; the codec is fitted on noise."""
+    rng, K, V = np.random.default_rng(0), 3, 16
+    tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
+    codec = load_codec("mel", n_codebooks=K, codebook_size=V, sample_rate=4000, n_mels=20, dims=16)
+    codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(noise))])
+    with TokenWriter(folder) as w:
+        for i in range(n_train + n_val):
+            spoken = rng.integers(0, len(words), rng.integers(1, 4))
+            codes = 3 * np.repeat(spoken, 4)[:, None] + np.arange(K) + np.arange(4 * len(spoken))[:, None] % 4
+            text = f"[{'ab'[i % 2]}]" + " ".join(words[j] for j in spoken)
+            split = "train" if i < n_train else "val"
+            w.add(split, f"u{i}", tokenizer.encode(text), codes % V, i % 2)
+        w.file("tokenizer.model", tokenizer.model)
+        codec.save(w.partial)
+        keys = ["name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size"]
+        described = {**{key: getattr(codec, key) for key in keys}, "fingerprint": codec.fingerprint()}
+        w.finish({"codec": described, "tokenizer": tokenizer.describe(),
+                  "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
+
+
+def run(data_dir, out_dir, *flags):
+    """Train in this process, give back last.pt and the lines of metrics.jsonl."""
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    train.main(configurator.configure(train.__file__, flags))
+    return load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
+
+
+def start(code, data_dir, out_dir, *flags, launcher=()):
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    program = ["-c", code] if code else ["train.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, *program, *flags], cwd=ROOT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def exact(lines):
+    """What does not depend on the machine's speed."""
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def same(a, b, path="checkpoint"):
+    """Equality of nested states, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in ("config", "seconds"):
+                same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def at_batch(monkeypatch, number, act):
+    """Call act when the training asks for micro-batch `number` (from 0 on)."""
+    stream = Batches.__iter__
+
+    def watched(self):
+        for n, batch in enumerate(stream(self)):
+            if n == number:
+                act()
+            yield batch
+
+    monkeypatch.setattr(Batches, "__iter__", watched)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# going on after a stop
+
+KILLED = """
+import os, signal, sys, train, configurator
+stream = train.Batches.__iter__
+def killed(self):
+    for n, batch in enumerate(stream(self)):
+        if n == {number}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+train.Batches.__iter__ = killed
+train.main(configurator.configure(train.__file__, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("flags, number", [
+    ([], 5),
+    (["--gradient_accumulation_steps=3", "--ema=0.9", "--dropout=0.1", "--frame_dropout=0.3", "--decoder_fraction=0.5",
+      "--loader_workers=1", "--voice_prompt=0.5", "--keep_last=1"], 19),
+], ids=["plain", "everything"])  # fmt: skip
+def test_a_killed_run_goes_on_bit_for_bit(tokens, tmp_path, flags, number):
+    whole, lines = run(tokens, tmp_path / "whole", "--max_iters=10", *flags)
+    killed = start(KILLED.format(number=number), tokens, tmp_path / "killed", "--max_iters=10", *flags)
+    assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
+    before = load_checkpoint(tmp_path / "killed/last.pt")
+    assert before["iter"] == 4
+    position, files, prompts = before["train"]["batches"], TokenFiles(tokens, "train"), whole["config"]["voice_prompt"]
+    epoch, _ = Batches(files, *sizes(whole), seed=1337, voice_prompt=prompts).plan(position["epoch"])
+    assert 0 < position["batch"] < len(epoch)
+    assert read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["iter"] > 4 or number == 5
+    again, lines_again = run(tokens, tmp_path / "killed", "--max_iters=10", "--init_from=resume", *flags)
+    same(whole, again)
+    assert exact(lines) == exact(lines_again)
+    assert [line["iter"] for line in lines] == list(range(1, 11))
+
+
+def sizes(checkpoint):
+    model = load_model(checkpoint)
+    return model.layout, model.length, 120, 64
+
+
+def test_a_line_half_written_by_a_kill_is_dropped(tokens, tmp_path):
+    run(tokens, tmp_path, "--max_iters=4")
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"iter": 5, "loss": 2.0}\n{"iter": 6, "lo')
+    _, lines = run(tokens, tmp_path, "--max_iters=6", "--init_from=resume", "--lr_schedule=constant")
+    assert [line["iter"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[4]["loss"] != 2.0
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(tokens, tmp_path, monkeypatch, capsys, number, code):
+    flags = ["--max_iters=10", "--log_interval=4", "--gradient_accumulation_steps=2", "--frame_dropout=0.3"]
+    whole, lines = run(tokens, tmp_path / "whole", *flags)
+    with monkeypatch.context() as m:
+        at_batch(m, 12, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as left:
+            run(tokens, tmp_path / "left", *flags)
+    assert left.value.code == code
+    assert load_checkpoint(tmp_path / "left/last.pt")["iter"] == 7  # the step is finished; no log was due
+    assert "--init_from=resume goes on" in capsys.readouterr().out
+    again, lines_again = run(tokens, tmp_path / "left", "--init_from=resume", *flags)
+    same(whole, again)
+    assert exact(lines) == exact(lines_again)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_ctrl_c_of_the_command_with_loader_workers(tokens, tmp_path):
+    process = start("", tokens, tmp_path, "--max_iters=100000", "--loader_workers=1", "--eval_interval=100000")
+    while process.poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, children)]:  # as a terminal does: to the whole group
+        os.kill(pid, signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert children and "SIGINT at iter" in out and "Traceback" not in err
+    assert load_checkpoint(tmp_path / "last.pt")["iter"] >= 3
+
+
+def test_a_finished_run_has_nothing_left_to_do(tokens, tmp_path, capsys):
+    first, _ = run(tokens, tmp_path, "--max_iters=4")
+    second, _ = run(tokens, tmp_path, "--max_iters=4", "--init_from=resume")
+    same(first, second)
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_two_ranks_are_one_process(tokens, tmp_path):
+    flags = ["--max_iters=6", "--gradient_accumulation_steps=4", "--dropout=0.2", "--frame_dropout=0.3",
+             "--eval_iters=1", "--decoder_fraction=0.5", "--lr_schedule=constant", "--log_interval=2"]  # fmt: skip
+    one, lines = run(tokens, tmp_path / "one", *flags)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start("", tokens, tmp_path / "two", *flags, launcher=launcher)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    lines_two = read_metrics(tmp_path / "two/metrics.jsonl")
+    assert [line["iter"] for line in lines_two] == [line["iter"] for line in lines] == [2, 4, 6]
+    for a, b in zip(exact(lines), exact(lines_two), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6, err_msg=key)
+    two = load_checkpoint(tmp_path / "two/last.pt")
+    assert one["train"]["batches"] == two["train"]["batches"]
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(weight, two["model"][name], rtol=1e-3, atol=1e-5)
+    assert not torch.equal(run(tokens, tmp_path / "other", *flags, "--seed=7")[0]["model"][name], weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a step
+
+
+def config(*flags):
+    return configurator.configure(train.__file__, list(flags))
+
+
+def test_schedules():
+    flags = ["--milestones=[10,20]", "--gamma=0.1", "--learning_rate=2.0", "--warmup_iters=4"]
+    cfg = config("--lr_schedule=multistep", *flags)
+    assert [train.get_lr(i, cfg) for i in range(4)] == pytest.approx([0.4, 0.8, 1.2, 1.6])
+    assert [train.get_lr(i, cfg) for i in (4, 9, 10, 19, 20, 99)] == pytest.approx([2, 2, 0.2, 0.2, 0.02, 0.02])
+    cfg = config("--lr_schedule=cosine", "--learning_rate=1.0", "--min_lr=0.2", "--warmup_iters=0", "--max_iters=100")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=0.2)
+    for i in range(100):
+        assert train.get_lr(i, cfg) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    flags = ["--learning_rate=1.0", "--min_lr=0.5", "--warmup_iters=10", "--lr_decay_iters=20"]
+    cfg = config("--lr_schedule=linear", *flags)
+    assert [train.get_lr(i, cfg) for i in (10, 15, 20, 500)] == pytest.approx([1, 0.75, 0.5, 0.5])
+    cfg = config("--lr_schedule=constant", "--learning_rate=0.3", "--warmup_iters=1")
+    assert [train.get_lr(i, cfg) for i in (0, 1, 10**6)] == pytest.approx([0.15, 0.3, 0.3])
+
+
+def test_the_schedule_reaches_the_log_and_a_drop_is_said(tokens, tmp_path, capsys):
+    flags = ["--lr_schedule=multistep", "--milestones=[3]", "--gamma=0.25", "--learning_rate=0.01", "--max_iters=4"]
+    _, lines = run(tokens, tmp_path, *flags)
+    assert [line["lr"] for line in lines] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.0025])
+    assert "iter 3: the learning rate changes from 0.01 to 0.0025" in capsys.readouterr().out
+
+
+def test_frozen_parameters_stay(tokens, tmp_path):
+    cfg = config(*TINY)
+    torch.manual_seed(cfg.seed)
+    initial = build("csm", TokenFiles(tokens, "train").meta, vars(cfg)).state_dict()
+    frozen, _ = run(tokens, tmp_path, "--max_iters=3", "--freeze=['^backbone', 'text_embedding']")
+    for name, weight in frozen["model"].items():
+        assert torch.equal(weight, initial[name]) == name.startswith(("backbone", "text_embedding")), name
+
+
+@pytest.mark.parametrize("patterns, message", [
+    ("['backbone', 'bakcbone']", "'bakcbone' finds no parameter"),
+    ("['(']", "'\\(' is not a regular expression"),
+    ("['.']", "leaves nothing to train"),
+])  # fmt: skip
+def test_freezing_what_cannot_be(tokens, tmp_path, patterns, message):
+    with pytest.raises(ValueError, match=message):
+        run(tokens, tmp_path / "x", f"--freeze={patterns}")
+    assert not (tmp_path / "x").exists()
+
+
+def test_only_matrices_decay(tokens, tmp_path):
+    checkpoint, _ = run(tokens, tmp_path, "--max_iters=1", "--weight_decay=0.3")
+    decayed, others = checkpoint["train"]["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0)
+    vectors = [name for name, weight in checkpoint["model"].items() if weight.ndim < 2]
+    assert len(others["params"]) == len(vectors) > 0
+    assert len(decayed["params"]) + len(vectors) == len(checkpoint["model"])
+
+
+def test_averaged_weights_are_kept_and_evaluated(tokens, tmp_path, monkeypatch):
+    flags = ["--max_iters=4", "--eval_interval=1", "--ema=0.2", "--keep_last=9", "--learning_rate=0.03"]
+    evaluate, evaluated = train.evaluate, []
+    monkeypatch.setattr(train, "evaluate", lambda model, *args: evaluated.append(model) or evaluate(model, *args))
+    last, lines = run(tokens, tmp_path, *flags)
+    assert len(evaluated) == 4 and not any(p.requires_grad or p.grad_fn for p in evaluated[-1].parameters())
+    cfg = config(*TINY)
+    torch.manual_seed(cfg.seed)
+    mean = build("csm", last["meta"], vars(cfg)).state_dict()
+    for i in range(4):
+        checkpoint = load_checkpoint(tmp_path / f"ckpt_{i + 1}.pt")
+        decay = min(0.2, (1 + i) / (10 + i))
+        mean = {name: decay * mean[name] + (1 - decay) * weight for name, weight in checkpoint["model"].items()}
+        for name in mean:
+            torch.testing.assert_close(mean[name], checkpoint["ema"][name])
+    val = Batches(TokenFiles(tokens, "val"), *sizes(last), shuffle=False)
+    off, cpu = torch.autocast("cpu", enabled=False), torch.device("cpu")
+    averaged = load_model(last)
+    torch.testing.assert_close(averaged.state_dict(), last["ema"])
+    assert evaluate(averaged, val, off, 0, 0, 1, cpu)["loss"] == pytest.approx(lines[-1]["val_loss"], rel=1e-6)
+    plain = load_model({**last, "ema": None})
+    assert evaluate(plain, val, off, 0, 0, 1, cpu)["loss"] != pytest.approx(lines[-1]["val_loss"], rel=1e-3)
+
+
+def test_accumulation_averages_micro_batches(tokens, tmp_path):
+    """With plain gradient descent in mind: the gradient norm logged is that of the mean over the micro-batches."""
+    flags = ["--max_iters=1", "--gradient_accumulation_steps=3", "--decoder_fraction=1.0"]
+    last, lines = run(tokens, tmp_path, *flags)
+    cfg = config(*TINY, *flags)
+    torch.manual_seed(cfg.seed)
+    model = build("csm", last["meta"], vars(cfg))
+    batches = Batches(TokenFiles(tokens, "train"), model.layout, model.length, 120, 64, cfg.seed)
+    loss = sum(model(*batch)[0] for batch in itertools.islice(batches, 3)) / 3
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert lines[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_bfloat16_stays_near_float32(tokens, tmp_path):
+    _, exact_lines = run(tokens, tmp_path / "a", "--max_iters=4")
+    last, lines = run(tokens, tmp_path / "b", "--max_iters=4", "--dtype=bfloat16")
+    assert all(weight.dtype == torch.float32 for weight in last["model"].values())
+    for a, b in zip(exact_lines, lines, strict=True):
+        assert b["loss"] != a["loss"] and b["loss"] == pytest.approx(a["loss"], rel=0.02)
+
+
+def test_float16_with_its_scaler_goes_on_bit_for_bit(tokens, tmp_path, monkeypatch):
+    """On a CPU it is refused as useless, not because it would not work, so the path can be tried here."""
+    monkeypatch.setattr(train, "check", lambda *_: None)
+    flags = ["--dtype=float16", "--max_iters=8"]
+    whole, lines = run(tokens, tmp_path / "whole", *flags)
+    _, exact_lines = run(tokens, tmp_path / "exact", "--max_iters=8")
+    assert lines[-1]["loss"] == pytest.approx(exact_lines[-1]["loss"], rel=0.05)
+    assert lines[-1]["grad_norm"] == pytest.approx(exact_lines[-1]["grad_norm"], rel=0.3)  # the scale is taken out
+    tries = lines[-1]["skipped"]  # until the scale is low enough
+    assert [line["skipped"] for line in lines] == [min(i, tries) for i in range(1, 9)] and tries < 5
+    with monkeypatch.context() as m:
+        at_batch(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(tokens, tmp_path / "left", *flags)
+    again, lines_again = run(tokens, tmp_path / "left", "--init_from=resume", *flags)
+    same(whole, again)
+    assert exact(lines) == exact(lines_again) and whole["train"]["scaler"]["_growth_tracker"] == 8 - tries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# steps that go wrong
+
+
+def poison(monkeypatch, when, what=float("nan")):
+    """Multiply the loss of the training's calls `when` (from 0 on) by `what`."""
+    def poisoned(*args):
+        model, calls = build(*args), itertools.count()
+        forward = model.forward
+
+        def wrong(tokens, segment):
+            loss, stats = forward(tokens, segment)
+            return (loss * what if model.training and next(calls) in when else loss), stats
+
+        model.forward = wrong
+        return model
+
+    monkeypatch.setattr(train, "build", poisoned)
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_a_non_finite_step_changes_nothing_and_is_counted(tokens, tmp_path, monkeypatch, what):
+    cfg = config(*TINY)
+    torch.manual_seed(cfg.seed)
+    initial = build("csm", TokenFiles(tokens, "train").meta, vars(cfg)).state_dict()
+    poison(monkeypatch, {0, 1}, what)
+    skipped, lines = run(tokens, tmp_path / "a", "--max_iters=2")
+    same(dict(initial), dict(skipped["model"]))
+    assert [line["skipped"] for line in lines] == [1, 2] and lines[-1]["loss"] is None
+    poison(monkeypatch, {1}, what)
+    last, lines = run(tokens, tmp_path / "b", "--max_iters=4", "--log_interval=2")
+    assert lines[-1]["skipped"] == 1 and np.isfinite(lines[0]["loss"]) and np.isfinite(lines[0]["grad_norm"])
+    assert {float(state["step"]) for state in last["train"]["optimizer"]["state"].values()} == {3.0}
+    assert all(weight.isfinite().all() for weight in last["model"].values())
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tokens, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(5, 99)))
+    with pytest.raises(ValueError, match="3 steps in a row up to iter 8 had a non-finite loss or gradient"):
+        run(tokens, tmp_path, "--max_iters=50", "--max_skipped=3")
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last["iter"] == 4 and all(weight.isfinite().all() for weight in last["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tokens, tmp_path, monkeypatch):
+    real = train.get_lr
+    monkeypatch.setattr(train, "get_lr", lambda step, cfg: 1e39 if step == 7 else real(step, cfg))
+    with pytest.raises(ValueError, match="weights at iter 8 are not finite"):
+        run(tokens, tmp_path, "--max_iters=20")
+    assert load_checkpoint(tmp_path / "last.pt")["iter"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+
+def test_files_of_a_run(tokens, tmp_path, capsys):
+    out = tmp_path / "out"
+    last, lines = run(tokens, out, "--max_iters=10", "--keep_last=2", "--eval_samples=2", "--learning_rate=0.01")
+    checkpoints = {"best.pt", "last.pt", "ckpt_8.pt", "ckpt_10.pt"}
+    others = {"metrics.jsonl", "config.json", "loss.html", "samples"}
+    assert {path.name for path in out.iterdir()} == checkpoints | others
+    spoken = {f"{i:06d}_{n}.wav" for i in (4, 8, 10) for n in (0, 1)}
+    assert {path.name for path in (out / "samples").iterdir()} == spoken | {"original_0.wav", "original_1.wav"}
+    assert json.loads((out / "config.json").read_text()) == last["config"]
+    assert last["config"]["learning_rate"] == 0.01 and last["iter"] == 10
+
+    means = ["loss", "backbone_loss", "decoder_loss", "c0_accuracy", "loss_by_codebook", "accuracy_by_codebook"]
+    for line in lines:
+        assert {"iter", "lr", "grad_norm", "padding", "skipped", "epoch", "timing", *means} <= line.keys()
+        assert len(line["loss_by_codebook"]) == 3 and 0 <= line["padding"] < 0.5
+        assert line["timing"]["tokens_per_second"] > line["timing"]["audio_seconds_per_second"] > 0
+        evaluated = {f"val_{name}" for name in (*means, "stop_missed")}
+        assert evaluated <= line.keys() if line["iter"] in (4, 8, 10) else not evaluated & line.keys()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+    best = load_checkpoint(out / "best.pt")
+    evaluations = [line for line in lines if "val_loss" in line]
+    assert best["iter"] == min(evaluations, key=lambda line: line["val_loss"])["iter"]
+    assert best["train"] is None and last["train"]["best"] == min(line["val_loss"] for line in evaluations)
+
+    printed = capsys.readouterr().out
+    assert "learning_rate=0.01" in printed and "contract check" in printed and "(ln V = 2.9" in printed
+    for part in ("backbone 0.00", "decoder_heads", "padding", "held out: loss"):
+        assert part in printed
+
+
+def test_the_checkpoint_alone_speaks(tokens, tmp_path):
+    run(tokens, tmp_path, "--max_iters=4")
+    voice = Voice.from_checkpoint(str(tmp_path / "best.pt"), device="cpu")
+    wav = voice.say("one two", speaker="b", temperature=1.0, seed=3)
+    assert wav.ndim == 1 and wav.isfinite().all()
+    assert voice.report["max_difference"] < 1e-4
+
+
+def test_speaking_does_not_touch_the_training(tokens, tmp_path):
+    flags = ["--max_iters=6", "--eval_interval=2", "--frame_dropout=0.5"]
+    quiet, _ = run(tokens, tmp_path / "a", *flags)
+    loud, _ = run(tokens, tmp_path / "b", *flags, "--eval_samples=1")
+    same(quiet["model"], loud["model"])
+
+
+def test_best_stays_and_overfitting_is_said(tokens, tmp_path, monkeypatch, capsys):
+    losses = itertools.chain([3.0, 2.0], itertools.count(2.1, 0.1))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": next(losses), "c0_accuracy": 0.0})
+    flags = ["--eval_interval=3", "--learning_rate=0.02"]
+    run(tokens, tmp_path, "--max_iters=12", *flags)
+    assert "overfitting" not in capsys.readouterr().out
+    run(tokens, tmp_path, "--max_iters=15", "--init_from=resume", *flags)  # the count goes on in a resumed run
+    assert "overfitting: held-out loss has risen for 3 evaluations" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "best.pt")["iter"] == 6
+
+
+def test_without_a_val_split(tmp_path, capsys):
+    folder = write_tokens(tmp_path / "tokens", n_val=0)
+    last, lines = run(folder, tmp_path / "out", "--max_iters=4")
+    assert last["iter"] == 4 and not (tmp_path / "out/best.pt").exists()
+    assert not any("val_loss" in line for line in lines)
+    assert "the val split is empty" in capsys.readouterr().out
+
+
+def test_evaluation_is_the_mean_over_the_whole_split(tokens):
+    cfg = config(*TINY)
+    model = build("csm", TokenFiles(tokens, "val").meta, vars(cfg))
+    files, off, cpu = TokenFiles(tokens, "val"), torch.autocast("cpu", enabled=False), torch.device("cpu")
+
+    def measure(max_tokens, most=0):
+        val = Batches(files, model.layout, model.length, max_tokens, 64, shuffle=False)
+        return train.evaluate(model, val, off, most, 0, 1, cpu), len(val.plan(0)[0])
+
+    (whole, one), (parts, many), (some, _) = measure(10_000), measure(30), measure(30, 2)
+    assert one == 1 and many > 2
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, err_msg=name)
+    assert whole["loss"] != pytest.approx(some["loss"], rel=1e-7)
+    assert whole["loss"] == pytest.approx(some["loss"], rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where a run starts
+
+
+def test_a_run_is_not_overwritten_by_accident(tokens, tmp_path):
+    run(tokens, tmp_path, "--max_iters=8", "--keep_last=2", "--eval_samples=1")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="holds a run: init_from=resume goes on with it"):
+        run(tokens, tmp_path, "--max_iters=4")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    _, lines = run(tokens, tmp_path, "--max_iters=4", "--overwrite=True")
+    assert len(lines) == 4 and not list(tmp_path.glob("ckpt_*")) and not list(tmp_path.glob("samples/*"))
+
+
+def test_fine_tuning_starts_from_the_weights(tokens, tmp_path):
+    run(tokens, tmp_path / "a", "--max_iters=4", "--ema=0.5")
+    best = load_checkpoint(tmp_path / "a/best.pt")
+    flags = ["--max_iters=1", "--learning_rate=0.0", "--dropout=0.3", "--decoder_fraction=0.5", "--backbone=llama-1B"]
+    tuned, lines = run(tokens, tmp_path / "b", f"--init_from={tmp_path}/a/best.pt", *flags)
+    same(dict(best["ema"]), dict(tuned["model"]))  # the sizes are the checkpoint's, whatever backbone says
+    assert lines[0]["iter"] == 1
+    assert tuned["model_config"]["backbone"] == {**best["model_config"]["backbone"], "dropout": 0.3}
+    assert tuned["model_config"]["decoder_fraction"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def trained(tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run(tokens, folder, "--max_iters=4")
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--dtype=float16"], "float16' needs a GPU, not cpu"),
+    (["--dtype=float8"], "dtype = 'float8': it is float32"),
+    (["--lr_schedule=cosin"], "lr_schedule = 'cosin': it is multistep"),
+    (["--lr_schedule=multistep"], "multistep needs ascending steps"),
+    (["--lr_schedule=multistep", "--milestones=[20, 10]"], "multistep needs ascending steps"),
+    (["--lr_schedule=multistep", "--milestones=[1, 10]"], "ascending steps from 2 on"),
+    (["--lr_schedule=multistep", "--milestones=['10']"], "multistep needs ascending steps"),
+    (["--lr_decay_iters=1"], "lr_decay_iters = 1 comes before warmup_iters = 2"),
+    (["--min_lr=0.1"], "min_lr = 0.1 is above learning_rate"),
+    (["--ema=1.0"], "ema = 1.0: it must be in"),
+    (["--learning_rate=nan"], "learning_rate"),
+    (["--learning_rate=-0.1"], "learning_rate = -0.1: it must be 0 or more"),
+    (["--max_iters=0"], "max_iters = 0: it must be at least 1"),
+    (["--voice_prompt=1.5"], "voice_prompt = 1.5: it must be in"),
+    (["--backbone=llama-2M"], "no transformer preset 'llama-2M'"),
+    (["--arch=gpt"], "arch = 'gpt'"),
+    (["--max_tokens=8"], "more than max_tokens = 8"),
+    ([TINY[0].replace("}", ", 'max_positions': 8}")], "has 8 positions"),
+    (["--device=tpu"], "device = 'tpu' is not to be had"),
+    (["--data_dir=nowhere"], "nowhere is not a finished token folder"),
+    (["--init_from=resume"], "last.pt does not exist"),
+    (["--init_from=scrach"], "scrach does not exist: init_from is scratch, resume"),
+    (["--wandb_project=x"], "wandb is not installed: pip install wandb"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(tokens, tmp_path, flags, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        run(tokens, tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out/last.pt").exists() and not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_checkpoints_that_do_not_fit(tokens, trained, tmp_path):
+    codec = write_tokens(tmp_path / "codec", noise=1)
+    with pytest.raises(ValueError, match="two codecs"):
+        run(codec, tmp_path / "out", f"--init_from={trained}/best.pt")
+    words = write_tokens(tmp_path / "words", words=["four", "five", "six"])
+    with pytest.raises(ValueError, match="two tokenizers"):
+        run(words, tmp_path / "out", f"--init_from={trained}/best.pt")
+    with pytest.raises(ValueError, match="backbone = 'llama-1M', but .* was trained with"):
+        run(tokens, trained, "--init_from=resume", "--max_iters=9", "--backbone=llama-1M")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/last.pt").write_bytes((trained / "best.pt").read_bytes())
+    with pytest.raises(ValueError, match="holds weights only"):
+        run(tokens, tmp_path / "copy", "--init_from=resume", "--max_iters=9")
+    (tmp_path / "copy/last.pt").write_bytes((trained / "last.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="truncated"):
+        run(tokens, tmp_path / "copy", "--init_from=resume", "--max_iters=9")
+
+
+def test_a_codec_that_is_not_the_codes_is_refused(tmp_path):
+    folder = write_tokens(tmp_path / "a")
+    os.replace(Path(write_tokens(tmp_path / "b", noise=1)) / "codec.pt", Path(folder) / "codec.pt")
+    with pytest.raises(ValueError, match="codec.pt is not the codec its codes were made with"):
+        run(folder, tmp_path / "out")
+
+
+def test_ranks_must_divide_the_accumulation():
+    with pytest.raises(ValueError, match="must be a multiple of their number, 2"):
+        train.check(config("--gradient_accumulation_steps=3"), 2, torch.device("cpu"))
+
+
+def test_the_command_refuses_in_one_line(tokens, tmp_path):
+    process = start("", tokens, tmp_path / "out", "--learing_rate=1e-3")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    assert err == "error: --learing_rate: unknown key 'learing_rate', did you mean 'learning_rate'?\n"
+    assert not (tmp_path / "out").exists()

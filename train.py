@@ -1,0 +1,487 @@
+"""Training: token files in, a checkpoint that speaks out, the loop in plain sight.
+
+    python train.py config/digits.py --learning_rate=1e-3
+    torchrun --nproc_per_node=4 train.py config/digits.py
+    python train.py config/digits.py --init_from=resume
+
+- Before the first step the contract between training and generation is checked and printed.
+- A killed run goes on exactly from last.pt: all randomness is a function of the seed and the number of the micro-batch,
+  so weights, optimizer and position in the data are all there is to store. metrics.jsonl then reads as one run.
+- Ranks share one global list of micro-batches, so any number of them computes what one process would.
+- A step with a non-finite loss or gradient leaves weights and optimizer as they were; too many in a row end the run.
+- At each evaluation held-out texts are spoken into out_dir/samples and the curves drawn into out_dir/loss.html.
+- The loop waits for the device only to log; until then, sums of what is logged stay there.
+
+Exit codes: 0 at max_iters; 1 refused or failed, one line says why; 143 after SIGTERM and 130 after Ctrl-C, which let
+the step (and an evaluation that is due) finish and write last.pt; torchrun itself then says 1. last.pt is always whole.
+
+Letters in shapes: B batch, S rows, C columns, K codebooks.
+"""
+
+import copy
+import glob
+import json
+import math
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+from collections import Counter
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configurator
+from codec import load_codec, write_audio
+from data import Batches, TokenFiles, load_tokenizer
+from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
+from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
+from sample import Voice, pick_device
+
+# from where to where
+data_dir = "data/digits/tokens"  # token folder, written by prepare.py
+out_dir = "out/digits"  # for checkpoints, metrics.jsonl, loss.html, samples/
+init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or a checkpoint whose sizes and weights to start from
+overwrite = False  # start over in an out_dir that holds a run, which is removed
+# model
+arch = "csm"  # how the codebooks of a frame are predicted
+backbone: str | dict = "llama-1M"  # a preset of model.py or a dict of sizes
+decoder: str | dict = "llama-300K"  # the depth decoder, likewise
+decoder_fraction = 0.0625  # share of the frames the depth decoder trains on
+decoder_loss_weight = 1.0  # of the depth decoder's loss beside the backbone's
+frame_dropout = 0.0  # share of the input frames blanked, so that the text has to be read
+dropout: float | None = None  # on what each layer adds; None: as backbone and decoder say
+recompute: bool | None = None  # make activations again in backward instead of keeping them; None: likewise
+freeze = []  # regular expressions; parameters in whose name one of them is found stay as they are
+# batches
+max_tokens = 8192  # most rows of a micro-batch, padding included
+max_batch = 64  # most utterances of a micro-batch
+gradient_accumulation_steps = 1  # micro-batches of a step, over all ranks together
+voice_prompt = 0.0  # share of the utterances that follow another one of their speaker (for cloning)
+loader_workers = 0  # processes that read batches; 0: they are read between steps
+# optimizer
+max_iters = 2000  # steps in all
+learning_rate = 1e-3  # at its highest
+weight_decay = 0.1  # on matrices only
+beta1 = 0.9  # AdamW: of the mean of the gradient
+beta2 = 0.95  # and of its square
+grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+ema = 0.0  # decay of averaged weights, which then are evaluated and speak; 0: none
+max_skipped = 20  # so many steps in a row with a non-finite loss or gradient end the run (float16 starts with a few)
+# learning rate
+lr_schedule = "cosine"  # multistep, cosine, linear, constant
+warmup_iters = 100  # steps of linear warm-up before any of them
+lr_decay_iters = 0  # where cosine and linear reach min_lr; 0: at max_iters
+min_lr = 0.0  # what they end at
+milestones = []  # multistep: steps from which on the rate is gamma times lower
+gamma = 0.5  # multistep: by how much
+# looking at it
+log_interval = 10  # steps between lines of metrics.jsonl
+eval_interval = 250  # steps between evaluations, which write last.pt, and best.pt if it is the best
+eval_iters = 0  # most batches of an evaluation, spread over all lengths; 0: the whole val split
+eval_samples = 2  # held-out texts to speak at each evaluation
+temperature = 0.9  # how they are spoken; 0: always the likeliest code
+top_k = 50  # draw among so many of the likeliest codes; 0: all
+top_p = 1.0  # draw among the likeliest codes that make up this share of the probability
+keep_last = 0  # keep the checkpoints of so many evaluations as ckpt_{iter}.pt
+overfit_warning = 3  # evaluations above the best, while the training loss falls, that call for a warning; 0: none
+wandb_project = ""  # log to Weights & Biases as well
+tensorboard = False  # log to TensorBoard as well, in out_dir
+# the machine
+device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
+dtype = "float32"  # of the arithmetic: float32, bfloat16, or float16 with loss scaling; weights are float32
+compile = False  # torch.compile
+backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
+seed = 1337  # of the initial weights, the order of the data, dropout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCHEDULES = ("multistep", "cosine", "linear", "constant")
+HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "dropout", "recompute")  # may change in a run
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+RUN_FILES = ("best.pt", "last.pt", "ckpt_*.pt", "metrics.jsonl", "samples/*.wav")
+
+
+def check(cfg, world, device):
+    """Refuse what cannot be or cannot be meant: ValueError with one line."""
+    counts = "max_iters max_tokens max_batch gradient_accumulation_steps log_interval eval_interval max_skipped"
+    amounts = "learning_rate min_lr gamma weight_decay grad_clip decoder_loss_weight temperature top_k seed"
+    amounts += " warmup_iters lr_decay_iters eval_iters eval_samples keep_last overfit_warning loader_workers"
+    shares = "beta1 beta2 ema dropout frame_dropout"
+    ranges = [(counts, lambda x: x >= 1, "at least 1"), (amounts, lambda x: 0 <= x < math.inf, "0 or more")]
+    ranges += [(shares, lambda x: 0 <= x < 1, "in [0, 1)"), ("voice_prompt top_p", lambda x: 0 <= x <= 1, "in [0, 1]")]
+    for keys, sound, wanted in ranges:
+        for key in keys.split():
+            if not sound(getattr(cfg, key) or 0):
+                raise ValueError(f"{key} = {getattr(cfg, key)}: it must be {wanted}")
+    for key, allowed in (("dtype", DTYPES), ("lr_schedule", SCHEDULES)):
+        if getattr(cfg, key) not in allowed:
+            raise ValueError(f"{key} = {getattr(cfg, key)!r}: it is {', '.join(allowed)}")
+    if cfg.dtype == "float16" and device.type != "cuda":
+        raise ValueError(f"dtype = 'float16' needs a GPU, not {device.type}: take bfloat16 or float32")
+    steps, first = cfg.milestones, max(1, cfg.warmup_iters)
+    if cfg.lr_schedule == "multistep":
+        if not steps or any(type(m) is not int for m in steps) or sorted({*steps, first})[-len(steps) :] != steps:
+            raise ValueError(f"milestones = {steps}: multistep needs ascending steps from {first} on, as [1000, 2000]")
+    elif cfg.lr_schedule != "constant":
+        if 0 < cfg.lr_decay_iters < cfg.warmup_iters:
+            raise ValueError(f"lr_decay_iters = {cfg.lr_decay_iters} comes before warmup_iters = {cfg.warmup_iters}")
+        if cfg.min_lr > cfg.learning_rate:
+            raise ValueError(f"min_lr = {cfg.min_lr} is above learning_rate = {cfg.learning_rate}")
+    if cfg.gradient_accumulation_steps % world:
+        raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} counts the micro-batches of "
+                         f"all ranks together: it must be a multiple of their number, {world}")  # fmt: skip
+
+
+def get_lr(step, cfg):
+    """The learning rate of step 0, 1, ...: linear warm-up, then as lr_schedule says."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
+    if cfg.lr_schedule == "multistep":
+        return cfg.learning_rate * cfg.gamma ** sum(step >= m for m in cfg.milestones)
+    end = cfg.lr_decay_iters or cfg.max_iters
+    done = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+
+
+def starting_point(cfg, codec, meta):
+    """The model init_from asks for, on the CPU, and the checkpoint it is from, or None.
+
+    Raises FileNotFoundError, and ValueError where the checkpoint is not of this codec, tokenizer or kind of model.
+    """
+    torch.manual_seed(cfg.seed)
+    resume = cfg.init_from == "resume"
+    if not (resume or cfg.overwrite) and any(os.path.exists(os.path.join(cfg.out_dir, name)) for name in RUN_FILES[:2]):
+        raise ValueError(f"{cfg.out_dir} holds a run: init_from=resume goes on with it, overwrite=True removes it, or "
+                         "take another out_dir")  # fmt: skip
+    if cfg.init_from == "scratch":
+        return build(cfg.arch, meta, vars(cfg)), None
+    path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
+    checkpoint = load_checkpoint(path)
+    if resume and not checkpoint["train"]:
+        raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
+    if checkpoint["codec_fingerprint"] != codec.fingerprint():
+        raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
+    if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{path} and {cfg.data_dir} are of two tokenizers: prepare the data with the checkpoint's")
+    for key in ("arch", "backbone", "decoder") if resume else ("arch",):
+        if getattr(cfg, key) != (old := (checkpoint["config"] if resume else checkpoint)[key]):
+            raise ValueError(f"{key} = {getattr(cfg, key)!r}, but {path} was trained with {old!r}")
+    habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
+    model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
+    load_weights(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
+    return model, checkpoint
+
+
+def freeze_parameters(model, patterns):
+    """Freeze what the regular expressions find. Raises ValueError for one that finds none, or if all are frozen."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        try:
+            found = [name for name in names if re.search(pattern, name)]
+        except (re.error, TypeError) as e:
+            raise ValueError(f"freeze: {pattern!r} is not a regular expression ({e})") from None
+        if not found:
+            raise ValueError(f"freeze: {pattern!r} finds no parameter; some are {', '.join(names[:: len(names) // 4])}")
+        for name in found:
+            model.get_parameter(name).requires_grad = False
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("freeze leaves nothing to train")
+
+
+@torch.no_grad()
+def evaluate(model, val, autocast, most, rank, world, device):
+    """Means of the model's stats over the val split, or over `most` batches spread evenly over its lengths."""
+    plan, _ = val.plan(0)
+    plan = plan[:: math.ceil(len(plan) / most)] if most else plan
+    totals, training = {}, model.training
+    model.eval()
+    for i in range(rank, max(len(plan), world), world):
+        tokens, segment = val.read(plan[i % len(plan)])
+        with autocast:
+            _, stats = model(tokens.to(device), segment.to(device))
+        share = i < len(plan)  # a rank without a batch joins in with weight 0, so that all add up the same names
+        add(totals, {name: (value * share, count * share) for name, (value, count) in stats.items()}, device)
+    model.train(training)
+    return means(collect(totals, world))
+
+
+def speak(voice, files, cfg, iter_num, say):
+    """Say some texts of a split into out_dir/samples, with the recordings as the codec keeps them beside."""
+    meta, folder, count = voice.meta, os.path.join(cfg.out_dir, "samples"), min(cfg.eval_samples, len(files))
+    for n in range(count):
+        i = n * len(files) // count
+        speaker = meta["speakers"][files.speaker(i)]
+        before, after = meta["text_format"].format(speaker=speaker, text="\0").split("\0")
+        text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
+        path, original = os.path.join(folder, f"{iter_num:06d}_{n}.wav"), os.path.join(folder, f"original_{n}.wav")
+        if not os.path.exists(original):
+            write_audio(original, voice.decode(list(torch.from_numpy(files.codes(i)))), voice.codec.sample_rate)
+        try:
+            how = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "seed")}
+            wav = voice.say(text, speaker=speaker, **how)
+        except ValueError as e:  # no reason to stop training
+            say(f"{path}: {e}")
+            continue
+        write_audio(path, wav, voice.codec.sample_rate)
+        say(f"{path}: {text}{'' if voice.stopped else ' (did not stop)'}")
+
+
+def train(cfg, rank, world, device, received):
+    """Train as cfg says. Signals come in by the list `received`; returns the one that ended the run, or 0."""
+    master, cuda = rank == 0, device.type == "cuda"
+
+    def say(line):
+        if master:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def out(name):
+        return os.path.join(cfg.out_dir, name)
+
+    # data, codec, text
+    files, val_files = TokenFiles(cfg.data_dir, "train"), TokenFiles(cfg.data_dir, "val")
+    meta = files.meta
+    codec = load_codec(meta["codec"]["name"], cfg.data_dir)
+    if codec.fingerprint() != meta["codec"]["fingerprint"]:
+        raise ValueError(f"{cfg.data_dir}: codec.pt is not the codec its codes were made with: run prepare.py again")
+    with open(os.path.join(cfg.data_dir, meta["tokenizer"]["file"]), "rb") as f:
+        tokenizer = load_tokenizer(meta["tokenizer"]["kind"], f.read())
+
+    # model, optimizer, batches
+    model, checkpoint = starting_point(cfg, codec, meta)
+    freeze_parameters(model, cfg.freeze)
+    model, codec = model.to(device), codec.to(device)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema else None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "float32")
+    fit, most = (model.layout, model.length, cfg.max_tokens, cfg.max_batch), {"max_rows": model.max_rows}
+    batches = Batches(files, *fit, cfg.seed, rank, world, cfg.loader_workers, cfg.voice_prompt, **most)
+    val = Batches(val_files, *fit, shuffle=False, **most) if len(val_files) else None
+
+    # where an earlier run stopped
+    iter_num, best, history, window, seconds = 0, math.inf, [], {}, 0.0
+    skipped, in_a_row = torch.zeros(2, device=device)  # steps that were skipped
+    if cfg.init_from == "resume":
+        state, old, iter_num = checkpoint["train"], checkpoint["config"], checkpoint["iter"]
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+        batches.restore(state["batches"])
+        best, history, seconds = state["best"], state["history"], state["seconds"]
+        skipped, in_a_row = state["skipped"].to(device)
+        window = {name: pair.to(device) * master for name, pair in state["window"].items()}  # a sum over the ranks
+        if averaged:
+            load_weights(averaged, checkpoint["ema"] or checkpoint["model"])
+        changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k) != v]
+        say(f"resuming {cfg.out_dir} at iter {iter_num}" + (f", changed: {', '.join(changed)}" if changed else ""))
+        if iter_num >= cfg.max_iters:
+            say(f"nothing left to do: max_iters = {cfg.max_iters} is reached")
+            return 0
+    del checkpoint
+
+    # say what will be trained, and check that generation will agree with it
+    say(textwrap.fill("  ".join(f"{k}={v!r}" for k, v in vars(cfg).items()), 120, break_on_hyphens=False))
+    parts = Counter()
+    for name, p in model.named_parameters():
+        parts[name.split(".")[0]] += p.numel()
+    say(f"{parts.total() / 1e6:.3g}M parameters, of which {sum(p.numel() for p in trained) / 1e6:.3g}M are trained: "
+        + ", ".join(f"{name} {n / 1e6:.2g}M" for name, n in parts.items()))  # fmt: skip
+    say(f"{len(files)} utterances, {len(batches.plan(0)[0])} micro-batches an epoch, {batches.padding():.1%} padding"
+        + ("" if val else "; the val split is empty: no evaluation, no best.pt"))  # fmt: skip
+    held_out = val_files if val else files
+    frames = held_out.index[:, 3]
+    short = int((frames + 10**9 * (frames < 8)).argmin())  # the shortest that is long enough to tell the shifts apart
+    text, codes = held_out.text(short), held_out.codes(short)
+    report = contract_check(model, text, codes)
+    shifts = ", ".join(f"{x:.2f}" for x in report["loss_at_shift"])
+    say(f"contract check: cached generation and teacher forcing agree to {report['max_difference']:.1e}; cross-entropy "
+        f"of codebook 0 at shifts 0, 1, 2: {shifts} (ln V = {report['ln_v']:.2f})")  # fmt: skip
+
+    # files
+    loggers = other_loggers(cfg.wandb_project, cfg.tensorboard, cfg.out_dir, vars(cfg)) if master else []
+    if master:
+        os.makedirs(out("samples"), exist_ok=True)
+        for path in [p for pattern in RUN_FILES for p in glob.glob(out(pattern))] if cfg.init_from != "resume" else []:
+            os.remove(path)
+        write_metrics(out("metrics.jsonl"), read_metrics(out("metrics.jsonl"), iter_num))  # later ones happen again
+        with open(out("config.json"), "w", encoding="utf-8") as f:
+            json.dump(vars(cfg), f, indent=1)
+
+    def save(*names):
+        """Write a checkpoint under each of these names; best.pt goes without what only resuming needs."""
+        totals = collect(window, world)
+        if not all(p.isfinite().all() for p in trained):
+            raise ValueError(f"the weights at iter {iter_num} are not finite and not saved: lower learning_rate")
+        state = {
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "batches": batches.state(),
+            "best": best, "history": history, "window": totals, "seconds": seconds + time.perf_counter() - clock,
+            "skipped": torch.stack([skipped, in_a_row]),
+        }  # fmt: skip
+        checkpoint = {
+            "arch": cfg.arch, "model_config": asdict(model.config), "config": vars(cfg), "iter": iter_num, "meta": meta,
+            "model": model.state_dict(), "ema": averaged.state_dict() if averaged else None,
+            "codec": codec.pack(), "codec_fingerprint": codec.fingerprint(),
+            "tokenizer": {"kind": tokenizer.kind, "model": tokenizer.model},
+            "probe": {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)},
+        }  # fmt: skip
+        for name in names if master else ():
+            save_checkpoint(out(name), {**checkpoint, "train": None if name == "best.pt" else state})
+
+    spoken = averaged or model  # the weights that are evaluated and speak
+    voice = Voice(spoken, codec, tokenizer, meta)
+    net = torch.compile(model, dynamic=True) if cfg.compile else model
+    if world > 1:
+        net = DistributedDataParallel(net, device_ids=[device.index] if cuda else None)
+    micro_steps, stream, start, told = cfg.gradient_accumulation_steps // world, iter(batches), iter_num, 0.0
+    watched = master and sys.stderr.isatty()
+    bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not watched, dynamic_ncols=True, unit="step")
+    clock = time.perf_counter()
+
+    while True:
+        # log, evaluate, save, speak
+        evaluating = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters
+        logging = iter_num % cfg.log_interval == 0 or evaluating
+        if logging and iter_num > start:
+            totals, window = collect(window, world), {}
+            if int(in_a_row) >= cfg.max_skipped:
+                raise ValueError(f"{int(in_a_row)} steps in a row up to iter {iter_num} had a non-finite loss or "
+                                 "gradient: the last good checkpoint stays; lower learning_rate")  # fmt: skip
+            lr = get_lr(iter_num - 1, cfg)  # that of the step just made
+            line = {"iter": iter_num, **means(totals), "lr": lr, "skipped": int(skipped), "epoch": batches.epoch}
+            line["timing"] = timing(totals, meta["codec"]["frame_rate"], seconds + time.perf_counter() - clock, device)
+            if evaluating and val:
+                held = evaluate(spoken, val, autocast, cfg.eval_iters, rank, world, device)
+                line.update({f"val_{name}": value for name, value in held.items()})
+            bar.set_postfix_str(summary(line))
+            if evaluating or (not watched and time.monotonic() - told > 20):  # a log file gets a line now and then
+                say(f"iter {iter_num}: {summary(line)}")
+                told = time.monotonic()
+            if master:
+                with open(out("metrics.jsonl"), "a", encoding="utf-8") as f:
+                    f.write(json.dumps(line) + "\n")
+            for logger in loggers:
+                logger(line)
+            if evaluating:
+                names = ["last.pt"]
+                if cfg.keep_last:
+                    names.insert(0, f"ckpt_{iter_num}.pt")
+                if line.get("val_loss") is not None:
+                    history.append((iter_num, line["loss"] or math.nan, line["val_loss"]))
+                    if line["val_loss"] < best:
+                        best = line["val_loss"]
+                        names.insert(0, "best.pt")
+                    if warning := overfitting(history, cfg.overfit_warning):
+                        say(warning)
+                save(*names)
+                if master:
+                    kept = sorted(glob.glob(out("ckpt_*.pt")), key=lambda path: int(re.search(r"(\d+)\.pt$", path)[1]))
+                    for path in kept[: -cfg.keep_last] if cfg.keep_last else []:
+                        os.remove(path)
+                    draw(read_metrics(out("metrics.jsonl")), out("loss.html"))
+                    speak(voice, held_out, cfg, iter_num, say)
+            seconds, clock = 0.0, time.perf_counter()
+        if iter_num >= cfg.max_iters:
+            bar.close()
+            return 0
+
+        # leave, if a signal asks for it
+        looking = world == 1 or logging or not cuda  # ranks have to agree; on GPUs only where the host waits anyway
+        stop = max(received, default=0) if looking else 0
+        if looking and world > 1:
+            flag = torch.tensor(stop, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            stop = int(flag)
+        if stop:
+            bar.close()
+            save("last.pt")
+            say(f"{signal.Signals(stop).name} at iter {iter_num}: {out('last.pt')} is written, the same command with "
+                "--init_from=resume goes on")  # fmt: skip
+            return stop
+
+        # one step
+        lr = get_lr(iter_num, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if cfg.lr_schedule == "multistep" and iter_num in cfg.milestones:
+            say(f"iter {iter_num}: the learning rate changes from {get_lr(iter_num - 1, cfg):.3g} to {lr:.3g}")
+        step, step_loss = {}, 0.0
+        for micro in range(micro_steps):
+            tokens, segment = next(stream)  # (B, S, C), (B, S)
+            padding = int((segment == PAD).sum()), segment.numel()
+            if cuda:
+                tokens, segment = tokens.pin_memory(), segment.pin_memory()
+            # randomness belongs to the micro-batch, by its number in the whole run, whichever rank it falls to
+            torch.manual_seed(cfg.seed * 1_000_003 + iter_num * cfg.gradient_accumulation_steps + micro * world + rank)
+            if world > 1:
+                net.require_backward_grad_sync = micro == micro_steps - 1
+            with autocast:
+                loss, stats = net(tokens.to(device, non_blocking=True), segment.to(device, non_blocking=True))
+            scaler.scale(loss / micro_steps).backward()
+            add(step, {**stats, "padding": padding}, device)
+            step_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
+        add(step, {"grad_norm": (norm, 1)}, device)
+        bad = (~(norm.isfinite() & step_loss.isfinite())).float()
+        if world > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        optimizer.found_inf = bad  # where this is 1 the fused step changes nothing; the host need not know
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
+        for name, pair in step.items():
+            pair = torch.where(bad > 0, 0, pair)
+            window[name] = window[name] + pair if name in window else pair
+        if averaged:
+            decay = min(cfg.ema, (1 + iter_num) / (10 + iter_num))  # early averages forget the initialisation quickly
+            for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
+                mean.lerp_(p.detach(), 1 - decay)
+        iter_num += 1
+        bar.update()
+
+
+def main(cfg):
+    """Set up ranks, device and signals, then train. Raises ValueError or OSError, and SystemExit after a signal."""
+    rank, world, local_rank = (int(os.environ.get(name, n)) for name, n in zip(TORCHRUN, (0, 1, 0), strict=True))
+    device = torch.device(pick_device(cfg.device))
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    check(cfg, world, device)
+    if world > 1:
+        dist.init_process_group(cfg.backend or ("nccl" if device.type == "cuda" else "gloo"))
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        if world == 1:
+            signal.signal(number, before[number])  # a second one ends the run at once; torchrun sends two by itself
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stopped_by = train(cfg, rank, world, device, received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if world > 1:
+        dist.destroy_process_group()
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+
+
+if __name__ == "__main__":
+    configurator.run(main, __file__)
