@@ -1,6 +1,7 @@
 """Bench: every number that the README quotes, from one command.
 
     python bench.py data     word error rate of a raw data set: are the recordings themselves understood?
+    python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI); how fast it is
     python bench.py sample   word error rate, stops and speed of a model that speaks held-out strings of digits
 
 - `recognise` hears strings of digits: pocketsphinx, whose acoustic model comes inside its wheel, with a grammar of the
@@ -21,10 +22,11 @@ import codec as codecs
 import configurator
 from sample import Voice
 
-name = "data"  # what to measure: data, sample
+name = "data"  # what to measure: data, codec, sample
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
 limit = 0  # most utterances to listen to; 0: all of a data set, 60 of a model
 show_errors = False  # print every utterance that was misheard
+speech = "../shared/ljspeech24"  # codec: recordings in LJSpeech's layout, 16 to fit on, then 8; "" for none
 ckpt = "out/digits/best.pt"  # sample: the model that speaks
 speaker = "slt"  # sample: whose held-out strings it speaks
 temperature: float | None = None  # sample: of the draw; None: as the checkpoint's recipe says
@@ -111,15 +113,16 @@ def report(heard):
     return table(rows, ["", "utterances", "words", "errors", "word error rate"])
 
 
-def read_raw(folder):
-    """The held-out utterances of a raw data set: [(path, text, speaker), ...]; all of them where none is held out."""
+def read_raw(folder, every=False):
+    """The held-out utterances of a raw data set: [(path, text, speaker), ...]; all of them where none is held out, or
+    `every` one is asked for."""
     path = os.path.join(folder, "metadata.csv")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; python data/digits/prepare.py makes the built-in data set")
     with open(path, newline="", encoding="utf-8") as file:
         rows = [(row["audio"], row["text"], row["speaker"]) for row in csv.DictReader(file)]
     listed = os.path.join(folder, "heldout.txt")
-    if os.path.exists(listed):
+    if os.path.exists(listed) and not every:
         with open(listed, encoding="utf-8") as file:
             names = set(file.read().split())
         rows = [row for row in rows if os.path.splitext(os.path.basename(row[0]))[0] in names]
@@ -143,6 +146,66 @@ def bench_data(cfg):
     print(report(heard))
 
 
+def round_trip(codec, wavs):
+    """wavs through the codec and back, and how many times faster than real time it encoded and decoded them."""
+    start = time.perf_counter()
+    codes = [codec.encode(wav[None]) for wav in wavs]
+    middle = time.perf_counter()
+    out = [codec.decode(c)[0, : len(wav)] for c, wav in zip(codes, wavs, strict=True)]
+    seconds, end = sum(map(len, wavs)) / codec.sample_rate, time.perf_counter()
+    return out, f"{seconds / (middle - start):.0f} x", f"{seconds / (end - middle):.0f} x"
+
+
+def bench_codec(cfg):
+    """mel: word error rate of held-out digits through it, STOI of real speech it was not fitted on."""
+    rows = read_raw(cfg.raw)
+    held_out = {path for path, _, _ in rows}
+    rows = rows[: cfg.limit or len(rows)]
+    wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
+    training = [path for path, _, _ in read_raw(cfg.raw, every=True) if path not in held_out]
+    training = [codecs.read_audio(training[i], RATE) for i in np.random.default_rng(0).permutation(len(training))[:800]]
+
+    def error_rate(wavs):
+        heard = [("", text, recognise(wav, RATE)) for (_, text, _), wav in zip(rows, wavs, strict=True)]
+        _, words, errors = error_rates(heard)["all"]
+        return f"{errors / max(words, 1):.1%}"
+
+    print(f"{len(rows)} held-out recordings of digits; fitted on {sum(map(len, training)) / RATE:.0f} s of others")
+    print(f"word error rate of the recordings: {error_rate(wavs)}")
+    table_rows = []
+    for frame_rate in tqdm((10, 12.5, 16, 20), "frame rates", leave=False):
+        start = time.perf_counter()
+        codec = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training)
+        fitted = time.perf_counter() - start
+        out, *speeds = round_trip(codec, wavs)
+        table_rows.append((frame_rate, bit_rate(codec), error_rate(out), f"{fitted:.0f} s", *speeds))
+    print(table(table_rows, ["frames/s", "bit/s", "word error rate", "fit", "encode", "decode"]))
+
+    metadata = os.path.join(cfg.speech, "metadata.csv")
+    if not cfg.speech or not os.path.exists(metadata):
+        print("no real speech: --speech=folder names recordings in LJSpeech's layout")
+        return
+    from pystoi import stoi
+
+    with open(metadata, encoding="utf-8") as file:
+        names = [line.split("|")[0] for line in file][:24]
+    files = {os.path.splitext(name)[0]: name for name in os.listdir(os.path.join(cfg.speech, "wavs"))}
+    wavs = [codecs.read_audio(os.path.join(cfg.speech, "wavs", files[name]), 24000) for name in names]
+    table_rows = []
+    for frame_rate, size in ((12.5, 256), (12.5, 1024), (20, 256), (25, 256), (50, 256)):
+        codec = codecs.load_codec("mel", sample_rate=24000, frame_rate=frame_rate, codebook_size=size).fit(wavs[:16])
+        out, *speeds = round_trip(codec, wavs[16:])
+        scores = [stoi(wav.numpy(), o.numpy(), 24000) for wav, o in zip(wavs[16:], out, strict=True)]
+        table_rows.append((frame_rate, size, bit_rate(codec), f"{np.mean(scores):.3f}", f"{min(scores):.3f}", *speeds))
+    seconds = sum(map(len, wavs[:16])) / 24000
+    print(f"\nreal speech at 24 kHz: fitted on {seconds:.0f} s of 16 recordings, measured on 8 others")
+    print(table(table_rows, ["frames/s", "entries", "bit/s", "STOI", "least", "encode", "decode"]))
+
+
+def bit_rate(codec):
+    return round(codec.n_codebooks * np.log2(codec.codebook_size) * codec.frame_rate)
+
+
 def bench_sample(cfg):
     """Held-out strings, spoken: word error rate, utterances that ended by themselves, real-time factor."""
     voice = Voice.from_checkpoint(cfg.ckpt)
@@ -162,7 +225,7 @@ def bench_sample(cfg):
     print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {took / max(seconds, 1e-9):.2f}")
 
 
-BENCHES = {"data": bench_data, "sample": bench_sample}
+BENCHES = {"data": bench_data, "codec": bench_codec, "sample": bench_sample}
 
 
 def main(cfg):

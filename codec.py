@@ -16,6 +16,7 @@ S: steps (spectra) in a frame   P = S * M: numbers in a patch   D: principal com
 import argparse
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -145,7 +146,9 @@ class Codec(nn.Module):
         """Write folder/codec.pt, from which `load_codec(name, folder)` reads."""
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "codec.pt")
-        torch.save(self.pack(), f"{path}.partial")
+        torch.save(self.pack(), packed := io.BytesIO())  # not to the file: of a full disk torch.save makes no OSError
+        with open(f"{path}.partial", "wb") as file:
+            file.write(packed.getvalue())
         os.replace(f"{path}.partial", path)
 
 
@@ -225,7 +228,7 @@ class Mel(Codec):
         """(steps, samples in a step): near `hop` samples in a step, and all steps together, nearer yet, `frame`."""
         def misfit(steps):
             size = max(1, round(frame / steps))
-            return abs(math.log(size / hop)) + 100 * abs(math.log(size * steps / frame))
+            return abs(math.log(size / hop)) + 200 * abs(math.log(size * steps / frame))
 
         steps = min(range(1, 2 + round(2 * frame / hop)), key=misfit)
         return steps, max(1, round(frame / steps))
