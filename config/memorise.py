@@ -10,7 +10,7 @@ amount of training will help. Held-out loss goes the other way meanwhile, and tr
 # prepare.py
 data_dir = "data/memorise/tokens"
 codec = "mel"
-codec_args = {"n_codebooks": 8, "codebook_size": 256, "sample_rate": 24000, "frame_rate": 12.5}
+codec_args = {"n_codebooks": 8, "codebook_size": 256, "sample_rate": 24000, "frame_rate": 20}
 vocab_size = 512
 val_fraction = 0.1
 

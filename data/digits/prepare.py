@@ -1,6 +1,6 @@
 """Make the built-in data set: strings of two to six spoken digits, thousands of them, in seconds, without a download.
 
-    python data/digits/prepare.py [--n=4000] [--seed=0]
+    python data/digits/prepare.py [--n=12000] [--seed=0]
 
 Writes wavs/*.wav (16 kHz, mono, 16 bit), heldout.txt (names of the held-out utterances, one a line) and metadata.csv
 (audio, text, speaker) beside itself. The recordings it starts from are in the repository; README.md says where they
@@ -166,7 +166,7 @@ def summary(made):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--n", type=int, default=4000, help="training utterances (default 4000)")
+    parser.add_argument("--n", type=int, default=12000, help="training utterances (default 12000)")
     parser.add_argument("--seed", type=int, default=0, help="of the training part (default 0)")
     parser.add_argument("--folder", default=HERE, help="where to write (default: beside this file)")
     args = parser.parse_args()
