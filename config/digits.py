@@ -30,5 +30,4 @@ warmup_iters = 100
 eval_interval = 500
 
 # sample.py, and the samples spoken at each evaluation
-temperature = 0.3
-top_k = 50
+temperature = 0.0  # always the likeliest code: so small a model says it most clearly so
