@@ -185,7 +185,10 @@ def bench_codec(cfg):
     if not cfg.speech or not os.path.exists(metadata):
         print("no real speech: --speech=folder names recordings in LJSpeech's layout")
         return
-    from pystoi import stoi
+    try:
+        from pystoi import stoi
+    except ImportError as error:
+        raise ValueError("STOI needs pystoi: pip install pystoi") from error
 
     with open(metadata, encoding="utf-8") as file:
         names = [line.split("|")[0] for line in file][:24]
