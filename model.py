@@ -28,6 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this machine: the kernel's PyTorch twin does its work
+    triton = None
+
 PAD, TEXT, PROMPT, AUDIO = 0, 1, 2, 3  # what `segment` says of a row; only AUDIO rows are ever a target
 IGNORE = -100
 
@@ -35,67 +41,11 @@ IGNORE = -100
 # the loss
 
 
-class _MultiCodebookCrossEntropy(torch.autograd.Function):
-    """Chunks of rows go through logits -> log-sum-exp; backward makes each chunk's logits again from what went in."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, target, ignore_index, rows):
-        N, K = target.shape
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays, for gradient checks
-        total = torch.zeros(K, dtype=exact, device=hidden.device)
-        correct = torch.zeros(K, dtype=torch.long, device=hidden.device)
-        lse = torch.empty(K, N, dtype=exact, device=hidden.device)
-        used = target != ignore_index
-        for i in range(0, N, rows):
-            logits = _logits(hidden[i : i + rows], weight, bias)
-            keep, goal = used[i : i + rows].T, target[i : i + rows].T.clamp(min=0)
-            z = torch.logsumexp(logits, -1)
-            lse[:, i : i + rows] = z
-            picked = logits.gather(-1, goal[..., None])[..., 0]
-            total += torch.where(keep, z - picked, 0).sum(1)
-            correct += ((logits.argmax(-1) == goal) & keep).sum(1)
-        count = used.sum(0)
-        ctx.save_for_backward(hidden, weight, bias, target, lse, count)
-        ctx.ignore_index, ctx.rows = ignore_index, rows
-        ctx.mark_non_differentiable(correct)
-        return total / count.clamp(min=1), correct
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        hidden, weight, bias, target, lse, count = ctx.saved_tensors
-        exact, shared = lse.dtype, hidden.ndim == 2
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=exact, device=bias.device)
-        scale = (grad_loss / count.clamp(min=1))[:, None] * (target != ctx.ignore_index).T  # (K, N)
-        for i in range(0, len(target), ctx.rows):
-            chunk = slice(i, i + ctx.rows)
-            grad = torch.exp(_logits(hidden[chunk], weight, bias).sub_(lse[:, chunk, None]))
-            goal = target[chunk].T.clamp(min=0)[..., None]
-            grad.scatter_add_(-1, goal, grad.new_full((), -1).expand_as(goal)).mul_(scale[:, chunk, None])
-            if grad_bias is not None:
-                grad_bias += grad.sum(1)
-            grad = grad.to(weight.dtype)  # (K, n, V)
-            back = torch.matmul(grad, weight)  # (K, n, D)
-            grad_hidden[chunk] = back.sum(0) if shared else back.transpose(0, 1)
-            h = hidden[chunk] if shared else hidden[chunk].transpose(0, 1)
-            grad_weight += torch.matmul(grad.transpose(1, 2), h)
-        grad_weight = grad_weight.to(weight.dtype)
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def _logits(hidden, weight, bias):
-    """hidden (n, K, D) or (n, D), weight (K, V, D), bias (K, V) or None -> logits (K, n, V) in at least float32."""
-    h = hidden if hidden.ndim == 2 else hidden.transpose(0, 1)
-    logits = torch.matmul(h, weight.transpose(1, 2))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if bias is None else logits + bias[:, None]
-
-
-@torch.compiler.disable  # compiled, its chunks would be traced anew for every length of a batch
-def multi_codebook_cross_entropy(hidden, weight, target, bias=None, ignore_index=IGNORE, buffer=2**23):
+@torch.compiler.disable  # compiled, its tiles would be traced anew for every length of a batch
+def multi_codebook_cross_entropy(
+    hidden, weight, target, bias=None, ignore_index=IGNORE, codebook_weight=None, row_weight=None,
+    label_smoothing=0.0, z_loss=0.0, buffer=None, kernel=None,
+):  # fmt: skip
     """Cross-entropy of K classification heads at once, without ever holding their logits.
 
     hidden (N, K, D), or (N, D) where all heads read the same state; weight (K, V, D), or (V, D) where K = 1; target
@@ -103,24 +53,275 @@ def multi_codebook_cross_entropy(hidden, weight, target, bias=None, ignore_index
     its targets that are not ignored (0 where there are none), in float32 or better, and correct (K,), how many of these
     targets were ranked first.
 
-    Rows go through in chunks of at most `buffer` logits. Backward computes each chunk's logits a second time instead of
-    keeping them (as cut cross-entropy does, Wijmans et al. 2024), so the extra memory is one chunk and a log-sum-exp
-    per target, whatever N. Raises ValueError for shapes that do not fit, and on the CPU for targets out of range.
+    row_weight (N,) makes it a weighted mean, in which a row of weight 2 counts like two rows; codebook_weight (K,)
+    multiplies the losses. `label_smoothing` e mixes a share e of all classes evenly into the target (Szegedy et al.
+    2016); `z_loss` z adds z * lse^2, which keeps the logits' scale in place (PaLM, Chowdhery et al. 2022). Neither
+    target nor weights get a gradient. Raises ValueError for shapes that do not fit, and on the CPU for targets out of
+    range; on a GPU, where looking would stall the host, such a target makes its codebook's loss nan.
+
+    What it computes, for one row of one codebook, with logits x = W h + b and target t:
+
+        lse = log sum_j exp(x_j)        loss = lse - (1 - e) x_t - e/V sum_j x_j + z lse^2
+        p_j = exp(x_j - lse)            dx_j = p_j (1 + 2 z lse) - (1 - e) [j = t] - e/V
+        dh  = W^T dx                    dW  += dx h^T         db += dx
+
+    Everything the gradient needs is there the moment the logits are, so it is formed in the forward pass, at once, in
+    the logits' own place, and both products with it follow while it is still in the cache. That makes three matrix
+    products, 6 N K V D operations, which is what a loss that holds all its logits takes too; recomputing the logits in
+    the backward pass, as cut cross-entropy does (Wijmans et al. 2024), would make it four. The backward pass only
+    multiplies by the gradient of the loss, which is not known before. The method is that of Liger's fused linear
+    cross-entropy (Hsu et al. 2024); what is new here is that it takes K heads, each with its own state or all with one.
+
+                      V columns                 The tile is the only piece of the logits that exists. It moves down the
+               +---------------------+          rows of a codebook, then on to the next codebook:
+        N rows |      (not held)     |
+               +---------------------+            1  tile = h W^T              product, into the tile
+               | tile: x, then dx    | n rows     2  x -> loss, rank, dx       one kernel, in place
+               +---------------------+            3  dh  = tile W              product, into the gradient
+               |      (not held)     |            4  dW += tile^T h            product, summed in float32
+               +---------------------+
+                  times K codebooks             In memory: the tile, loss and rank of each target, dh, dW. Not in
+                                                memory: N K V logits, their softmax, their gradient.
+
+    A tile has at most `buffer` elements; None: 1/28 of all N K V logits, but not under 2^17 and not over 2^22 (2^23 on
+    a GPU), so that together with what it takes to work on it, it stays under 1/16 of the logits in float32. Where heads
+    are small a tile holds several of them. Where all read one state they are one wide head of K V columns, so that the
+    product itself sums their parts of dh. Two more things take memory: the gradient of a weight in half precision is
+    summed in float32, a codebook at a time; and where the losses of a shared state are not simply summed (one state
+    holds one dh, but each codebook has its own factor), the backward pass does the whole work a second time.
+
+    `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
+    hardware and the type.
     """
     if weight.ndim == 2:
         weight, bias = weight[None], None if bias is None else bias.reshape(1, -1)
     K, V, D = weight.shape
-    if target.ndim != 2 or target.shape[1] != K or hidden.shape not in ((len(target), K, D), (len(target), D)):
+    N = len(target)
+    if target.shape != (N, K) or hidden.shape not in ((N, K, D), (N, D)):
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and target {tuple(target.shape)}"
         raise ValueError(f"{shapes} do not fit: expected (N, K, D) or (N, D), (K, V, D), (N, K)")
-    if target.device.type == "cpu" and target.numel():
+    for name, x, shape in (("bias", bias, (K, V)), ("codebook_weight", codebook_weight, (K,)),
+                           ("row_weight", row_weight, (N,))):  # fmt: skip
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} {tuple(x.shape)} does not fit: expected {shape}")
+    if target.device.type == "cpu" and N:
         wrong = (target != ignore_index) & ((target < 0) | (target >= V))
         if wrong.any():
             raise ValueError(f"target {int(target[wrong][0])} is outside 0..{V - 1}")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, ignore_index, max(1, buffer // (K * V)))
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+    if kernel is None:
+        kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
+    if kernel and triton is None:
+        raise ValueError("kernel=True needs Triton: pip install triton")
+    buffer = buffer or min(max(N * K * V // 28, 2**17), 2**23 if hidden.is_cuda else 2**22)
+
+    exact = torch.promote_types(dtype, torch.float32)
+    used = target != ignore_index
+    scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
+    total = scale.sum(0)
+    # Each target's factor in its codebook's mean, times `unit`, a row's share of the fullest codebook: half precision
+    # has no room for 1 / N, and so the gradients wait for it until backward.
+    unit = total.max().clamp(min=torch.finfo(exact).tiny) if N else total.new_ones(())
+    factor = torch.where(total > 0, unit / total, 0)
+    scale = scale * (factor if codebook_weight is None else factor * codebook_weight)
+    options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
+    loss, correct = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, options)
+    return loss, (correct & used).sum(0)
+
+
+class _MultiCodebookCrossEntropy(torch.autograd.Function):
+    """sum(scale * loss of each target) / unit, by codebook (K,), and correct (N, K)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, scale, unit, options):
+        wanted = ctx.needs_input_grad[:3]
+        loss, correct, ctx.grads = _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, **options)
+        ctx.save_for_backward(hidden, weight, bias, target, scale, unit)
+        ctx.options = options
+        ctx.mark_non_differentiable(correct)
+        return torch.where(scale != 0, loss * scale, 0).sum(0) / unit, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        hidden, weight, bias, target, scale, unit = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        shared = hidden.ndim == 2
+        # sum() hands down one expanded value, which can be seen without looking at what is in it
+        alike = grad_loss.stride() == (0,) or len(grad_loss) == 1
+        if grads is None or (shared and not alike):  # a second backward, or a dh that is of no use
+            scale, grad_loss, wanted = scale * grad_loss, torch.ones_like(grad_loss), ctx.needs_input_grad[:3]
+            grads = _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, **ctx.options)[2]
+        factor = grad_loss / unit
+        _multiply(grads[0], factor[:1] if shared else factor, -2)
+        _multiply(grads[1], factor, 0)
+        _multiply(grads[2], factor, 0)
+        return *grads, None, None, None, None
+
+
+def _multiply(grad, factor, axis):
+    """grad *= factor, a number for each index of that axis (or one for all), rounded once."""
+    if grad is None:
+        return
+    if grad.is_cuda or grad.dtype == factor.dtype:
+        shape = [1] * grad.ndim
+        shape[axis] = -1
+        grad.mul_(factor.view(shape))
+    else:  # on a CPU mixed types would take a copy of the whole gradient; a scalar takes none
+        parts = grad.unbind(axis) if len(factor) > 1 else [grad]
+        for part, number in zip(parts, factor, strict=True):
+            part.mul_(number)
+
+
+def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buffer, smoothing, z_loss, kernel):
+    """Loss and rank of every target, and the gradients of sum(scale * loss) that are `wanted` (hidden, weight, bias).
+
+    hidden (N, K, D) or (N, D), weight (K, V, D), bias (K, V) or None, target and scale (N, K) -> loss and correct
+    (N, K), [gradient or None] * 3. Products are made in `dtype`, sums in that of scale.
+    """
+    (N, K), (_, V, D) = target.shape, weight.shape
+    H, J = (1, K) if hidden.ndim == 2 or K == 1 else (K, 1)  # H heads, J codebooks wide
+    C = J * V
+    exact, device = scale.dtype, hidden.device
+    make = torch.empty if N else torch.zeros
+    grads = [make(x.shape, dtype=x.dtype, device=device) if wanted[i] else None for i, x in enumerate((hidden, weight))]
+    bias_sum = torch.zeros(H, 1, C, dtype=exact, device=device) if wanted[2] else None
+    loss, correct = torch.empty_like(scale), torch.empty_like(target, dtype=torch.bool)
+
+    # the tile: as many rows as fit, then as many heads
+    n = max(1, min(N, buffer // C))
+    n = math.ceil(N / math.ceil(N / n)) if N else 1  # the last one is not much smaller
+    g = max(1, min(H, buffer // (n * C)))
+    pitch = math.ceil(C / 64) * 64 if hidden.is_cuda else C  # rows aligned as tensor cores like them
+    memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
+    work = memory if kernel or dtype == exact else torch.empty_like(memory, dtype=exact)
+
+    hidden, grad_hidden = (None if x is None else x.view(N, H, D).transpose(0, 1) for x in (hidden, grads[0]))
+    weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
+    bias = None if bias is None else bias.reshape(H, 1, C)
+    by_head = [x.reshape(N, H, J).transpose(0, 1) for x in (target, scale, loss, correct)]
+    for head in range(0, H if N else 0, g):
+        heads = slice(head, head + g)
+        w = weight[heads].to(dtype)  # (g, C, D)
+        whole = None if grad_weight is None else grad_weight[heads]
+        total = whole if whole is None or n == N or whole.dtype == exact else torch.empty_like(whole, dtype=exact)
+        for row in range(0, N, n):
+            place = heads, slice(row, row + n)
+            h = hidden[place].to(dtype)  # (g, n, D)
+            size = *h.shape[:2], pitch
+            tile, wide = (x[: math.prod(size)].view(size)[..., :C] for x in (memory, work))
+            if bias is None:
+                torch.bmm(h, w.mT, out=tile)
+            else:
+                torch.baddbmm(bias[heads].to(dtype), h, w.mT, out=tile)
+            rows = [x[place] for x in by_head]
+            if kernel:
+                _launch_softmax_kernel(tile, *rows, smoothing, z_loss)
+            else:
+                _softmax_rows(tile.unflatten(-1, (J, V)), wide.unflatten(-1, (J, V)), *rows, smoothing, z_loss)
+            if grad_hidden is not None:
+                _product(tile, w, grad_hidden[place], True)
+            if total is not None:
+                _product(tile.mT, h, total, row == 0)
+            if bias_sum is not None:
+                bias_sum[heads] += tile.sum(1, keepdim=True, dtype=exact)
+        if total is not whole:
+            whole.copy_(total)
+    grads.append(None if bias_sum is None else bias_sum.view(K, V).to(bias.dtype))
+    return loss, correct, grads
+
+
+def _product(a, b, out, new):
+    """out = a b, or out += a b where it is not `new`: (g, m, k) x (g, k, D) -> (g, m, D), whose type may be wider."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out) if new else out.baddbmm_(a, b)
+        return
+    step = max(1, 2**21 // (out.shape[0] * out.shape[2]))  # no more than so many elements in the narrow type
+    for i in range(0, out.shape[1], step):
+        part, product = out[:, i : i + step], torch.bmm(a[:, i : i + step], b)
+        part.copy_(product) if new else part.add_(product)
+
+
+def _softmax_rows(tile, wide, target, scale, loss, correct, smoothing, z_loss):
+    """Every row's loss and rank, and in the row's place the gradient of scale * loss: the PyTorch twin of the kernel.
+
+    tile (g, n, J, V) logits, overwritten; wide: as large, in the type to calculate in, may be the tile itself; target,
+    scale, loss and correct (g, n, J). The loss is nan where the target is no class.
+    """
+    if wide is not tile:
+        wide.copy_(tile)
+    V = wide.shape[-1]
+    inside = (target >= 0) & (target < V)
+    goal = torch.where(inside, target, 0)[..., None]
+    (top, best), picked = wide.max(-1), wide.gather(-1, goal)[..., 0]
+    mean = wide.mean(-1) if smoothing else 0
+    torch.softmax(wide, -1, out=wide)
+    # the likeliest class has a probability of at least 1 / V: its logarithm is safe, the target's may be -inf
+    lse = top - wide.gather(-1, best[..., None])[..., 0].log()
+    value = lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2
+    loss.copy_(torch.where(inside, value, math.nan))
+    correct.copy_(best == target)
+    if z_loss:
+        wide *= 1 + 2 * z_loss * lse[..., None]
+    if smoothing:
+        wide -= smoothing / V
+    wide.scatter_add_(-1, goal, wide.new_full((), smoothing - 1).expand_as(goal))
+    wide *= scale[..., None]
+    if wide is not tile:
+        tile.copy_(wide)
+
+
+if triton:
+
+    @triton.jit
+    def _softmax_kernel(
+        tile, target, scale, loss, correct, tile_stride, head_stride, row_stride, n, J, V, smoothing, z_loss,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program a row of J codebooks by n rows by g heads; the strides are in elements.
+
+        A first pass over the row's logits finds loss and rank, a second leaves the gradient in their place.
+        """
+        program = tl.program_id(0).to(tl.int64)  # offsets may pass 2^31
+        j, row, head = program % J, program // J % n, program // J // n
+        tile += program // J * tile_stride + j * V
+        place = head * head_stride + row * row_stride + j
+        goal, factor = tl.load(target + place), tl.load(scale + place)
+        columns = tl.arange(0, BLOCK)
+        top, best, total, picked, sum_x = -float("inf"), V, 0.0, 0.0, 0.0
+        for start in range(0, V, BLOCK):
+            column = start + columns
+            x = tl.load(tile + column, column < V, -float("inf")).to(tl.float32)
+            high = tl.max(x, 0)
+            first = tl.min(tl.where(x == high, column, V), 0)
+            best = tl.where(high > top, first, best)  # of equals the first, as in argmax
+            higher = tl.maximum(top, high)
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+            top = higher
+            picked += tl.sum(tl.where(column == goal, x, 0.0), 0)  # not by a load: other warps may already overwrite it
+            sum_x += tl.sum(tl.where(column < V, x, 0.0), 0)
+        lse = top + tl.log(total)
+        value = lse - (1 - smoothing) * picked - smoothing * sum_x / V + z_loss * lse * lse
+        tl.store(loss + place, tl.where((goal >= 0) & (goal < V), value, float("nan")))
+        tl.store(correct + place, best == goal)
+        for start in range(0, V, BLOCK):
+            column = start + columns
+            x = tl.load(tile + column, column < V, -float("inf")).to(tl.float32)
+            gradient = tl.exp(x - lse) * (1 + 2 * z_loss * lse) - smoothing / V
+            gradient = (gradient - tl.where(column == goal, 1 - smoothing, 0.0)) * factor
+            tl.store(tile + column, gradient.to(tile.dtype.element_ty), column < V)
+
+
+def _launch_softmax_kernel(tile, target, scale, loss, correct, smoothing, z_loss):
+    """`_softmax_kernel` over tile (g, n, J * V); the other tensors (g, n, J), all of one stride."""
+    g, n, J = target.shape
+    V = tile.shape[-1] // J
+    block = min(triton.next_power_of_2(V), 4096)
+    _softmax_kernel[(g * n * J,)](
+        tile, target, scale, loss, correct, tile.stride(1), *target.stride()[:2], n, J, V, smoothing, z_loss,
+        BLOCK=block, num_warps=max(1, min(16, block // 256)),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
