@@ -526,6 +526,11 @@ def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 # CSM
 
 
+def put(x, device):
+    """x on the device, which is not waited for where x comes from the host."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+
+
 @dataclass
 class CSMConfig:
     """Sizes of a CSM and how it trains. `text_bos` and `text_eos` (-1: none) wrap the text of every utterance."""
@@ -648,12 +653,24 @@ class CSM(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * depth) if residual else 1))
 
+    def look_up(self, tokens, segment):
+        """Rows -> x (B, S, D): a text row's text embedding, a frame's K code embeddings summed, zero for padding.
+
+        Also frames (F,), the flat numbers of the rows that hold a frame, and codes (F, K, D), the embeddings of their
+        codes: one look-up for backbone and depth decoder, so that the table gets one gradient.
+        """
+        K, device = self.config.n_codebooks, self.offset.device
+        kind, flat = segment.flatten(), tokens.flatten(0, 1)
+        text, frames = (kind == TEXT).nonzero()[:, 0], (kind >= PROMPT).nonzero()[:, 0]
+        words = self.text_embedding(put(flat[text, K], device))
+        codes = self.audio_embedding(put(flat[frames, :K], device) + self.offset)
+        x = codes.new_zeros(len(flat), codes.shape[-1])
+        x = x.index_copy(0, put(text, device), words).index_copy(0, put(frames, device), codes.sum(1))
+        return x.view(*segment.shape, -1), frames, codes
+
     def embed(self, tokens, segment):
-        """Rows -> (B, S, D): a text row's text embedding, a frame's K code embeddings summed; padding is zero."""
-        K = self.config.n_codebooks
-        text = self.text_embedding(tokens[..., K]) * (segment == TEXT)[..., None]
-        frames = self.audio_embedding(tokens[..., :K] + self.offset).sum(-2)
-        return text + frames * (segment >= PROMPT)[..., None]
+        """The rows alone: (B, S, D)."""
+        return self.look_up(tokens, segment)[0]
 
     def depth_inputs(self, state, codes):
         """state (N, D), codes (N, k) of codebooks 0 .. k - 1 -> depth decoder inputs (N, k + 1, D_decoder)."""
@@ -667,30 +684,36 @@ class CSM(nn.Module):
         stop frames are always among these. Sums and counts of the stats add up over batches and ranks;
         `loss_by_codebook` and `accuracy_by_codebook` are (K,).
         """
-        c, K = self.config, self.config.n_codebooks
-        x = self.embed(tokens, segment)
+        c, K, (_, S), device = self.config, self.config.n_codebooks, segment.shape, self.offset.device
+        x, frames, codes = self.look_up(tokens, segment)
+        spoken = segment == AUDIO
         if self.training and c.frame_dropout:
-            blank = (segment == AUDIO) & (torch.rand(segment.shape, device=x.device) < c.frame_dropout)
-            x = x.masked_fill(blank[..., None], 0)
+            blank = spoken & (torch.rand(segment.shape, device=segment.device) < c.frame_dropout)
+            x = x.masked_fill(put(blank, device)[..., None], 0)
         hidden = self.backbone(x)
 
-        rows = (segment[:, 1:] == AUDIO).nonzero(as_tuple=True)  # (N,) batch and row whose next row is a frame
-        state, frame = hidden[:, :-1][rows], tokens[:, 1:, :K][rows]  # (N, D), (N, K)
+        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
+        target = (spoken.flatten()[frames] & (frames % S > 0)).nonzero()[:, 0]  # (N,) the frames that are predicted
+        rows = frames[target]
+        frame = tokens.flatten(0, 1)[rows, :K]  # (N, K)
         stopping = (frame == torch.from_numpy(c.stop_frame()).to(frame.device)).all(-1)
-        loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, frame[:, :1])
-
+        kept = torch.ones_like(stopping)
         if self.training and c.decoder_fraction < 1:
-            kept = (stopping | (torch.rand(len(frame), device=x.device) < c.decoder_fraction)).nonzero()[:, 0]
-            depth_state, depth_frame = state[kept], frame[kept]
-        else:
-            depth_state, depth_frame = state, frame
-        depth = self.decoder(self.depth_inputs(depth_state, depth_frame[:, :-1]))[:, 1:]  # (N', K - 1, D_decoder)
-        losses, correct = multi_codebook_cross_entropy(depth, self.decoder_heads, depth_frame[:, 1:])
+            kept = stopping | (torch.rand(len(frame), device=frame.device) < c.decoder_fraction)
+        kept = kept.nonzero()[:, 0]  # (N',) those of them that the depth decoder sees
+
+        state = hidden.flatten(0, 1).index_select(0, put(rows - 1, device))  # (N, D)
+        loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, put(frame[:, :1], device))
+        depth_frame, depth_state = put(frame[kept, 1:], device), state.index_select(0, put(kept, device))
+        before = codes.index_select(0, put(target[kept], device))[:, :-1]  # (N', K - 1, D)
+        depth = self.decoder(self.projection(torch.cat([depth_state[:, None], before], 1)))[:, 1:]
+        losses, correct = multi_codebook_cross_entropy(depth, self.decoder_heads, depth_frame)
         loss = loss0[0] + c.decoder_loss_weight * losses.mean()
 
         with torch.no_grad():
             n, m = len(frame), len(depth_frame)
-            counts = torch.tensor([n] + [m] * (K - 1), device=x.device)
+            counts = torch.full((K,), m, device=device)
+            counts[0] = n
             stats = {
                 "loss": (loss.detach() * n, n),
                 "backbone_loss": (loss0[0] * n, n),
@@ -700,7 +723,7 @@ class CSM(nn.Module):
                 "accuracy_by_codebook": (torch.cat([correct0, correct]), counts),
             }
             if not self.training:
-                missed = (state[stopping] @ self.codebook0_head.T).argmax(-1) != c.stop_frame()[0]
+                missed = (state[stopping.to(device)] @ self.codebook0_head.T).argmax(-1) != c.stop_frame()[0]
                 stats["stop_missed"] = (missed.sum(), len(missed))
         return loss, stats
 

@@ -33,6 +33,7 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -67,10 +68,12 @@ loader_workers = 0  # processes that read batches; 0: they are read between step
 # optimizer
 max_iters = 2000  # steps in all
 learning_rate = 1e-3  # at its highest
+muon = False  # Muon instead of AdamW for the matrices inside the transformers: it learns faster from scratch
 weight_decay = 0.1  # on matrices only
 beta1 = 0.9  # AdamW: of the mean of the gradient
 beta2 = 0.95  # and of its square
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+sparse_embeddings = False  # only rows that a step looks up move (SparseAdam): lighter where a vocabulary is large
 ema = 0.0  # decay of averaged weights, which then are evaluated and speak; 0: none
 max_skipped = 20  # so many steps in a row with a non-finite loss or gradient end the run (float16 starts with a few)
 # learning rate
@@ -132,6 +135,8 @@ def check(cfg, world, device):
             raise ValueError(f"lr_decay_iters = {cfg.lr_decay_iters} comes before warmup_iters = {cfg.warmup_iters}")
         if cfg.min_lr > cfg.learning_rate:
             raise ValueError(f"min_lr = {cfg.min_lr} is above learning_rate = {cfg.learning_rate}")
+    if cfg.sparse_embeddings and world > 1 and (cfg.backend or device.type) not in ("gloo", "cpu"):
+        raise ValueError("sparse_embeddings: nccl cannot add up sparse gradients, take one process or backend=gloo")
     if cfg.gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} counts the micro-batches of "
                          f"all ranks together: it must be a multiple of their number, {world}")  # fmt: skip
@@ -198,6 +203,44 @@ def freeze_parameters(model, patterns):
         raise ValueError("freeze leaves nothing to train")
 
 
+def make_optimizers(model, cfg):
+    """Optimizers that share out what is trained: AdamW, and where the config says so Muon and SparseAdam.
+
+    Muon (Jordan et al. 2024) takes the matrices inside the transformers, at a rate that moves them as far as AdamW's.
+    SparseAdam (Adam, of which only the rows of the step move) takes the embeddings, and gives them no weight decay.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rate, betas = cfg.learning_rate, (cfg.beta1, cfg.beta2)
+    others = []
+    if cfg.muon:
+        inside = [name for name, p in trained.items() if ".layers." in name and p.ndim == 2]
+        matrices = [trained.pop(name) for name in inside]
+        others.append(torch.optim.Muon(matrices, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if cfg.sparse_embeddings:
+        tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+        for name in tables.keys() & trained.keys():
+            tables[name].sparse = True
+        others.append(torch.optim.SparseAdam([trained.pop(name) for name in tables if name in trained], rate, betas))
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [torch.optim.AdamW(groups, rate, betas, fused=True), *others]
+
+
+def clip_gradients(parameters, most):
+    """Scale the gradients down to a norm of at most `most`; 0: leave them. Returns the norm they had, a tensor."""
+    sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+    for p in sparse:
+        p.grad = p.grad.coalesce()  # rows met twice are added up
+    dense = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    values = dense + [p.grad.values() for p in sparse]
+    norm = nn.utils.get_total_norm(values)
+    if most:
+        torch._foreach_mul_(values, (most / (norm + 1e-6)).clamp(max=1))
+    return norm
+
+
 @torch.no_grad()
 def evaluate(model, val, autocast, most, rank, world, device):
     """Means of the model's stats over the val split, or over `most` batches spread evenly over its lengths."""
@@ -208,7 +251,7 @@ def evaluate(model, val, autocast, most, rank, world, device):
     for i in range(rank, max(len(plan), world), world):
         tokens, segment = val.read(plan[i % len(plan)])
         with autocast:
-            _, stats = model(tokens.to(device), segment.to(device))
+            _, stats = model(tokens, segment)
         share = i < len(plan)  # a rank without a batch joins in with weight 0, so that all add up the same names
         add(totals, {name: (value * share, count * share) for name, (value, count) in stats.items()}, device)
     model.train(training)
@@ -263,9 +306,7 @@ def train(cfg, rank, world, device, received):
     model, codec = model.to(device), codec.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema else None
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=True)
+    optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "float32")
     fit, most = (model.layout, model.length, cfg.max_tokens, cfg.max_batch), {"max_rows": model.max_rows}
@@ -277,7 +318,8 @@ def train(cfg, rank, world, device, received):
     skipped, in_a_row = torch.zeros(2, device=device)  # steps that were skipped
     if cfg.init_from == "resume":
         state, old, iter_num = checkpoint["train"], checkpoint["config"], checkpoint["iter"]
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
         batches.restore(state["batches"])
         best, history, seconds = state["best"], state["history"], state["seconds"]
@@ -326,9 +368,9 @@ def train(cfg, rank, world, device, received):
         if not all(p.isfinite().all() for p in trained):
             raise ValueError(f"the weights at iter {iter_num} are not finite and not saved: lower learning_rate")
         state = {
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "batches": batches.state(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(), "batches": batches.state(), "skipped": torch.stack([skipped, in_a_row]),
             "best": best, "history": history, "window": totals, "seconds": seconds + time.perf_counter() - clock,
-            "skipped": torch.stack([skipped, in_a_row]),
         }  # fmt: skip
         checkpoint = {
             "arch": cfg.arch, "model_config": asdict(model.config), "config": vars(cfg), "iter": iter_num, "meta": meta,
@@ -344,7 +386,7 @@ def train(cfg, rank, world, device, received):
     voice = Voice(spoken, codec, tokenizer, meta)
     net = torch.compile(model, dynamic=True) if cfg.compile else model
     if world > 1:
-        net = DistributedDataParallel(net, device_ids=[device.index] if cuda else None)
+        net = DistributedDataParallel(net)
     micro_steps, stream, start, told = cfg.gradient_accumulation_steps // world, iter(batches), iter_num, 0.0
     watched = master and sys.stderr.isatty()
     bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not watched, dynamic_ncols=True, unit="step")
@@ -413,7 +455,7 @@ def train(cfg, rank, world, device, received):
 
         # one step
         lr = get_lr(iter_num, cfg)
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr
         if cfg.lr_schedule == "multistep" and iter_num in cfg.milestones:
             say(f"iter {iter_num}: the learning rate changes from {get_lr(iter_num - 1, cfg):.3g} to {lr:.3g}")
@@ -421,27 +463,28 @@ def train(cfg, rank, world, device, received):
         for micro in range(micro_steps):
             tokens, segment = next(stream)  # (B, S, C), (B, S)
             padding = int((segment == PAD).sum()), segment.numel()
-            if cuda:
-                tokens, segment = tokens.pin_memory(), segment.pin_memory()
             # randomness belongs to the micro-batch, by its number in the whole run, whichever rank it falls to
             torch.manual_seed(cfg.seed * 1_000_003 + iter_num * cfg.gradient_accumulation_steps + micro * world + rank)
             if world > 1:
                 net.require_backward_grad_sync = micro == micro_steps - 1
             with autocast:
-                loss, stats = net(tokens.to(device, non_blocking=True), segment.to(device, non_blocking=True))
+                loss, stats = net(tokens, segment)  # the model takes to the device what it needs there
             scaler.scale(loss / micro_steps).backward()
             add(step, {**stats, "padding": padding}, device)
             step_loss += loss.detach()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = clip_gradients(trained, cfg.grad_clip)
         add(step, {"grad_norm": (norm, 1)}, device)
         bad = (~(norm.isfinite() & step_loss.isfinite())).float()
         if world > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        optimizer.found_inf = bad  # where this is 1 the fused step changes nothing; the host need not know
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            optimizer.found_inf = bad  # where this is 1 AdamW's fused step changes nothing; the host need not know
+            if isinstance(optimizer, torch.optim.AdamW) or not bad:
+                scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         for name, pair in step.items():
             pair = torch.where(bad > 0, 0, pair)

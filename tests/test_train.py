@@ -276,7 +276,7 @@ def test_freezing_what_cannot_be(tokens, tmp_path, patterns, message):
 
 def test_only_matrices_decay(tokens, tmp_path):
     checkpoint, _ = run(tokens, tmp_path, "--max_iters=1", "--weight_decay=0.3")
-    decayed, others = checkpoint["train"]["optimizer"]["param_groups"]
+    decayed, others = checkpoint["train"]["optimizers"][0]["param_groups"]
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0)
     vectors = [name for name, weight in checkpoint["model"].items() if weight.ndim < 2]
     assert len(others["params"]) == len(vectors) > 0
@@ -380,7 +380,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(tokens, tmp_path, monk
     poison(monkeypatch, {1}, what)
     last, lines = run(tokens, tmp_path / "b", "--max_iters=4", "--log_interval=2")
     assert lines[-1]["skipped"] == 1 and np.isfinite(lines[0]["loss"]) and np.isfinite(lines[0]["grad_norm"])
-    assert {float(state["step"]) for state in last["train"]["optimizer"]["state"].values()} == {3.0}
+    assert {float(state["step"]) for state in last["train"]["optimizers"][0]["state"].values()} == {3.0}
     assert all(weight.isfinite().all() for weight in last["model"].values())
 
 
