@@ -211,21 +211,22 @@ def make_optimizers(model, cfg):
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, betas = cfg.learning_rate, (cfg.beta1, cfg.beta2)
-    others = []
-    if cfg.muon:
-        inside = [name for name, p in trained.items() if ".layers." in name and p.ndim == 2]
-        matrices = [trained.pop(name) for name in inside]
-        others.append(torch.optim.Muon(matrices, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if cfg.sparse_embeddings:
-        tables = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-        for name in tables.keys() & trained.keys():
-            tables[name].sparse = True
-        others.append(torch.optim.SparseAdam([trained.pop(name) for name in tables if name in trained], rate, betas))
+    tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    inside = [name for name, p in trained.items() if cfg.muon and ".layers." in name and p.ndim == 2]
+    inside = [trained.pop(name) for name in inside]
+    sparse = [trained.pop(name) for name in tables if cfg.sparse_embeddings and name in trained]
+    for table in tables.values():
+        table.sparse = cfg.sparse_embeddings
     groups = [
         {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return [torch.optim.AdamW(groups, rate, betas, fused=True), *others]
+    optimizers = [torch.optim.AdamW(groups, rate, betas, fused=True)]
+    if inside:
+        optimizers.append(torch.optim.Muon(inside, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if sparse:
+        optimizers.append(torch.optim.SparseAdam(sparse, rate, betas))
+    return optimizers
 
 
 def clip_gradients(parameters, most):
