@@ -130,7 +130,7 @@ train.main(configurator.configure(train.__file__, sys.argv[1:]))
 @pytest.mark.parametrize("flags, number", [
     ([], 5),
     (["--gradient_accumulation_steps=3", "--ema=0.9", "--dropout=0.1", "--frame_dropout=0.3", "--decoder_fraction=0.5",
-      "--loader_workers=1", "--voice_prompt=0.5", "--keep_last=1"], 19),
+      "--loader_workers=1", "--voice_prompt=0.5", "--keep_last=1", "--muon=True", "--sparse_embeddings=True"], 19),
 ], ids=["plain", "everything"])  # fmt: skip
 def test_a_killed_run_goes_on_bit_for_bit(tokens, tmp_path, flags, number):
     whole, lines = run(tokens, tmp_path / "whole", "--max_iters=10", *flags)
@@ -199,8 +199,9 @@ def test_a_finished_run_has_nothing_left_to_do(tokens, tmp_path, capsys):
     assert "nothing left to do" in capsys.readouterr().out
 
 
-def test_two_ranks_are_one_process(tokens, tmp_path):
-    flags = ["--max_iters=6", "--gradient_accumulation_steps=4", "--dropout=0.2", "--frame_dropout=0.3",
+@pytest.mark.parametrize("optimizers", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
+def test_two_ranks_are_one_process(tokens, tmp_path, optimizers):
+    flags = [*optimizers, "--max_iters=6", "--gradient_accumulation_steps=4", "--dropout=0.2", "--frame_dropout=0.3",
              "--eval_iters=1", "--decoder_fraction=0.5", "--lr_schedule=constant", "--log_interval=2"]  # fmt: skip
     one, lines = run(tokens, tmp_path / "one", *flags)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -281,6 +282,54 @@ def test_only_matrices_decay(tokens, tmp_path):
     vectors = [name for name, weight in checkpoint["model"].items() if weight.ndim < 2]
     assert len(others["params"]) == len(vectors) > 0
     assert len(decayed["params"]) + len(vectors) == len(checkpoint["model"])
+
+
+def test_optimizers_share_out_the_parameters(tokens):
+    meta = TokenFiles(tokens, "train").meta
+    for flags, kinds in (([], ["AdamW"]), (["--muon=True"], ["AdamW", "Muon"]),
+                         (["--sparse_embeddings=True", "--muon=True"], ["AdamW", "Muon", "SparseAdam"])):  # fmt: skip
+        cfg = config(*TINY, *flags)
+        model = build("csm", meta, vars(cfg))
+        model.projection.requires_grad_(False)
+        optimizers = train.make_optimizers(model, cfg)
+        assert [type(optimizer).__name__ for optimizer in optimizers] == kinds
+        names = {id(p): name for name, p in model.named_parameters()}
+        shares = {type(optimizer).__name__: {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+                  for optimizer in optimizers}  # fmt: skip
+        assert sum(map(len, shares.values())) == len(set.union(*shares.values())) == len(names) - 1
+        assert all("_proj.weight" in name for name in shares.get("Muon", ()))
+        assert shares.get("SparseAdam", {"text_embedding.weight", "audio_embedding.weight"}) == {
+            "text_embedding.weight", "audio_embedding.weight"}  # fmt: skip
+    model.text_embedding.requires_grad_(False), model.audio_embedding.requires_grad_(False)
+    assert [type(optimizer).__name__ for optimizer in train.make_optimizers(model, cfg)] == ["AdamW", "Muon"]
+
+
+def test_sparse_embeddings_have_the_same_gradient_and_move_only_where_it_is(tokens):
+    files = TokenFiles(tokens, "train")
+    models, norms, grads = [], [], []
+    for sparse in (False, True):
+        cfg = config(*TINY, f"--sparse_embeddings={sparse}")
+        torch.manual_seed(0)
+        model = build("csm", files.meta, vars(cfg))
+        before = model.audio_embedding.weight.detach().clone()
+        optimizers = train.make_optimizers(model, cfg)
+        batch = next(iter(Batches(files, model.layout, model.length, 60, 4)))
+        torch.manual_seed(1)
+        model(*batch)[0].backward()
+        norms.append(train.clip_gradients(list(model.parameters()), 0.01))
+        grads.append({name: p.grad.to_dense() if p.grad.is_sparse else p.grad for name, p in model.named_parameters()})
+        for optimizer in optimizers:
+            optimizer.step()
+        models.append(model)
+    assert models[1].audio_embedding.weight.grad.is_sparse and not models[0].audio_embedding.weight.grad.is_sparse
+    torch.testing.assert_close(*norms)
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-9)
+    assert float(torch.cat([g.flatten() for g in grads[0].values()]).norm()) == pytest.approx(0.01, rel=1e-3)
+    touched = grads[1]["audio_embedding.weight"].any(1)
+    moved = (models[1].audio_embedding.weight != before).any(1)
+    assert 0 < touched.sum() < len(touched) and torch.equal(moved, touched)
+    assert (models[0].audio_embedding.weight != before).any(1).all()  # where AdamW's decay moves every row
 
 
 def test_averaged_weights_are_kept_and_evaluated(tokens, tmp_path, monkeypatch):
@@ -368,17 +417,18 @@ def poison(monkeypatch, when, what=float("nan")):
     monkeypatch.setattr(train, "build", poisoned)
 
 
+@pytest.mark.parametrize("optimizers", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
-def test_a_non_finite_step_changes_nothing_and_is_counted(tokens, tmp_path, monkeypatch, what):
+def test_a_non_finite_step_changes_nothing_and_is_counted(tokens, tmp_path, monkeypatch, what, optimizers):
     cfg = config(*TINY)
     torch.manual_seed(cfg.seed)
     initial = build("csm", TokenFiles(tokens, "train").meta, vars(cfg)).state_dict()
     poison(monkeypatch, {0, 1}, what)
-    skipped, lines = run(tokens, tmp_path / "a", "--max_iters=2")
+    skipped, lines = run(tokens, tmp_path / "a", "--max_iters=2", *optimizers)
     same(dict(initial), dict(skipped["model"]))
     assert [line["skipped"] for line in lines] == [1, 2] and lines[-1]["loss"] is None
     poison(monkeypatch, {1}, what)
-    last, lines = run(tokens, tmp_path / "b", "--max_iters=4", "--log_interval=2")
+    last, lines = run(tokens, tmp_path / "b", "--max_iters=4", "--log_interval=2", *optimizers)
     assert lines[-1]["skipped"] == 1 and np.isfinite(lines[0]["loss"]) and np.isfinite(lines[0]["grad_norm"])
     assert {float(state["step"]) for state in last["train"]["optimizers"][0]["state"].values()} == {3.0}
     assert all(weight.isfinite().all() for weight in last["model"].values())
@@ -574,6 +624,14 @@ def test_a_codec_that_is_not_the_codes_is_refused(tmp_path):
     os.replace(Path(write_tokens(tmp_path / "b", noise=1)) / "codec.pt", Path(folder) / "codec.pt")
     with pytest.raises(ValueError, match="codec.pt is not the codec its codes were made with"):
         run(folder, tmp_path / "out")
+
+
+def test_nccl_cannot_add_sparse_gradients():
+    cfg = config("--sparse_embeddings=True", "--gradient_accumulation_steps=2")
+    train.check(cfg, 1, torch.device("cuda"))
+    train.check(cfg, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="sparse_embeddings: nccl cannot add up sparse gradients"):
+        train.check(cfg, 2, torch.device("cuda"))
 
 
 def test_ranks_must_divide_the_accumulation():
