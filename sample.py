@@ -65,6 +65,7 @@ class Voice:
     def __init__(self, model, codec, tokenizer, meta, config=None):
         self.model, self.codec, self.tokenizer, self.meta = model, codec, tokenizer, meta
         self.draw = {key: (config or {}).get(key, usual) for key, usual in DRAW.items()}
+        self.prompted = (config or {}).get("voice_prompt", 1) > 0  # did it meet prompts in training?
         self.device = next(model.parameters()).device
         self.stopped = None
 
@@ -290,6 +291,9 @@ def main(cfg):
     shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
           f"shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}", file=messages)  # fmt: skip
+    if prompt and not voice.prompted:
+        print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
+              file=messages)  # fmt: skip
     for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):
         target = "-" if piped else os.path.join(cfg.out_dir, f"{i:03d}.wav")
         tqdm.write(speak(voice, line, target, cfg.stream or piped, **how), file=messages)

@@ -356,6 +356,16 @@ def test_settings_reach_the_voice(ckpt, recording, tmp_path):
     assert np.allclose(soundfile.read(tmp_path / "000.wav")[0], expected, atol=1e-4) and len(expected) > 640
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_model_that_never_met_a_prompt_says_so(checkpoint, recording, tmp_path, capsys, share):
+    models.save_checkpoint(tmp_path / "a.pt", {**checkpoint, "config": {"voice_prompt": share}})
+    flags = ["--ckpt", tmp_path / "a.pt", "--text=one", "--out_dir", tmp_path]
+    run(*flags)
+    assert "without voice prompts" not in capsys.readouterr().out
+    run(*flags, "--reference", recording, "--reference_text=two")
+    assert ("trained without voice prompts (voice_prompt = 0)" in capsys.readouterr().out) == (share == 0)
+
+
 def silent(self, text, **how):
     self.stopped = True
     yield from ()
