@@ -3,26 +3,50 @@
     python bench.py data     word error rate of a raw data set: are the recordings themselves understood?
     python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI); how fast it is
     python bench.py sample   word error rate, stops and speed of a model that speaks held-out strings of digits
+    python bench.py loss     time and memory of the loss of K classification heads, ours beside others'
+    python bench.py train    time and memory of a step that trains a CSM, ours beside others'
 
 - `recognise` hears strings of digits: pocketsphinx, whose acoustic model comes inside its wheel, with a grammar of the
   ten digits. It is a weak recogniser, so that what it understands is spoken clearly.
 - `word_errors` counts substitutions, insertions and deletions (Levenshtein), the numerator of a word error rate.
+- `loss` and `train` measure ours and others' in one run, so that all meet the same machine. On a CPU memory is the
+  system's own count of a fresh process, on a GPU that of torch. What is not installed is left out, with a line that
+  says so. The environment variables MARVIS and CSM_FINETUNE may name clones of Marvis' repository and of
+  sesame-finetune (which itself wants CSM_REPO_PATH, a clone of Sesame's csm); both need torchtune.
+
+Letters in shapes: K codebooks, V classes, D width, N rows, B utterances, S rows of an utterance, C = K + 1 columns.
 """
 
 import csv
+import ctypes
+import gc
+import math
 import os
+import platform
+import statistics
+import sys
 import time
-from functools import lru_cache
+import types
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from importlib import import_module
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
 import configurator
-from sample import Voice
+import train
+from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
+from sample import Voice, pick_device
 
-name = "data"  # what to measure: data, codec, sample
+name = "data"  # what to measure: data, codec, sample, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
 limit = 0  # most utterances to listen to; 0: all of a data set, 60 of a model
 show_errors = False  # print every utterance that was misheard
@@ -31,6 +55,10 @@ ckpt = "out/digits/best.pt"  # sample: the model that speaks
 speaker = "slt"  # sample: whose held-out strings it speaks
 temperature: float | None = None  # sample: of the draw; None: as the checkpoint's recipe says
 seed = 1337  # sample: of the draw
+sizes = ""  # loss, train: names of the sizes to take, with commas between; empty: all
+dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
+repeats = 3  # loss, train: how often each is timed, after once to warm up; the median counts
+large_batch = 32  # train, on a GPU: utterances of the larger batch
 
 GRAMMAR = """#JSGF V1.0;
 grammar digits;
@@ -228,7 +256,619 @@ def bench_sample(cfg):
     print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {took / max(seconds, 1e-9):.2f}")
 
 
-BENCHES = {"data": bench_data, "codec": bench_codec, "sample": bench_sample}
+# -----------------------------------------------------------------------------
+# time and memory
+
+
+def timed(work, device):
+    """Seconds that work() takes."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def system_says(path, field):
+    """A field of /proc/self/status or /proc/meminfo in bytes; None on a system without such files."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
+    except OSError:
+        return None
+
+
+def forget_peak(device):
+    """From now on `peak` counts anew. Returns the bytes in use now, None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # memory that was freed, but that the C library keeps in store, would hide the next use of it
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return None
+    return system_says("/proc/self/status", "VmRSS")
+
+
+def peak(device):
+    """The most bytes in use since `forget_peak`."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else system_says("/proc/self/status", "VmHWM")
+
+
+def free_bytes(device):
+    """Memory to be had; without end where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    return system_says("/proc/meminfo", "MemAvailable") or math.inf
+
+
+def check_room(need, device):
+    """Raise ValueError where `need` bytes are more than are free."""
+    if need > (free := free_bytes(device)):
+        raise ValueError(f"it takes about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+def apart(work, *args):
+    """work(*args) in a fresh process, in which nothing is left of what was measured before."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def machine(device):
+    """What the numbers were taken on, in a line."""
+    if device == "cuda":
+        model = torch.cuda.get_device_name()
+    else:
+        model = platform.processor() or platform.machine()
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
+        model += f", {torch.get_num_threads()} threads"
+    return f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {model}"
+
+
+def chosen(names, known, key):
+    """The entries of `known` that a key with commas names; all of them where it is empty. Raises ValueError."""
+    names = [name.strip() for name in names.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key} = {name!r}: there is {', '.join(known)}")
+    return {name: known[name] for name in names or known}
+
+
+def in_words(seconds):
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# -----------------------------------------------------------------------------
+# the loss of K heads
+
+# K, V, D, N, and whether all heads read one state
+LOSS_SIZES = {
+    "csm-512": (31, 2051, 1024, 512, False),  # the depth decoder of CSM and Marvis, so many frames
+    "csm-4096": (31, 2051, 1024, 4096, False),
+    "csm-16384": (31, 2051, 1024, 16384, False),
+    "valle": (8, 1025, 1024, 32768, True),
+    "kani": (1, 80538, 1024, 8192, False),
+}
+LOSSES = ("ours", "eager", "compiled", "torch chunked", "liger", "cut cross-entropy")
+HOLDS = {"eager": 3, "compiled": 2}  # so many times all logits, in the type they are in: what of it has to fit
+
+
+def eager_loss(hidden, weight, target):
+    """All logits (N, K, V) at once, in the type that hidden is given in."""
+    logits = torch.einsum("nkd,kvd->nkv" if hidden.ndim == 3 else "nd,kvd->nkv", hidden, weight)
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten()) * len(weight)
+
+
+def loss_way(way, device):
+    """A loss function: hidden (N, K, D) or (N, D), weight (K, V, D), target (N, K) -> the sum over codebooks of means.
+
+    Those made for one head go codebook by codebook, each head a parameter of its own, since otherwise the heads'
+    gradients would be held twice; chunks and approximations are as their authors set them. Raises ImportError or
+    ValueError for what cannot be had here.
+    """
+
+    def each(one):
+        def loss(hidden, weight, target):
+            states = hidden.unbind(1) if hidden.ndim == 3 else [hidden] * len(weight)
+            heads = [w.detach().requires_grad_() for w in weight]
+            return sum(one(h, w, t) for h, w, t in zip(states, heads, target.T.contiguous(), strict=True))
+
+        return loss
+
+    if way == "ours":
+        return lambda hidden, weight, target: multi_codebook_cross_entropy(hidden, weight, target)[0].sum()
+    if way == "eager":
+        return eager_loss
+    if way == "compiled":
+        torch.compiler.reset()  # or it would take a new size for a sign that sizes change, and compile for any
+        return torch.compile(eager_loss)
+    if way == "torch chunked":  # torch's own form for several heads does not go by chunks
+        if not hasattr(F, "linear_cross_entropy"):
+            raise ValueError("this torch has no linear_cross_entropy")
+        return each(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
+    if way == "liger":
+        if device == "cpu":
+            raise ValueError("its kernels need a GPU")
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        return each(lambda h, w, t: liger(w, h, t))
+    from cut_cross_entropy import linear_cross_entropy
+
+    return each(partial(linear_cross_entropy, impl="cce" if device == "cuda" else "torch_compile"))
+
+
+def loss_inputs(size, dtype, device):
+    """hidden, weight, target of a size, drawn in the type they are given in."""
+    K, V, D, N, shared = size
+    torch.manual_seed(0)
+    hidden = torch.randn((N, D) if shared else (N, K, D), dtype=dtype, device=device)
+    weight = torch.randn(K, V, D, dtype=dtype, device=device).mul_(D**-0.5)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N, K), device=device)
+
+
+def loss_pass(loss, hidden, weight, target):
+    loss(hidden, weight, target).backward()
+    hidden.grad = weight.grad = None
+
+
+def loss_memory(way, size, dtype, device):
+    """Bytes that forward and backward take at their highest, less inputs and gradients; None if not to be told."""
+    loss, inputs = loss_way(way, device), loss_inputs(size, dtype, device)
+    # first what is only done once: a library's own tables; what is compiled, is compiled for the size
+    whole = way in ("compiled", "cut cross-entropy")
+    loss_pass(loss, *(inputs if whole else loss_inputs((*size[:3], 64, size[4]), dtype, device)))
+    before = forget_peak(device)
+    loss_pass(loss, *inputs)
+    return None if before is None else peak(device) - before - inputs[0].nbytes - inputs[1].nbytes
+
+
+def three_products(hidden, weight, device):
+    """A function that makes the three matrix products of a loss with whole matrices and does nothing else.
+
+    A GPU makes them for all heads at once if it can, a CPU head by head, as either is faster.
+    """
+    h, w = (hidden[None], weight.flatten(0, 1)[None]) if hidden.ndim == 2 else (hidden.transpose(0, 1), weight)
+    logits = h.shape[0] * h.shape[1] * w.shape[1] * h.itemsize
+    together = device == "cuda" and logits + h.nbytes + w.nbytes < free_bytes(device)
+    pairs = [(h, w)] if together else list(zip(h, w, strict=True))
+    x, dh, dw = pairs[0][0] @ pairs[0][1].mT, *(torch.empty_like(a) for a in pairs[0])
+
+    def work():
+        for h, w in pairs:
+            torch.matmul(h, w.mT, out=x)
+            torch.matmul(x, w, out=dh)
+            torch.matmul(x.mT, h, out=dw)
+
+    return work
+
+
+def loss_times(ways, size, dtype, device, repeats, bar):
+    """{way: median seconds}, taken in turns, without those that fail; "floor" is that of `three_products`."""
+    inputs = loss_inputs(size, dtype, device)
+    works = {way: partial(loss_pass, loss_way(way, device), *inputs) for way in ways}
+    works["floor"] = three_products(inputs[0].detach(), inputs[1].detach(), device)
+    seconds = {way: [] for way in works}
+    for _ in range(1 + repeats):
+        for way in list(works):
+            try:
+                seconds[way].append(timed(works[way], device))
+            except RuntimeError as error:  # above all for want of memory
+                tqdm.write(f"without the time of {way}: {first_line(error)}")
+                del works[way]
+            bar.update()
+    return {way: statistics.median(seconds[way][1:]) for way in works}
+
+
+def apart_from(a, b):
+    """The largest difference, as a share of the largest value of b."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def loss_differences(size, dtype, device):
+    """Ours against eager in float64 on few rows: relative differences of loss, hidden's and weight's gradient."""
+    *given, target = loss_inputs((*size[:3], min(size[3], 64), size[4]), dtype, device)
+    results = []
+    for way, kind in (("ours", dtype), ("eager", torch.float64)):
+        inputs = [x.detach().to(kind).requires_grad_() for x in given]
+        loss = loss_way(way, device)(*inputs, target)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    return [apart_from(a, b) for a, b in zip(*results, strict=True)]
+
+
+def compare_losses(sizes, dtypes, repeats, ways=LOSSES):
+    """Print the tables of `loss`: sizes {name: (K, V, D, N, shared)}, dtypes {name: type}."""
+    device, rows, checks, able = pick_device("auto"), [], [], []
+    for way in ways:
+        try:
+            loss_way(way, device)
+            able.append(way)
+        except (ImportError, ValueError) as error:
+            print(f"without {way}: {first_line(error)}")
+    bar = tqdm(total=len(sizes) * len(dtypes) * (len(able) + (len(able) + 1) * (1 + repeats)), desc="loss")
+    for (name, size), (kind, dtype) in product(sizes.items(), dtypes.items()):
+        K, V, D, N, shared = size
+        checks.append((name, kind, *(f"{x:.1e}" for x in loss_differences(size, dtype, device))))
+        memory = {}
+        for way in able:
+            try:
+                held = HOLDS.get(way, 0) * N * K * V + 2 * (N * D * (1 if shared else K) + K * V * D)
+                check_room(held * dtype.itemsize, device)
+                measure = loss_memory if device == "cuda" else partial(apart, loss_memory)
+                memory[way] = measure(way, size, dtype, device)
+                bar.update()
+            except Exception as error:  # whatever stops another's code, the others can be measured
+                tqdm.write(f"{name} {kind} without {way}: {first_line(error)}")
+                bar.update(2 + repeats)
+        if not memory:
+            continue
+        times = loss_times(memory, size, dtype, device, repeats, bar)
+        floor = times.pop("floor", math.nan)
+        for way, seconds in times.items():
+            extra = memory[way]
+            shown = ("-", "-") if extra is None else (f"{extra / 1e6:.0f}", f"{extra / (4 * N * K * V):.1%}")
+            rows.append((name, kind, way, in_words(seconds), f"{seconds / floor:.2f}", *shown))
+        rows.append((name, kind, "floor", in_words(floor), "1.00", "", ""))
+    bar.close()
+    print(f"Forward and backward, median of {repeats}; floor: the three matrix products alone. Memory: beside inputs "
+          "and gradients, and as a share of the logits in float32.")  # fmt: skip
+    print(table(rows, ["size", "type", "way", "time", "of floor", "extra MB", "of logits"]))
+    print("Ours against eager in float64, 64 rows, largest difference as a share of the largest value:")
+    print(table(checks, ["size", "type", "loss", "hidden's gradient", "weight's gradient"]))
+
+
+def bench_loss(cfg):
+    """The loss of K heads, ours and others'."""
+    print(machine(pick_device("auto")))
+    compare_losses(chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes"), cfg.repeats)
+
+
+# -----------------------------------------------------------------------------
+# a step that trains a CSM
+
+SMALL = dict(n_layer=2, n_head=8, n_kv_head=2, d_model=512, d_ff=2048, rope_scaling=LLAMA3_ROPE)
+TRAIN_SIZES = {
+    "small": dict(text_vocab_size=4096, n_codebooks=32, codebook_size=2048,
+                  backbone=SMALL, decoder={**SMALL, "d_model": 256, "d_ff": 1024}),
+    "marvis": dict(text_vocab_size=49152, n_codebooks=32, codebook_size=2048,
+                   backbone="llama-250M", decoder="llama-60M"),
+}  # fmt: skip
+TEXT_ROWS, FRAMES = 40, 152  # of each utterance, the stop frame among these
+FRACTIONS = (1 / 16, 1.0)  # of the frames, for the depth decoder
+# Who trains, and with which AdamW: as train.py sets it up, with sparse_embeddings; as torch gives it, fused
+STEPS = [("ours", "own"), ("ours", "sparse"),
+         *product(("transformers", "marvis", "sesame-finetune"), ("default", "fused"))]  # fmt: skip
+
+
+def csm_config(size, fraction):
+    return CSMConfig(**size, stop="zeros", decoder_fraction=fraction)  # as all the others stop
+
+
+def csm_batch(c, utterances, seed):
+    """tokens (B, S, K + 1), segment (B, S) as `Batches` gives them."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(utterances):
+        codes = rng.integers(1, c.codebook_size, (FRAMES - 1, c.n_codebooks))
+        rows.append(c.layout(rng.integers(0, c.text_vocab_size, TEXT_ROWS), codes))
+    return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+
+
+# For each way: a model, what it makes of a batch beforehand, and its loss of that.
+
+
+def ours_way(c):
+    model = CSM(c)
+    return model, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+
+
+def transformers_way(c):
+    """CsmForConditionalGeneration of these sizes. Its codec, which here has nothing to do, is a tiny one."""
+    from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
+
+    def stack(s, context, **more):
+        rope = {"rope_type": "default", "rope_theta": s.rope_theta}
+        if s.rope_scaling:  # the same frequencies, told with a context shorter than the positions, as its check wants
+            factor, low, high, original = s.rope_scaling
+            rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low * context / original,
+                     "high_freq_factor": high * context / original,
+                     "original_max_position_embeddings": context}  # fmt: skip
+        return dict(
+            num_hidden_layers=s.n_layer, num_attention_heads=s.n_head, num_key_value_heads=s.n_kv_head,
+            hidden_size=s.d_model, intermediate_size=s.d_ff, head_dim=s.head_dim, rms_norm_eps=s.norm_eps,
+            num_codebooks=c.n_codebooks, vocab_size=c.audio_vocab_size, rope_parameters=rope, **more,
+        )  # fmt: skip
+
+    codec = MimiConfig(hidden_size=16, num_filters=2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                       intermediate_size=8, codebook_size=8, codebook_dim=4, upsample_groups=4,
+                       vector_quantization_hidden_dimension=4)  # fmt: skip
+    model = CsmForConditionalGeneration(CsmConfig(
+        **stack(c.backbone, 1024, max_position_embeddings=c.backbone.max_positions, text_vocab_size=c.text_vocab_size),
+        depth_decoder_config=stack(c.decoder, 16, backbone_hidden_size=c.backbone.d_model),
+        codec_config=codec.to_dict(), tie_codebooks_embeddings=True, codebook_pad_token_id=c.audio_vocab_size - 1,
+        bos_token_id=0, pad_token_id=0, audio_token_id=0, audio_eos_token_id=0,
+    ))  # fmt: skip
+
+    def prepare(tokens, segment):
+        """Frames the depth decoder leaves out have no label beyond codebook 0; drawn as ours draws them."""
+        frames = segment == AUDIO
+        labels = torch.where(frames[..., None], tokens[..., :-1], -100)
+        kept = torch.ones_like(frames)
+        kept[frames] = torch.rand(int(frames.sum())) < c.decoder_fraction
+        kept |= (tokens[..., :-1] == 0).all(-1)
+        labels[..., 1:].masked_fill_(~kept[..., None], -100)
+        return tokens, (segment == TEXT)[..., None], frames[..., None], labels
+
+    def loss(net, tokens, text, frames, labels):
+        x = model.embed_text_tokens(tokens[..., -1]) * text
+        x = x + model.backbone_model.embed_tokens(tokens[..., :-1]) * frames
+        return net(inputs_embeds=x, labels=labels, use_cache=False).loss
+
+    return model, prepare, loss
+
+
+def masked(tokens, segment):
+    """tokens, and which of their columns count (B, S, C): what all who come from Sesame's own code take."""
+    text = torch.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
+    return tokens, torch.where(text, (segment == TEXT)[..., None], (segment == AUDIO)[..., None])
+
+
+def clone(variable):
+    """Put the clone that an environment variable names on Python's path. Raises ImportError where it names none."""
+    if variable not in os.environ:
+        raise ImportError(f"the environment variable {variable} names no clone of its repository")
+    sys.path.insert(0, os.environ[variable])
+
+
+def register(flavors, c):
+    """Our sizes among theirs, under the names "backbone" and "decoder"."""
+    from torchtune.models import llama3_2
+
+    def stack(s):
+        return llama3_2.llama3_2(
+            vocab_size=1, num_layers=s.n_layer, num_heads=s.n_head, num_kv_heads=s.n_kv_head, embed_dim=s.d_model,
+            max_seq_len=s.max_positions, intermediate_dim=s.d_ff, norm_eps=s.norm_eps, rope_base=int(s.rope_theta),
+            scale_factor=int(s.rope_scaling[0]),
+        )  # fmt: skip
+
+    flavors.update(backbone=partial(stack, c.backbone), decoder=partial(stack, c.decoder))
+
+
+def marvis_way(c):
+    clone("MARVIS")
+    from marvis_tts import models
+
+    register(models.FLAVORS, c)
+    vocabularies = c.text_vocab_size, c.audio_vocab_size, c.n_codebooks
+    model = models.Model(models.ModelArgs("backbone", "decoder", *vocabularies, pad_multiple=16))
+    model.setup_caches(1, training=True)
+    return model, masked, lambda net, *batch: net(*batch, decoder_fraction=c.decoder_fraction)["loss"]
+
+
+def finetune_way(c):
+    if c.decoder_fraction != 1 / 16:
+        raise ValueError("its depth decoder trains on 1/16 of the frames, whatever one asks")
+    clone("CSM_FINETUNE")
+    # what it imports to read settings, to encode and to speak, and does not need to train
+    sys.modules.update({name: MagicMock() for name in ("dotenv", "moshi", "moshi.models", "generator")})
+    finetune = import_module("utils")
+    models = import_module("models")  # Sesame's own, which only now can be found
+
+    register(models.FLAVORS, c)
+    vocabularies = c.text_vocab_size, c.audio_vocab_size, c.n_codebooks
+    model = finetune.init_weights(models.Model(models.ModelArgs("backbone", "decoder", *vocabularies)))
+    model.decoder_loss_weight, model.forward = 0.5, types.MethodType(finetune.forward, model)
+    return model, masked, lambda net, *batch: net(*batch)
+
+
+WAYS = {"ours": ours_way, "transformers": transformers_way, "marvis": marvis_way, "sesame-finetune": finetune_way}
+
+
+def make_optimizers(model, kind):
+    """AdamW as train.py sets it up ("own", or "sparse" for its sparse_embeddings), as torch gives it, or fused."""
+    if kind in ("own", "sparse"):
+        flags = ["--sparse_embeddings=True"] if kind == "sparse" else []
+        return train.make_optimizers(model, configurator.configure(Path(__file__).with_name("train.py"), flags))
+    return [torch.optim.AdamW(model.parameters(), fused=kind == "fused" or None)]
+
+
+def product_share(step, device):
+    """Share of a step's time that goes into matrix products; attention's own kernels are not counted."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
+    with torch.profiler.profile() as profiler:
+        timed(step, device)
+    events = profiler.key_averages()
+    names = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
+    matrix = [event for event in events if event.key in names]
+    if device == "cpu":
+        return sum(e.self_cpu_time_total for e in matrix) / sum(e.self_cpu_time_total for e in events)
+    # a kernel's time stands twice: under its own name, and under that of the operation that launched it
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    return sum(e.self_device_time_total for e in matrix) / sum(e.self_device_time_total for e in kernels)
+
+
+def train_steps(way, optimizer, size, dtype, fraction, utterances, compiled, repeats, device):
+    """Whole steps of one way: {"seconds": one number a step, "peak": bytes or None, "products": their share}.
+
+    The first step, which makes the optimizer's state, is not among them; the peak is of all steps, and on a CPU that of
+    the whole process, with the model, but without what it took to make it.
+    """
+    c = csm_config(size, fraction)
+    with torch.device(device):
+        torch.manual_seed(0)
+        model, prepare, loss = WAYS[way](c)
+    model.train()
+    net = torch.compile(model, dynamic=True) if compiled else model
+    optimizers = make_optimizers(model, optimizer)
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step(seed, *batch):
+        torch.manual_seed(seed)  # the frames for the depth decoder are drawn anew, by each way as many in the mean
+        if way != "ours":  # which itself takes to the device what it needs there
+            batch = [x.to(device) for x in batch]
+        with autocast():
+            value = loss(net, *batch)
+        value.backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        return value
+
+    if way == "ours" and device == "cpu":
+        train.keep_memory()  # as train.py does
+    seconds = []
+    forget_peak(device)
+    for seed in range(2 + repeats):
+        torch.manual_seed(seed)
+        batch = prepare(*csm_batch(c, utterances, seed))
+        if seed <= repeats:
+            seconds.append(timed(partial(step, seed, *batch), device))
+    highest = peak(device)
+    return {"seconds": seconds[1:], "peak": highest, "products": product_share(partial(step, seed, *batch), device)}
+
+
+def csm_operations(size, fraction, utterances):
+    """Operations of a step: 6 for each weight of a matrix and each row that goes through it.
+
+    A weight makes a product and a sum forwards and twice as many backwards. The backbone has B S rows, codebook 0's
+    head N (one a frame), the depth decoder and its projection K for each of the M = fraction N frames it sees, its
+    heads one each for M frames. Embeddings are only looked up; attention's own products are not counted.
+    """
+    with torch.device("meta"):
+        model = CSM(csm_config(size, fraction))
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters() if p.ndim > 1)
+
+    N, K = utterances * FRAMES, model.config.n_codebooks
+    rows = utterances * (TEXT_ROWS + FRAMES) * count(model.backbone) + N * model.codebook0_head.numel()
+    M = fraction * N
+    return 6 * (rows + M * K * count(model.decoder, model.projection) + M * model.decoder_heads.numel())
+
+
+def csm_bytes(size):
+    """What the weights, their gradients and AdamW's two means take, and a quarter more for activations."""
+    with torch.device("meta"):
+        return 1.25 * 16 * sum(p.numel() for p in CSM(csm_config(size, 1.0)).parameters())
+
+
+def matrix_rate():
+    """Operations a second of a GPU in a product of two 8192 x 8192 matrices in bfloat16."""
+    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    seconds = [timed(lambda: a @ b, "cuda") for _ in range(20)]
+    return 2 * 8192**3 / statistics.median(seconds[5:])
+
+
+def paired(ours, theirs):
+    """Our parameters with those of transformers they equal: (ours, theirs, whether one is the other transposed)."""
+    names = {"text_embedding": "embed_text_tokens", "projection": "depth_decoder.model.inputs_embeds_projector",
+             "audio_embedding": "backbone_model.embed_tokens.embed_audio_tokens", "codebook0_head": "lm_head.weight",
+             "decoder_heads": "depth_decoder.codebooks_head.weight", "backbone": "backbone_model",
+             "decoder": "depth_decoder.model"}  # fmt: skip
+    inner = {"attn": "self_attn", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    for name, p in ours.named_parameters():
+        first, *rest = name.split(".")
+        q = theirs.get_parameter(".".join([names[first], *(inner.get(part, part) for part in rest)]))
+        yield p, q, name == "decoder_heads"
+
+
+def csm_differences(size, fraction=1.0):
+    """Ours against transformers with the same weights, on the same frames, in float32: relative differences of the
+    loss and, the largest of all parameters, of the gradients."""
+    c = csm_config(size, fraction)
+    torch.manual_seed(0)
+    (ours, _, our_loss), (theirs, prepare, their_loss) = ours_way(c), transformers_way(c)
+    with torch.no_grad():
+        for p, q, turned in paired(ours, theirs):
+            q.copy_(p.mT if turned else p)
+    batch = csm_batch(c, 2, 0)
+    torch.manual_seed(0)
+    prepared = prepare(*batch)
+    torch.manual_seed(0)  # for the same frames
+    losses = our_loss(ours, *batch), their_loss(theirs, *prepared)
+    for loss in losses:
+        loss.backward()
+    worst = max(apart_from(p.grad.mT if turned else p.grad, q.grad) for p, q, turned in paired(ours, theirs))
+    return apart_from(*(loss.detach() for loss in losses)), worst
+
+
+def compare_steps(sizes, dtypes, repeats, ways=STEPS, fractions=FRACTIONS, large_batch=0):
+    """Print the table of `train`: sizes {name: those of a CSMConfig}, dtypes names, ways (way, optimizer)."""
+    device, rows, absent, told, base = pick_device("auto"), [], set(), set(), {}
+    rate = matrix_rate() if device == "cuda" else math.nan
+    batches = (2, large_batch) if device == "cuda" and large_batch else (2,)
+    runs = [(*way, False) for way in ways]
+    runs += [(*way, True) for way in ways if device == "cuda" and way[1] in ("own", "fused")]  # these compiled too
+    runs = list(product(product(sizes, dtypes, fractions, batches), runs))
+    for setting, run in tqdm(runs, "train"):
+        (name, kind, fraction, utterances), (way, optimizer, compiled) = setting, run
+        if way in absent:
+            continue
+        label = " ".join([way, *[optimizer] * (optimizer != "own"), *["compiled"] * compiled])
+        try:
+            check_room(csm_bytes(sizes[name]), device)
+            how = way, optimizer, sizes[name], kind, fraction, utterances, compiled, repeats, device
+            result = apart(train_steps, *how)
+        except Exception as error:  # whatever stops another's code, the others can be measured
+            if (way, str(error)) not in told:
+                tqdm.write(f"without {label} ({name}, {kind}, {fraction:.4g}): {first_line(error)}")
+            told.add((way, str(error)))
+            absent |= {way} if isinstance(error, ImportError) else set()
+            continue
+        seconds = statistics.median(result["seconds"])
+        if run == ("ours", "own", False):
+            base[setting] = seconds
+        times = in_words(seconds), f"{seconds / base.get(setting, math.nan):.2f}"
+        memory = "-" if result["peak"] is None else f"{result['peak'] / 1e9:.2f}"
+        rest = f"{utterances * FRAMES / seconds:.4g}", memory, f"{result['products']:.0%}"
+        rows.append((name, kind, f"{fraction:.4g}", utterances, label, *times, *rest))
+        if device == "cuda":
+            used = csm_operations(sizes[name], fraction, utterances) / seconds / rate
+            rows[-1] += f"{utterances * (TEXT_ROWS + FRAMES) / seconds:.4g}", f"{used:.1%}"
+    print(f"Forward, backward, AdamW; median of {repeats} steps; {TEXT_ROWS} text ids and {FRAMES} frames each; "
+          "products: the share of the time that goes into matrix products")  # fmt: skip
+    head = ["size", "type", "fraction", "utterances", "way", "step", "of ours", "frames/s", "peak GB", "products"]
+    if device == "cuda":
+        head += ["tokens/s", "MFU"]
+        print("tokens/s: rows. MFU: 6 (B S P_backbone + N P_head0 + M K P_decoder + M P_heads) operations a step, P "
+              f"weights, N frames, M = fraction N, against {rate / 1e12:.0f} T/s of an 8192^3 product in bfloat16")
+    print(table(rows, head))
+
+
+def bench_train(cfg):
+    """A step that trains a CSM, ours and others'."""
+    print(machine(pick_device("auto")))
+    sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
+    try:
+        loss, gradient = csm_differences(TRAIN_SIZES["small"])
+        print(f"Ours against transformers with the same weights, small, float32, all frames: the loss differs by "
+              f"{loss:.1e}, the gradients by at most {gradient:.1e} of the largest of each")  # fmt: skip
+    except ImportError as error:
+        print(f"not compared with transformers: {first_line(error)}")
+    compare_steps(sizes, dtypes, cfg.repeats, large_batch=cfg.large_batch)
+
+
+BENCHES = {
+    "data": bench_data, "codec": bench_codec, "sample": bench_sample, "loss": bench_loss, "train": bench_train,
+}  # fmt: skip
 
 
 def main(cfg):

@@ -87,8 +87,9 @@ def multi_codebook_cross_entropy(
     a GPU), so that together with what it takes to work on it, it stays under 1/16 of the logits in float32. Where heads
     are small a tile holds several of them. Where all read one state they are one wide head of K V columns, so that the
     product itself sums their parts of dh. Two more things take memory: the gradient of a weight in half precision is
-    summed in float32, a codebook at a time; and where the losses of a shared state are not simply summed (one state
-    holds one dh, but each codebook has its own factor), the backward pass does the whole work a second time.
+    summed in float32, a codebook at a time, or for all of one state together; and where the losses of a shared state
+    are not simply summed (one state holds one dh, but each codebook has its own factor), the backward pass does the
+    whole work a second time.
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
@@ -122,11 +123,13 @@ def multi_codebook_cross_entropy(
     total = scale.sum(0)
     # Each target's factor in its codebook's mean, times `unit`, a row's share of the fullest codebook: half precision
     # has no room for 1 / N, and so the gradients wait for it until backward.
-    unit = total.max().clamp(min=torch.finfo(exact).tiny) if N else total.new_ones(())
+    unit = total.max()
+    unit = torch.where(unit > 0, unit, 1)
     factor = torch.where(total > 0, unit / total, 0)
     scale = scale * (factor if codebook_weight is None else factor * codebook_weight)
+    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
-    loss, correct = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, options)
+    loss, correct = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, grads, options)
     return loss, (correct & used).sum(0)
 
 
@@ -134,11 +137,10 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
     """sum(scale * loss of each target) / unit, by codebook (K,), and correct (N, K)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, scale, unit, options):
-        wanted = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden, weight, bias, target, scale, unit, wanted, options):
         loss, correct, ctx.grads = _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, **options)
         ctx.save_for_backward(hidden, weight, bias, target, scale, unit)
-        ctx.options = options
+        ctx.wanted, ctx.options = wanted, options
         ctx.mark_non_differentiable(correct)
         return torch.where(scale != 0, loss * scale, 0).sum(0) / unit, correct
 
@@ -151,13 +153,13 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
         # sum() hands down one expanded value, which can be seen without looking at what is in it
         alike = grad_loss.stride() == (0,) or len(grad_loss) == 1
         if grads is None or (shared and not alike):  # a second backward, or a dh that is of no use
-            scale, grad_loss, wanted = scale * grad_loss, torch.ones_like(grad_loss), ctx.needs_input_grad[:3]
-            grads = _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, **ctx.options)[2]
+            scale, grad_loss = scale * grad_loss, torch.ones_like(grad_loss)
+            grads = _cross_entropy_pass(hidden, weight, bias, target, scale, ctx.wanted, **ctx.options)[2]
         factor = grad_loss / unit
         _multiply(grads[0], factor[:1] if shared else factor, -2)
         _multiply(grads[1], factor, 0)
         _multiply(grads[2], factor, 0)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _multiply(grad, factor, axis):
@@ -184,6 +186,7 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     H, J = (1, K) if hidden.ndim == 2 or K == 1 else (K, 1)  # H heads, J codebooks wide
     C = J * V
     exact, device = scale.dtype, hidden.device
+    target, scale = target.contiguous(), scale.contiguous()  # the kernel takes one stride for both, loss and correct
     make = torch.empty if N else torch.zeros
     grads = [make(x.shape, dtype=x.dtype, device=device) if wanted[i] else None for i, x in enumerate((hidden, weight))]
     bias_sum = torch.zeros(H, 1, C, dtype=exact, device=device) if wanted[2] else None
@@ -195,7 +198,6 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     g = max(1, min(H, buffer // (n * C)))
     pitch = math.ceil(C / 64) * 64 if hidden.is_cuda else C  # rows aligned as tensor cores like them
     memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
-    work = memory if kernel or dtype == exact else torch.empty_like(memory, dtype=exact)
 
     hidden, grad_hidden = (None if x is None else x.view(N, H, D).transpose(0, 1) for x in (hidden, grads[0]))
     weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
@@ -210,16 +212,13 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
             place = heads, slice(row, row + n)
             h = hidden[place].to(dtype)  # (g, n, D)
             size = *h.shape[:2], pitch
-            tile, wide = (x[: math.prod(size)].view(size)[..., :C] for x in (memory, work))
+            tile = memory[: math.prod(size)].view(size)[..., :C]
             if bias is None:
                 torch.bmm(h, w.mT, out=tile)
             else:
                 torch.baddbmm(bias[heads].to(dtype), h, w.mT, out=tile)
             rows = [x[place] for x in by_head]
-            if kernel:
-                _launch_softmax_kernel(tile, *rows, smoothing, z_loss)
-            else:
-                _softmax_rows(tile.unflatten(-1, (J, V)), wide.unflatten(-1, (J, V)), *rows, smoothing, z_loss)
+            (_launch_softmax_kernel if kernel else _softmax_rows)(tile, *rows, smoothing, z_loss)
             if grad_hidden is not None:
                 _product(tile, w, grad_hidden[place], True)
             if total is not None:
@@ -237,39 +236,42 @@ def _product(a, b, out, new):
     if out.dtype == a.dtype:
         torch.bmm(a, b, out=out) if new else out.baddbmm_(a, b)
         return
-    step = max(1, 2**21 // (out.shape[0] * out.shape[2]))  # no more than so many elements in the narrow type
+    step = max(1, 2**19 // (out.shape[0] * out.shape[2]))  # no more than so many elements in the narrow type
     for i in range(0, out.shape[1], step):
         part, product = out[:, i : i + step], torch.bmm(a[:, i : i + step], b)
         part.copy_(product) if new else part.add_(product)
 
 
-def _softmax_rows(tile, wide, target, scale, loss, correct, smoothing, z_loss):
+def _softmax_rows(tile, target, scale, loss, correct, smoothing, z_loss):
     """Every row's loss and rank, and in the row's place the gradient of scale * loss: the PyTorch twin of the kernel.
 
-    tile (g, n, J, V) logits, overwritten; wide: as large, in the type to calculate in, may be the tile itself; target,
-    scale, loss and correct (g, n, J). The loss is nan where the target is no class.
+    tile (g, n, J V) logits, overwritten; target, scale, loss and correct (g, n, J). The loss is nan where the target is
+    no class.
     """
-    if wide is not tile:
-        wide.copy_(tile)
-    V = wide.shape[-1]
-    inside = (target >= 0) & (target < V)
-    goal = torch.where(inside, target, 0)[..., None]
-    (top, best), picked = wide.max(-1), wide.gather(-1, goal)[..., 0]
-    mean = wide.mean(-1) if smoothing else 0
-    torch.softmax(wide, -1, out=wide)
-    # the likeliest class has a probability of at least 1 / V: its logarithm is safe, the target's may be -inf
-    lse = top - wide.gather(-1, best[..., None])[..., 0].log()
-    value = lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2
-    loss.copy_(torch.where(inside, value, math.nan))
-    correct.copy_(best == target)
-    if z_loss:
-        wide *= 1 + 2 * z_loss * lse[..., None]
-    if smoothing:
-        wide -= smoothing / V
-    wide.scatter_add_(-1, goal, wide.new_full((), smoothing - 1).expand_as(goal))
-    wide *= scale[..., None]
-    if wide is not tile:
-        tile.copy_(wide)
+    tile, exact = tile.unflatten(-1, (target.shape[-1], -1)), scale.dtype  # (g, n, J, V)
+    g, _, J, V = tile.shape
+    few = max(1, 2**17 // (g * J * V))  # so many rows stay in the cache from the first operation to the last
+    parts = [x.split(few, 1) for x in (tile, target, scale, loss, correct)]
+    for part, target, scale, loss, correct in zip(*parts, strict=True):  # noqa: B020
+        x = part.to(exact)  # itself, if it is of that type
+        inside = (target >= 0) & (target < V)
+        goal = torch.where(inside, target, 0)[..., None]
+        (top, best), picked = x.max(-1), x.gather(-1, goal)[..., 0]
+        mean = x.mean(-1) if smoothing else 0
+        torch.softmax(x, -1, out=x)
+        # the likeliest class has a probability of at least 1 / V: its logarithm is safe, the target's may be -inf
+        lse = top - x.gather(-1, best[..., None])[..., 0].log()
+        value = lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2
+        loss.copy_(torch.where(inside, value, math.nan))
+        correct.copy_(best == target)
+        if z_loss:
+            x *= 1 + 2 * z_loss * lse[..., None]
+        if smoothing:
+            x -= smoothing / V
+        x.scatter_add_(-1, goal, x.new_full((), smoothing - 1).expand_as(goal))
+        torch.mul(x, scale[..., None], out=x)
+        if x is not part:
+            part.copy_(x)
 
 
 if triton:
@@ -297,12 +299,14 @@ if triton:
             first = tl.min(tl.where(x == high, column, V), 0)
             best = tl.where(high > top, first, best)  # of equals the first, as in argmax
             higher = tl.maximum(top, high)
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+            level = tl.where(higher == -float("inf"), 0.0, higher)  # where all classes so far are barred
+            total = total * tl.exp(top - level) + tl.sum(tl.exp(x - level), 0)
             top = higher
             picked += tl.sum(tl.where(column == goal, x, 0.0), 0)  # not by a load: other warps may already overwrite it
             sum_x += tl.sum(tl.where(column < V, x, 0.0), 0)
         lse = top + tl.log(total)
-        value = lse - (1 - smoothing) * picked - smoothing * sum_x / V + z_loss * lse * lse
+        spread = tl.where(smoothing > 0, smoothing * sum_x / V, 0.0)  # 0 even where a logit is -inf
+        value = lse - (1 - smoothing) * picked - spread + z_loss * lse * lse
         tl.store(loss + place, tl.where((goal >= 0) & (goal < V), value, float("nan")))
         tl.store(correct + place, best == goal)
         for start in range(0, V, BLOCK):

@@ -3,3 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+if not torch.cuda.is_available():  # Triton reads this once, on import: its kernels then run on a CPU, line by line
+    os.environ.setdefault("TRITON_INTERPRET", "1")

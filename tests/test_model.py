@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
-from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check, multi_codebook_cross_entropy
+from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
 
 GOLDEN = Path(__file__).parent / "golden"
 STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
@@ -52,141 +51,9 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loss
-
-
-def plain_loss(hidden, weight, target, bias=None, ignore_index=-100):
-    """What multi_codebook_cross_entropy computes, by torch's own cross-entropy on whole logits."""
-    K = target.shape[1]
-    hidden = hidden if hidden.ndim == 3 else hidden[:, None].expand(-1, K, -1)
-    logits = torch.einsum("nkd,kvd->nkv", hidden, weight)
-    logits = logits if bias is None else logits + bias
-    count = (target != ignore_index).sum(0).clamp(min=1)
-    sums = [F.cross_entropy(logits[:, k], target[:, k], ignore_index=ignore_index, reduction="sum") for k in range(K)]
-    return torch.stack(sums) / count, ((logits.argmax(-1) == target) & (target != ignore_index)).sum(0)
-
-
-def loss_inputs(N, K, D, V, shared, bias, dtype=torch.float64, seed=0, ignored=0.3, ignore_index=-100):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(*((N, D) if shared else (N, K, D)), generator=g, dtype=torch.float64)
-    weight = torch.randn(K, V, D, generator=g, dtype=torch.float64)
-    b = torch.randn(K, V, generator=g, dtype=torch.float64) if bias else None
-    target = torch.randint(V, (N, K), generator=g)
-    target[torch.rand(N, K, generator=g) < ignored] = ignore_index
-    tensors = [t if t is None else t.to(dtype).requires_grad_() for t in (hidden, weight, b)]
-    return *tensors, target
-
-
-def loss_and_gradients(function, hidden, weight, bias, target, **options):
-    loss, correct = function(hidden, weight, target, bias, **options)
-    share = torch.linspace(1, 2, len(loss), dtype=loss.dtype)  # another gradient for each codebook
-    leaves = [t for t in (hidden, weight, bias) if t is not None]
-    return loss, correct, *torch.autograd.grad((loss * share).sum(), leaves)
-
-
 def assert_same(ours, theirs, **tolerance):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.to(b.dtype), b, **tolerance)
-
-
-@given(N=st.integers(0, 40), K=st.integers(1, 5), D=st.integers(1, 9), V=st.integers(1, 30), shared=st.booleans(),
-       bias=st.booleans(), buffer=st.integers(1, 2000), ignored=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
-def test_loss_and_gradients_are_those_of_torch(N, K, D, V, shared, bias, buffer, ignored, seed):
-    inputs = loss_inputs(N, K, D, V, shared, bias, seed=seed, ignored=ignored)
-    ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=buffer)
-    assert_same(ours, loss_and_gradients(plain_loss, *inputs), rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)])
-def test_loss_in_lower_precision(dtype, atol, shared):
-    inputs = loss_inputs(50, 3, 16, 40, shared, True, dtype)
-    exact = [t if t is None or not t.is_floating_point() else t.detach().double().requires_grad_() for t in inputs]
-    ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=500)
-    assert ours[0].dtype == torch.float32 and ours[2].dtype == ours[3].dtype == dtype
-    theirs = loss_and_gradients(plain_loss, *exact)
-    assert_same(ours[:1] + ours[2:], theirs[:1] + theirs[2:], rtol=atol, atol=atol)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_gradcheck(shared):
-    hidden, weight, bias, target = loss_inputs(7, 3, 4, 5, shared, True)
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: multi_codebook_cross_entropy(h, w, target, b, buffer=40)[0], (hidden, weight, bias)
-    )
-
-
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0])
-def test_ignore_index(ignore_index):
-    inputs = loss_inputs(20, 3, 4, 6, False, False, ignore_index=ignore_index)
-    inputs[3][:, 1] = ignore_index  # a codebook without any target
-    ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, ignore_index=ignore_index, buffer=50)
-    assert_same(ours, loss_and_gradients(lambda *a, **o: plain_loss(*a, ignore_index=ignore_index), *inputs))
-    assert ours[0][1] == 0 and ours[1][1] == 0 and not ours[3][1].any() and torch.isfinite(ours[2]).all()
-
-
-def test_loss_of_one_head_takes_a_plain_matrix():
-    hidden, weight, bias, target = loss_inputs(9, 1, 4, 6, True, True)
-    loss = multi_codebook_cross_entropy(hidden, weight[0], target, bias[0])[0]
-    torch.testing.assert_close(loss, plain_loss(hidden, weight, target, bias)[0])
-
-
-@pytest.mark.parametrize("wrong", [6, 2**40, -1, -101])
-def test_target_out_of_range(wrong):
-    hidden, weight, _, target = loss_inputs(9, 2, 4, 6, True, False)
-    target[4, 1] = wrong
-    with pytest.raises(ValueError, match=f"target {wrong} is outside 0..5"):
-        multi_codebook_cross_entropy(hidden, weight, target)
-
-
-@pytest.mark.parametrize("hidden, weight, target", [((9, 4), (2, 6, 5), (9, 2)), ((8, 4), (2, 6, 4), (9, 2)),
-                                                    ((9, 3, 4), (2, 6, 4), (9, 2)), ((9, 4), (2, 6, 4), (9, 3))])
-def test_loss_of_shapes_that_do_not_fit(hidden, weight, target):
-    with pytest.raises(ValueError, match="do not fit"):
-        multi_codebook_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(target, dtype=torch.long))
-
-
-def test_loss_under_autocast():
-    inputs = loss_inputs(50, 3, 16, 40, False, False, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=500)
-    assert all(t.dtype == torch.float32 for t in ours[:1] + ours[2:])
-    theirs = loss_and_gradients(plain_loss, *inputs)
-    assert_same(ours[:1] + ours[2:], theirs[:1] + theirs[2:], rtol=6e-2, atol=6e-2)
-    assert not torch.equal(ours[0], theirs[0])  # it did go through bfloat16
-
-
-def test_loss_is_nan_where_the_hidden_state_is():
-    hidden, weight, _, target = loss_inputs(9, 2, 4, 6, True, False, ignored=0)
-    hidden.data[3] = math.nan
-    assert multi_codebook_cross_entropy(hidden, weight, target)[0].isnan().all()
-
-
-class LargestTensor(TorchDispatchMode):
-    """How many elements the largest tensor has that any operation gives back."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
-        return out
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_neither_logits_nor_their_gradient_are_ever_whole(shared):
-    N, K, D, V, buffer = 512, 4, 16, 256, 2**13
-    inputs = loss_inputs(N, K, D, V, shared, False, torch.float32)
-    with LargestTensor() as plain:
-        loss_and_gradients(plain_loss, *inputs)
-    assert plain.largest >= N * K * V
-    with LargestTensor() as ours:
-        loss_and_gradients(multi_codebook_cross_entropy, *inputs, buffer=buffer)
-    assert buffer <= ours.largest <= max(buffer, N * K * D, K * V * D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""bench.py: the benches of the loss and of a training step, at sizes that take a moment. No time is asserted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+
+STACK = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, rope_scaling=bench.LLAMA3_ROPE)
+TINY = dict(text_vocab_size=50, n_codebooks=4, codebook_size=16, backbone=STACK, decoder={**STACK, "d_model": 16})
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Measure in this process, not each time in a fresh one."""
+    monkeypatch.setattr(bench, "apart", lambda work, *args: work(*args))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_all_losses_are_one_number(shared):
+    hidden, weight, target = bench.loss_inputs((3, 19, 8, 40, shared), torch.float32, "cpu")
+    results = []
+    for way in ("ours", "eager", "torch chunked"):
+        loss = bench.loss_way(way, "cpu")(hidden, weight, target)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    for loss, grad in results[1:]:
+        torch.testing.assert_close(loss, results[0][0])
+        torch.testing.assert_close(grad, results[0][1])
+
+
+def test_what_cannot_run_here_says_so():
+    with pytest.raises(ValueError, match="GPU"):
+        bench.loss_way("liger", "cpu")
+    with pytest.raises(ValueError, match="10000.0 GB"):
+        bench.check_room(1e13, "cpu")
+
+
+def test_memory_is_that_of_the_logits():
+    """In a fresh process: eager holds them about three times, less the gradients, which come later; ours does not."""
+    size = (8, 2051, 32, 1024, False)
+    logits = 4 * 8 * 2051 * 1024
+    extra = bench.apart(bench.loss_memory, "eager", size, torch.float32, "cpu")
+    if extra is None:
+        pytest.skip("this system does not tell a process's peak")
+    assert 1.5 * logits < extra < 4 * logits
+    assert bench.loss_memory("ours", size, torch.float32, "cpu") < logits / 8
+
+
+def test_the_table_of_losses(here, capsys):
+    ways = ("ours", "eager", "torch chunked", "liger")
+    bench.compare_losses({"tiny": (3, 19, 8, 40, True)}, bench.DTYPES, 1, ways)
+    out = capsys.readouterr().out
+    assert "without liger: its kernels need a GPU" in out
+    rows = [line.split() for line in out.splitlines() if line.split()[0] == "tiny"]
+    assert [row[2] for row in rows[:4]] == ["ours", "eager", "torch", "floor"]
+    assert len(rows) == 2 * 4 + 2
+    assert max(float(x) for x in rows[-2][2:]) < 1e-5 and max(float(x) for x in rows[-1][2:]) < 2e-2
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_ours_equals_transformers(fraction):
+    """At a fraction too: so that both are timed on the same frames."""
+    loss, gradient = bench.csm_differences(TINY, fraction)
+    assert loss < 1e-6 and gradient < 1e-5
+
+
+def test_the_table_of_steps(here, capsys, monkeypatch):
+    monkeypatch.delenv("MARVIS", raising=False)
+    ways = [("ours", "own"), ("transformers", "default"), ("transformers", "fused"), ("marvis", "default")]
+    bench.compare_steps({"tiny": TINY}, ["float32", "bfloat16"], 1, ways, (0.25,))
+    captured = capsys.readouterr()
+    assert captured.out.count("without marvis default (tiny, float32, 0.25): the environment variable MARVIS") == 1
+    rows = [line.split() for line in captured.out.splitlines() if line.startswith("tiny")]
+    assert [row[4] for row in rows] == ["ours", "transformers", "transformers"] * 2
+    assert all(0 < int(row[-1].rstrip("%")) < 100 for row in rows)
+
+
+def test_operations_of_a_step():
+    """By hand: one block of attention (q, o: D D, k, v: D D / 2) and feed-forward (3 D F), heads of 19 classes."""
+    backbone, decoder = 3 * 32 * 32 + 3 * 32 * 48, 3 * 16 * 16 + 3 * 16 * 48
+    rows, frames = 2 * 192, 2 * 152
+    expected = rows * backbone + frames * 19 * 32 + frames / 4 * (4 * (decoder + 32 * 16) + 3 * 19 * 16)
+    assert bench.csm_operations(TINY, 1 / 4, 2) == 6 * expected
+
+
+@pytest.mark.parametrize("name", ["loss", "train"])
+def test_unknown_sizes_and_types(name):
+    for sizes, dtypes, message in (("huge", "float32", "sizes = 'huge'"), ("", "int8", "dtypes = 'int8'")):
+        with pytest.raises(ValueError, match=message):
+            bench.main(SimpleNamespace(name=name, sizes=sizes, dtypes=dtypes, repeats=1))
