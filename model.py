@@ -121,12 +121,12 @@ def multi_codebook_cross_entropy(
     used = target != ignore_index
     scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
     total = scale.sum(0)
-    # Each target's factor in its codebook's mean, times `unit`, a row's share of the fullest codebook: half precision
-    # has no room for 1 / N, and so the gradients wait for it until backward.
-    unit = total.max()
-    unit = torch.where(unit > 0, unit, 1)
-    factor = torch.where(total > 0, unit / total, 0)
-    scale = scale * (factor if codebook_weight is None else factor * codebook_weight)
+    scale = scale * torch.where(total > 0, (1 if codebook_weight is None else codebook_weight.to(exact)) / total, 0)
+    # Each factor as a share of its codebook's largest, or where they share dh of all: half precision has no room for
+    # 1 / N, which waits for backward.
+    unit = (scale.abs().amax(0) if hidden.ndim == 3 else scale.abs().amax()) if N else torch.zeros_like(total)
+    unit = torch.where(unit > 0, unit, 1).expand(K)
+    scale = scale / unit
     grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
     loss, correct = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, grads, options)
@@ -134,7 +134,7 @@ def multi_codebook_cross_entropy(
 
 
 class _MultiCodebookCrossEntropy(torch.autograd.Function):
-    """sum(scale * loss of each target) / unit, by codebook (K,), and correct (N, K)."""
+    """unit * sum(scale * loss of each target), by codebook (K,), and correct (N, K)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, unit, wanted, options):
@@ -142,7 +142,7 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, target, scale, unit)
         ctx.wanted, ctx.options = wanted, options
         ctx.mark_non_differentiable(correct)
-        return torch.where(scale != 0, loss * scale, 0).sum(0) / unit, correct
+        return torch.where(scale != 0, loss * scale, 0).sum(0) * unit, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -153,9 +153,10 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
         # sum() hands down one expanded value, which can be seen without looking at what is in it
         alike = grad_loss.stride() == (0,) or len(grad_loss) == 1
         if grads is None or (shared and not alike):  # a second backward, or a dh that is of no use
-            scale, grad_loss = scale * grad_loss, torch.ones_like(grad_loss)
+            most = grad_loss.abs().max()
+            scale, grad_loss = scale * torch.where(most > 0, grad_loss / most, 0), most.expand(len(grad_loss))
             grads = _cross_entropy_pass(hidden, weight, bias, target, scale, ctx.wanted, **ctx.options)[2]
-        factor = grad_loss / unit
+        factor = grad_loss * unit
         _multiply(grads[0], factor[:1] if shared else factor, -2)
         _multiply(grads[1], factor, 0)
         _multiply(grads[2], factor, 0)
