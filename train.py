@@ -180,8 +180,8 @@ def starting_point(cfg, codec, meta):
         raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
     if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{path} and {cfg.data_dir} are of two tokenizers: prepare the data with the checkpoint's")
-    for key in ("arch", "backbone", "decoder") if resume else ("arch",):
-        if getattr(cfg, key) != (old := (checkpoint["config"] if resume else checkpoint)[key]):
+    for key in ("arch", "backbone", "decoder", "muon", "sparse_embeddings") if resume else ("arch",):
+        if getattr(cfg, key) != (old := (checkpoint["config"] if resume else checkpoint).get(key)):
             raise ValueError(f"{key} = {getattr(cfg, key)!r}, but {path} was trained with {old!r}")
     habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
     model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
@@ -236,7 +236,7 @@ def make_optimizers(model, cfg):
 
 def keep_memory():
     """Have glibc keep what torch frees on a CPU. By itself it hands large blocks back to the system and gets them again
-    page by page, in which a third of a large model's step is spent. Elsewhere nothing happens."""
+    page by page, which costs a large model much of its step. Elsewhere nothing happens."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

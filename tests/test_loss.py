@@ -142,6 +142,23 @@ def test_product_into_a_wider_type(new):
     assert 2**18 < ours.largest[torch.bfloat16] <= 2**19
 
 
+@both
+@shared_or_own
+def test_factors_are_no_matter_of_half_precision(shared, kernel):
+    """Neither few targets beside many, nor row weights, nor a scaled loss drive a gradient out of float16's range."""
+    N = 30 if kernel and not GPU else 400
+    hidden, weight, _, target = loss_inputs(N, 2, 4, 6, shared, False, torch.float16, ignored=0, kernel=kernel)
+    target[1:, 1] = -100  # one codebook's factor is N times the other's
+    for row_weight in (1e-8, 1.0, 1e5):
+        rows = torch.full((N,), row_weight, device=hidden.device)
+        loss, _ = multi_codebook_cross_entropy(hidden, weight, target, row_weight=rows, kernel=kernel)
+        scaled = 2**10 * (loss[0] + 2 * loss[1])
+        x = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+        expected = plain_loss(*x, target)[0]
+        theirs = torch.autograd.grad(2**10 * (expected[0] + 2 * expected[1]), x)
+        assert_near(torch.autograd.grad(scaled, (hidden, weight)), theirs, 1e-2)
+
+
 @contextmanager
 def poisoned_memory():
     """Where nothing was written yet, memory holds nan, the largest integer, or True."""

@@ -610,6 +610,9 @@ def test_checkpoints_that_do_not_fit(tokens, trained, tmp_path):
         run(words, tmp_path / "out", f"--init_from={trained}/best.pt")
     with pytest.raises(ValueError, match="backbone = 'llama-1M', but .* was trained with"):
         run(tokens, trained, "--init_from=resume", "--max_iters=9", "--backbone=llama-1M")
+    for key in ("muon", "sparse_embeddings"):
+        with pytest.raises(ValueError, match=f"{key} = True, but .* was trained with False"):
+            run(tokens, trained, "--init_from=resume", "--max_iters=9", f"--{key}=True")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy/last.pt").write_bytes((trained / "best.pt").read_bytes())
     with pytest.raises(ValueError, match="holds weights only"):
