@@ -342,21 +342,38 @@ class TransformerConfig:
     d_ff: int
     head_dim: int = 0  # 0: d_model / n_head
     max_positions: int = 2048
-    rope_theta: float = 500_000.0
+    rope_theta: float = 500_000.0  # 0: no rotary positions
     rope_scaling: tuple | None = None  # llama 3: factor, low and high frequency factor, original context
     norm_eps: float = 1e-5
+    layers: str = ""  # a letter each: "a" attention, "c" gated short convolution (LFM2); empty: attention throughout
+    feed_forward: str = "swiglu"  # or "geglu" (VALL-E), "gelu" (GPT-2)
+    bias: bool = False  # biases throughout, and LayerNorm for RMSNorm (GPT-2)
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
+    final_norm: bool = True
     dropout: float = 0.0  # on what each block adds to the residual stream
     recompute: bool = False  # gradient checkpointing: a block's activations are made again in backward, not kept
 
 
 LLAMA3_ROPE = (32.0, 1.0, 4.0, 8192)
+LFM2 = dict(rope_theta=1_000_000.0, qk_norm=True)
+GPT2 = dict(rope_theta=0.0, feed_forward="gelu", bias=True)
+VALLE = dict(rope_theta=10_000.0, feed_forward="geglu", final_norm=False, norm_eps=1e-6)
 PRESETS = {
+    # published
     "llama-1B": dict(n_layer=16, n_head=32, n_kv_head=8, d_model=2048, d_ff=8192, rope_scaling=LLAMA3_ROPE),
     "llama-250M": dict(n_layer=6, n_head=12, n_kv_head=3, d_model=1536, d_ff=8192, rope_scaling=LLAMA3_ROPE),
     "llama-100M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=8192, rope_scaling=LLAMA3_ROPE),
     "llama-60M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=4096, rope_scaling=LLAMA3_ROPE),
+    "lfm2-350M": dict(n_layer=16, n_head=16, n_kv_head=8, d_model=1024, d_ff=4608, layers="ccaccaccacacacac", **LFM2),
+    "gpt2-xtts": dict(n_layer=30, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **GPT2),
+    "valle-60M": dict(n_layer=12, n_head=8, n_kv_head=8, d_model=512, d_ff=2048, **VALLE),
+    "valle-400M": dict(n_layer=24, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **VALLE),
+    # for digits
     "llama-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0),
     "llama-300K": dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0),
+    "lfm2-1M": dict(n_layer=5, n_head=4, n_kv_head=4, d_model=128, d_ff=384, layers="cacaa", **LFM2),
+    "gpt2-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=512, **GPT2),
+    "valle-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, **VALLE),
 }
 
 
@@ -375,6 +392,11 @@ def transformer_config(given, **overrides):
         raise ValueError(f"transformer sizes {given}: {str(e).split(') ')[-1]}") from None
     c.head_dim = c.head_dim or c.d_model // c.n_head
     c.rope_scaling = c.rope_scaling and tuple(c.rope_scaling)
+    c.layers = c.layers or "a" * c.n_layer
+    if len(c.layers) != c.n_layer or set(c.layers) - set("ac"):
+        raise ValueError(f"layers = {c.layers!r}: it takes one letter, a or c, for each of {c.n_layer} layers")
+    if c.feed_forward not in ("swiglu", "geglu", "gelu"):
+        raise ValueError(f"feed_forward = {c.feed_forward!r}: it is swiglu, geglu or gelu")
     if c.n_head % c.n_kv_head or c.head_dim % 2:
         raise ValueError(f"{c.n_head} heads over {c.n_kv_head} key/value heads of width {c.head_dim}: "
                          "the first must be a multiple of the second, and the width even")
@@ -405,41 +427,61 @@ def rotate(x, table):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-class Cache:
-    """Keys and values of every layer, sized up front: each (n_layer, B, n_kv_head, length, head_dim).
+TAPS = 3  # of the short convolution
 
-    `used` counts the rows already filled; the transformer moves it on when all layers have stored theirs.
+
+class Cache:
+    """What the layers remember of earlier rows, sized up front.
+
+    `memory` holds for each layer of attention keys and values (2, B, n_kv_head, length, head_dim), for each short
+    convolution its last inputs (B, D, TAPS - 1). `used` counts the rows already in; the transformer moves it on when
+    all layers have stored theirs.
     """
 
     def __init__(self, config, batch, length, device, dtype):
-        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
-        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
+        attention, tail = (2, batch, config.n_kv_head, length, config.head_dim), (batch, config.d_model, TAPS - 1)
+        shapes = [attention if letter == "a" else tail for letter in config.layers]
+        self.memory = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.used = 0
 
     def extend(self, layer, k, v):
         """Store the keys and values of the new rows, give back those of all rows so far."""
         end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used : end], self.v[layer, :, :, self.used : end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys, values = self.memory[layer]
+        keys[:, :, self.used : end], values[:, :, self.used : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def lead(self, layer, x):
+        """The new inputs x (B, D, S) of a convolution, behind those before them that it still reaches."""
+        x = torch.cat([self.memory[layer] * (self.used > 0), x], -1)
+        self.memory[layer] = x[..., 1 - TAPS :]
+        return x
+
+
+def norm(c):
+    return (nn.LayerNorm if c.bias else nn.RMSNorm)(c.d_model, c.norm_eps)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or as a mask says."""
 
     def __init__(self, c):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
-        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x, rope, cache=None, layer=0):
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
         S = x.shape[1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # (B, H, S, head_dim)
-        q, k = rotate(q, rope), rotate(k, rope)
-        causal, mask = S > 1, None
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        causal = S > 1 and mask is None
         if cache is not None:
             k, v = cache.extend(layer, k, v)
             if causal and cache.used:  # several rows after others: row s sees the cache and the rows up to s
@@ -448,59 +490,85 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward (Shazeer 2020)."""
+class ShortConvolution(nn.Module):
+    """Gated causal convolution of each channel over a few rows (LFM2, Liquid AI 2025): an attention that needs no mask,
+    no positions, and of earlier rows only the last two."""
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.in_proj = nn.Linear(c.d_model, 3 * c.d_model, bias=False)
+        self.taps = nn.Parameter(torch.empty(c.d_model, 1, TAPS))  # the last one is the row's own
+        self.out_proj = nn.Linear(c.d_model, c.d_model, bias=False)
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        before, after, x = self.in_proj(x).chunk(3, -1)
+        x = (before * x).mT  # (B, D, S)
+        x = F.pad(x, (TAPS - 1, 0)) if cache is None else cache.lead(layer, x)
+        return self.out_proj(after * F.conv1d(x, self.taps.to(x.dtype), groups=x.shape[1]).mT)
+
+
+class FeedForward(nn.Module):
+    """Two matrices with a GELU between them (GPT-2), or gated by a third: SwiGLU, GEGLU (Shazeer 2020)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.kind = c.feed_forward
+        if self.kind != "gelu":
+            self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.kind == "gelu":
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        gate = F.silu if self.kind == "swiglu" else F.gelu
+        return self.down_proj(gate(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, letter):
         super().__init__()
-        self.attn_norm, self.attn = nn.RMSNorm(c.d_model, c.norm_eps), Attention(c)
-        self.mlp_norm, self.mlp = nn.RMSNorm(c.d_model, c.norm_eps), SwiGLU(c)
+        self.attn_norm, self.attn = norm(c), Attention(c) if letter == "a" else ShortConvolution(c)
+        self.mlp_norm, self.mlp = norm(c), FeedForward(c)
         self.dropout = c.dropout
 
-    def forward(self, x, rope, cache=None, layer=0):
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache, layer), self.dropout, self.training)
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache, layer), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
 class Transformer(nn.Module):
-    """Causal transformer over embeddings: x (B, S, D) -> (B, S, D), final norm included.
+    """Transformer over embeddings: x (B, S, D) -> (B, S, D), final norm included.
 
-    With a cache the rows continue those already in it. Raises ValueError beyond `max_positions`.
+    Causal, or as a boolean mask says, (S, S) or (B, 1, S, S): true where a row sees another. Rows are numbered from 0
+    on, or by positions (B, S). With a cache they continue the rows already in it. Raises ValueError beyond
+    `max_positions`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.register_buffer("rope", rope_table(config), persistent=False)
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.norm = norm(config) if config.final_norm else nn.Identity()
+        self.register_buffer("rope", rope_table(config) if config.rope_theta else None, persistent=False)
 
     def cache(self, batch, length):
-        weight = self.norm.weight
+        weight = self.layers[0].attn_norm.weight
         return Cache(self.config, batch, length, weight.device, weight.dtype)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, mask=None, positions=None):
         start = cache.used if cache is not None else 0
         end = start + x.shape[1]
         if end > self.config.max_positions:
             raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
-        rope = self.rope[:, start:end]
+        rope = self.rope
+        if rope is not None:
+            rope = rope[:, start:end] if positions is None else rope[:, positions][:, :, None]  # (2, [B, 1,] S, ...)
         for i, block in enumerate(self.layers):
             if self.config.recompute and self.training:  # training has no cache
-                x = recompute(block, x, rope, use_reentrant=False)
+                x = recompute(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, cache, i)
+                x = block(x, rope, mask, cache, i)
         if cache is not None:
             cache.used = end
         return self.norm(x)
