@@ -117,7 +117,8 @@ class Codec(nn.Module):
 
     wav is float32 in [-1, 1] and T = frames(N). `lengths` (B,) says how many samples of each row are its own: the first
     frames(length) codes of a row are what it would get alone. A codec that must be fitted also has `fitted` and
-    fit(wavs, seed). `options` are the arguments it was made with, its state dict holds its tables."""
+    fit(wavs, seed). Some have reference(wav (B, N)) -> (B, T * r, M), features of a recording off which a model reads
+    its voice, r rows a frame. `options` are the arguments it was made with, its state dict holds its tables."""
 
     name = None
 
@@ -250,6 +251,10 @@ class Mel(Codec):
         for first in range(0, n, stretch):
             spectra = self.spectra(wav[:, first * size : min(first + stretch, n) * size + edge])
             yield (spectra.abs() @ self.filters.double()).pow(1 / 3)
+
+    def reference(self, wav):
+        """The mel bands of wav (B, N): (B, T * S, M) float32."""
+        return torch.cat(list(self.bands(wav)), 1).float()
 
     @torch.no_grad()
     def fit(self, wavs, seed=0):

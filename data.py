@@ -24,6 +24,7 @@ import torch
 
 VERSION = 1
 SPLITS = ("train", "val")
+AUDIO, PROMPT = 3, 2  # of model.py's kinds of rows: frames to predict, frames that are only heard
 INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,16 +40,17 @@ class TokenWriter:
             w.finish(meta)
 
     Leaving the block without `finish` (an error, Ctrl-C) removes the partial folder; a kill leaves it under its partial
-    name, which the next run replaces. `text_dtype` is uint16 unless the vocabulary needs uint32.
+    name, which the next run replaces. `text_dtype` is uint16 unless the vocabulary needs uint32. With `references` each
+    utterance also brings the features of its recording, a fixed number of rows for each frame.
     Raises ValueError for codes or ids that do not fit their type, OSError when the disk refuses.
     """
 
-    def __init__(self, folder, text_dtype=np.uint16):
+    def __init__(self, folder, text_dtype=np.uint16, references=False):
         self.folder, self.partial = str(folder).rstrip("/"), str(folder).rstrip("/") + ".partial"
         self.text_dtype = np.dtype(text_dtype)
         shutil.rmtree(self.partial, ignore_errors=True)
         os.makedirs(self.partial)
-        kinds = ("text.bin", "codes.bin", "ids.txt")
+        kinds = ("text.bin", "codes.bin", "ids.txt", *(["reference.bin"] if references else []))
         self.out = {s: [self._open(f"{s}.{kind}") for kind in kinds] for s in SPLITS}
         self.index = {s: [] for s in SPLITS}
         self.ends = {s: [0, 0] for s in SPLITS}  # text ids and frames written so far
@@ -66,8 +68,8 @@ class TokenWriter:
                 f.close()
         shutil.rmtree(self.partial, ignore_errors=True)  # already renamed away if finish was reached
 
-    def add(self, split, name, text, codes, speaker=0):
-        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K)."""
+    def add(self, split, name, text, codes, speaker=0, reference=None):
+        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K), `reference` (T * r, M) features."""
         text, codes = np.asarray(text), np.asarray(codes)
         if codes.ndim != 2 or self.n_codebooks not in (None, codes.shape[1]):
             K = self.n_codebooks or "K"
@@ -78,10 +80,12 @@ class TokenWriter:
         if any(c in name for c in "\r\n"):
             raise ValueError(f"utterance id {name!r} contains a line break")
         self.n_codebooks = codes.shape[1]
-        text_out, codes_out, ids_out = self.out[split]
+        text_out, codes_out, ids_out, *reference_out = self.out[split]
         text_out.write(text.astype(self.text_dtype).tobytes())
         codes_out.write(codes.astype(np.uint16).tobytes())
         ids_out.write(f"{name}\n".encode())
+        for out in reference_out:
+            out.write(np.asarray(reference, np.float16).tobytes())
         ends = self.ends[split]
         self.index[split].append((ends[0], len(text), ends[1], len(codes), speaker))
         ends[0] += len(text)
@@ -152,6 +156,9 @@ class TokenFiles:
                 raise ValueError(f"{split}.index.npy has shape {self.index.shape}, not {(n, len(INDEX_COLUMNS))}")
             self._text = self._map(path + ".text.bin", self.meta["text_dtype"], (n_text,))
             self._codes = self._map(path + ".codes.bin", "uint16", (n_frames, K))
+            if reference := self.meta["codec"].get("reference"):
+                shape = (n_frames, reference["rows_per_frame"], len(reference["silence"]))
+                self._reference = self._map(path + ".reference.bin", "float16", shape)
         except (OSError, ValueError, KeyError, EOFError) as e:
             raise ValueError(f"{folder}: the {split} split is damaged ({e}): make it again with prepare.py") from None
 
@@ -175,6 +182,12 @@ class TokenFiles:
         start, n = self.index[i, 2:4]
         return np.asarray(self._codes[start : start + n], np.int64)
 
+    def reference(self, i, first=0, last=None):
+        """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i."""
+        start, n = self.index[i, 2:4]
+        frames = self._reference[start + first : start + (n if last is None else min(last, n))]
+        return np.asarray(frames, np.float32).reshape(-1, frames.shape[-1])
+
     def speaker(self, i):
         """Index of the speaker of utterance i in meta["speakers"]."""
         return int(self.index[i, 4])
@@ -192,12 +205,17 @@ class TokenFiles:
 class Batches:
     """Endless batches (tokens (B, S, C) int64, segment (B, S) int64) of one split, filled to a token budget.
 
+    For a model that reads a voice off a recording there is a third tensor, reference (B, R, M) float32: features of a
+    stretch of the prompt's recording, or without a prompt of the utterance's own, whose frames there are then no target
+    (PROMPT), as in XTTS.
+
     files: a TokenFiles. layout, length: the model's own: the rows of one utterance, and their number (for arrays too).
     max_tokens: most rows of a batch, padding included. max_batch: most utterances of a batch.
     rank, world: which share of the global list of batches is ours. workers: loader processes.
     voice_prompt: share of the utterances that get another one of the same speaker as a prompt before their text.
     shuffle: False gives one fixed order, sorted by length, without prompts (evaluation).
     max_rows: most rows of one utterance with its prompt, the positions of the model.
+    reference: None, or the fewest and most frames of a stretch that is the reference; R are the rows of the most.
 
     `state()` after a batch, given to `restore` of a fresh object, continues with exactly the batch after it, in the
     middle of an epoch and with loader workers too. Raises ValueError for an empty split and for an utterance longer
@@ -207,12 +225,16 @@ class Batches:
     BUCKET = 1.04  # lengths within 4% count as alike, so padding stays near 2%
 
     def __init__(self, files, layout, length, max_tokens, max_batch, seed=0, rank=0, world=1, workers=0,
-                 voice_prompt=0.0, shuffle=True, max_rows=2**31):
+                 voice_prompt=0.0, shuffle=True, max_rows=2**31, reference=None):
         self.files, self.layout, self.length = files, layout, length
         self.max_tokens, self.max_batch, self.seed = max_tokens, max_batch, seed
         self.rank, self.world, self.workers = rank, world, workers
         self.voice_prompt, self.shuffle, self.max_rows = voice_prompt, shuffle, min(max_rows, max_tokens)
+        self.reference = reference
         self.epoch = self.batch = 0  # the next batch of the global list
+        if reference and "reference" not in files.meta["codec"]:
+            raise ValueError(f"{files.folder} has no features of recordings to take a voice from: make it again with "
+                             "prepare.py --references=True")
         if not len(files):
             raise ValueError(f"{files.folder}: the {files.split} split is empty")
         lengths = self._lengths()
@@ -274,8 +296,9 @@ class Batches:
         used = sum(int(lengths[b].sum()) for b in batches)
         return 1 - used / sum(len(b) * int(lengths[b].max()) for b in batches)
 
-    def read(self, utterances, prompts=None):
-        """Stack utterances and their prompts: tokens (B, S, C), segment (B, S), int64, zeros (PAD) on the right."""
+    def read(self, utterances, prompts=None, epoch=0):
+        """Stack utterances and their prompts: tokens (B, S, C), segment (B, S), int64, zeros (PAD) on the right, and
+        where the model takes one reference (B, R, M)."""
         rows = []
         for j, i in enumerate(utterances):
             p = -1 if prompts is None else prompts[j]
@@ -286,7 +309,33 @@ class Batches:
         segment = np.zeros((len(rows), S), np.int64)
         for j, (t, s) in enumerate(rows):
             tokens[j, : len(s)], segment[j, : len(s)] = t, s
-        return torch.from_numpy(tokens), torch.from_numpy(segment)
+        batch = [torch.from_numpy(tokens), torch.from_numpy(segment)]
+        if self.reference:
+            references = np.empty((len(rows), *self._silence().shape), np.float32)
+            for j, i in enumerate(utterances):
+                p = -1 if prompts is None else prompts[j]
+                references[j], heard = self._stretch(i, p, epoch)
+                audio = np.flatnonzero(segment[j] == AUDIO)
+                segment[j, audio[heard]] = PROMPT
+            batch.append(torch.from_numpy(references))
+        return batch
+
+    def _silence(self):
+        """The reference of a recording in which nothing is heard: (R, M)."""
+        return silence(self.files.meta, self.reference[1])
+
+    def _stretch(self, i, p, epoch):
+        """The reference (R, M) of utterance i with prompt p (-1: none), and the slice of its own frames heard there."""
+        if not self.shuffle:  # evaluation hears another recording of the speaker, from its beginning
+            return speaker_reference(self.files, self.files.speaker(i), self.reference[1], i), slice(0)
+        rng = np.random.default_rng((self.seed, epoch, i, 1))
+        source = i if p < 0 else p
+        n, (fewest, most) = int(self.files.index[source, 3]), self.reference
+        size = min(n, int(rng.integers(fewest, most + 1)))
+        first = int(rng.integers(0, n - size + 1))
+        reference, features = self._silence(), self.files.reference(source, first, first + size)
+        reference[: len(features)] = features
+        return reference, slice(first, first + size) if p < 0 else slice(0)
 
     def once(self):
         """This rank's share of epoch 0, once: what an evaluation reads. Leaves the position alone."""
@@ -313,7 +362,7 @@ class Batches:
             while batch < len(batches):
                 if turn == self.rank:
                     b = batches[batch]
-                    task = b, None if prompts is None else prompts[b]
+                    task = b, None if prompts is None else prompts[b], epoch
                 batch, turn = batch + 1, turn + 1
                 if turn == self.world:
                     yield *task, {"epoch": epoch, "batch": batch}
@@ -326,9 +375,28 @@ class Batches:
             generator=torch.Generator().manual_seed(0),  # its own, so that the training's random state stays untouched
             worker_init_fn=_ignore_signals,
         )
-        for tokens, segment, position in loader:
+        for *batch, position in loader:
             self.restore(position)
-            yield tokens, segment
+            yield batch
+
+
+def silence(meta, frames):
+    """The features (R, M) of so many silent frames, as the codec of a token folder's meta.json writes them."""
+    reference = meta["codec"]["reference"]
+    return np.tile(np.asarray(reference["silence"], np.float32), (frames * reference["rows_per_frame"], 1))
+
+
+def speaker_reference(files, speaker, frames, without=-1):
+    """A reference (R, M) of a speaker: the beginning of his first recording that has so many frames, or else of his
+    longest, padded with silence. `without`: an utterance to do without, where there is another."""
+    theirs = np.flatnonzero(files.index[:, 4] == speaker)
+    theirs = theirs[theirs != without] if len(theirs) > 1 else theirs
+    lengths = files.index[theirs, 3]
+    enough = lengths >= frames
+    best = theirs[int(enough.argmax() if enough.any() else lengths.argmax())]
+    reference, features = silence(files.meta, frames), files.reference(best, 0, frames)
+    reference[: len(features)] = features
+    return reference
 
 
 def _ignore_signals(_):
@@ -344,8 +412,8 @@ class _Reader(torch.utils.data.Dataset):
         self.batches = batches
 
     def __getitem__(self, task):
-        utterances, prompts, position = task
-        return *self.batches.read(utterances, prompts), position
+        utterances, prompts, epoch, position = task
+        return *self.batches.read(utterances, prompts, epoch), position
 
 
 # ---------------------------------------------------------------------------------------------------------------------

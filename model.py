@@ -574,25 +574,50 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+def init_weights(model):
+    """Every initialisation: standard deviation 0.02, what blocks add scaled down by depth (GPT-2), norms 1, biases 0.
+
+    Heads are so small that the loss starts at ln V; a short convolution neither amplifies nor damps.
+    """
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        elif name.endswith("taps"):
+            nn.init.normal_(p, std=TAPS**-0.5)
+        else:
+            nn.init.normal_(p, std=1 / p.shape[-1] if "head" in name else 0.02)
+    for transformer in (module for module in model.modules() if isinstance(module, Transformer)):
+        for name, p in transformer.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                p.data /= math.sqrt(2 * transformer.config.n_layer)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
 
-def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw a class from logits (V,): temperature 0 takes the likeliest, top_k and top_p cut the tail.
+def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=None, generator=None):
+    """Draw classes (...) from logits (..., V): temperature 0 takes the likeliest, top_k and top_p cut the tail.
 
     top_k 0 and top_p 1 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together reach it.
+    The repetition penalty (Keskar et al. 2019) divides the logits of the classes `seen` (n,), or multiplies those below
+    0; 1 leaves them.
     """
+    if seen is not None and repetition_penalty != 1:
+        past = logits[..., seen]
+        past = torch.where(past > 0, past / repetition_penalty, past * repetition_penalty)
+        logits = logits.index_copy(-1, seen, past)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     p = logits.softmax(-1)
     if top_p < 1:
         ordered, order = p.sort(descending=True)
-        p[order[ordered.cumsum(-1) - ordered >= top_p]] = 0
-    return torch.multinomial(p, 1, generator=generator)[0]
+        kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
+        p = torch.zeros_like(p).scatter(-1, order, kept)
+    return torch.multinomial(p.flatten(0, -2) if p.ndim > 1 else p[None], 1, generator=generator).view(p.shape[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,6 +722,10 @@ class CSM(nn.Module):
     codebook k.
     """
 
+    causal = True  # frames are made one after the other
+    reference = False  # a voice is cloned from a prompt, not from the features of a recording
+    draw = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)  # as its authors sample
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -709,22 +738,7 @@ class CSM(nn.Module):
         self.decoder_heads = nn.Parameter(torch.empty(K - 1, V, c.decoder.d_model))
         self.register_buffer("offset", torch.arange(K) * V, persistent=False)
         self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
-        self.init_weights()
-
-    def init_weights(self):
-        """Every initialisation: standard deviation 0.02, what blocks add scaled down by depth (GPT-2), norms 1.
-
-        The heads are so small that the loss starts at ln V.
-        """
-        for name, p in self.named_parameters():
-            if p.ndim == 1:
-                nn.init.ones_(p)
-            elif "head" in name:
-                nn.init.normal_(p, std=1 / p.shape[-1])
-            else:
-                depth = (self.decoder if name.startswith("decoder") else self.backbone).config.n_layer
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * depth) if residual else 1))
+        init_weights(self)
 
     def look_up(self, tokens, segment):
         """Rows -> x (B, S, D): a text row's text embedding, a frame's K code embeddings summed, zero for padding.
@@ -880,42 +894,47 @@ def build(arch, meta, options):
     return model(config(**{k: v for k, v in {**options, **given}.items() if k in names}))
 
 
-def sampler(temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
     """A `choose` for `generate` with these settings of `sample_code`."""
-    return lambda logits: sample_code(logits, temperature, top_k, top_p, generator)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    return lambda logits, seen=None: sample_code(logits, **how, seen=seen, generator=generator)
 
 
-def contract_check(model, text, codes):
-    """Compare teacher forcing with cached generation on one utterance: text ids (n,), codes (T, K).
+def contract_check(model, text, codes, **side):
+    """Compare teacher forcing with generation on one utterance: text ids (n,), codes (T, K), `side` what else
+    the model reads, as a `reference`.
 
     Every logit of every codebook and frame must agree; training and generation that disagree by one step are the
     commonest way to a falling loss and noise for audio. Returns {"max_difference", "loss_at_shift", "ln_v"}, where
-    loss_at_shift is the cross-entropy of codebook 0 against the frame just heard (shift 0), the next one, as trained
-    (1), and the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ, or where a
-    model that has learnt something predicts another shift.
+    loss_at_shift is the cross-entropy of codebook 0 against the frame before the one it is trained to predict (shift
+    0), that one (1), and the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ,
+    or where a model that has learnt something predicts another shift.
     """
-    training = model.training
+    training, T = model.training, len(codes)
     model.eval()
-    forced, seen = iter(np.concatenate([codes, model.config.stop_frame()[None]]).ravel().tolist()), []
+    ends = model.config.stop_frame()[None] if model.causal else codes[:0]
+    forced, heard = iter(np.concatenate([codes, ends]).ravel().tolist()), []
 
-    def choose(logits):
-        seen.append(logits.float())
-        return torch.tensor(next(forced), device=logits.device)
+    def choose(logits, seen=None):
+        heard.extend(logits.float().reshape(-1, logits.shape[-1]))
+        chosen = [next(forced) for _ in range(logits[..., 0].numel())]
+        return torch.tensor(chosen, device=logits.device).view(logits.shape[:-1])
 
     with torch.no_grad():
-        for _ in model.generate(text, max_frames=len(codes) + 1, choose=choose):
+        length = {} if model.causal else {"frames": T, "rounds": 1}  # all at once, from nothing but masks
+        for _ in model.generate(text, max_frames=T + 1, choose=choose, **side, **length):
             pass
-        whole = model.teacher_forced_logits(text, codes).float()
+        whole = model.teacher_forced_logits(text, codes, **side).float()
     flat = whole.flatten(0, 1)
-    difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(seen))
-    scale = max(1.0, float(flat.abs().max()))
+    difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(heard))
+    scale = max(1.0, float(flat[flat.isfinite()].abs().max()))
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
     model.train(training)
     if not difference <= (1e-3 if exact else 0.1) * scale:
-        raise ValueError("contract check failed: cached generation and teacher forcing differ by "
+        raise ValueError("contract check failed: generation and teacher forcing differ by "
                          f"{difference:.3g} in the logits (scale {scale:.3g}): "
                          "the model would speak another language than it was trained on")
-    codebook0, T = torch.as_tensor(codes, device=whole.device)[:, 0], len(codes)
+    codebook0 = torch.as_tensor(codes, device=whole.device)[:, 0]
     shifts = range(3) if T > 2 else ()
     loss = [float(F.cross_entropy(whole[1 : T - 1, 0], codebook0[s : T - 2 + s])) for s in shifts]
     ln_v = math.log(whole.shape[-1])
@@ -968,17 +987,21 @@ def load_checkpoint(path, device="cpu"):
     return checkpoint
 
 
-def load_model(checkpoint, device="cpu", dtype=torch.float32):
+def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     """The model of a checkpoint, in eval mode, with its averaged weights where it has them.
 
-    Raises ValueError for an unknown architecture or weights that do not fit.
+    `changes`: fields of its config to set otherwise, such as the rounds of demasking; None leaves them. Raises
+    ValueError for an unknown architecture, a field that it does not have, or weights that do not fit.
     """
     arch = checkpoint["arch"]
     if arch not in ARCHS:
         raise ValueError(f"the checkpoint is of architecture {arch!r}, this code has {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
-    names = {f.name for f in fields(config) if f.init}
-    model = model(config(**{k: v for k, v in checkpoint["model_config"].items() if k in names}))
+    names, changes = {f.name for f in fields(config) if f.init}, {k: v for k, v in changes.items() if v is not None}
+    if foreign := [k for k in changes if k not in names]:
+        raise ValueError(f"{foreign[0]} = {changes[foreign[0]]!r}: architecture {arch!r} has no such setting")
+    given = {**checkpoint["model_config"], **changes}
+    model = model(config(**{k: v for k, v in given.items() if k in names}))
     load_weights(model, checkpoint.get("ema") or checkpoint["model"])
     return model.to(device=device, dtype=dtype).eval()
 

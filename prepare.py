@@ -55,6 +55,7 @@ codec = "mel"  # which codec
 codec_path = ""  # its tables or weights; empty: fit it on the training split (mel only)
 codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codebook_size": 256, "frame_rate": 12.5}
 fit_seconds = 3600.0  # how much audio the fit listens to
+references = False  # write the features of the recordings too, for models that read a voice off them (XTTS)
 # text
 tokenizer = ""  # a sentencepiece .model; empty: train one on the training split
 vocab_size = 1024  # of the tokenizer trained here; fewer where the texts do not support so many
@@ -490,6 +491,13 @@ def encode(utterances, name, path):
     return [codec.encode(torch.from_numpy(wav)[None])[0].T.numpy().astype(np.int32) for wav in wavs]
 
 
+def features(utterances, name, path):
+    """What the codec lets a model read of each recording's voice: (T * r, M)."""
+    codec = worker_codec(name, path)
+    wavs = read(utterances, codec.sample_rate)
+    return [codec.reference(torch.from_numpy(wav)[None])[0].numpy().astype(np.float16) for wav in wavs]
+
+
 def encode_batches(codec, wavs, device, batch_seconds, window=1024):
     """Codes (T, K) of each recording, encoded on `device` in batches of like length; yields in the order of `wavs`."""
     wavs = iter(wavs)
@@ -522,13 +530,15 @@ def encode_device(codec, name):
 # the run
 
 
-def check(cfg, folder):
+def check(cfg, folder, codec):
     """Refuse, before hours of work, settings that cannot be meant and a folder that cannot be written."""
     fields = {field for _, field, _, _ in string.Formatter().parse(cfg.text_format) if field is not None}
     if not {"text"} <= fields <= {"text", "speaker"}:
         raise ValueError(f"text_format = {cfg.text_format!r}: needs {{text}}, may have {{speaker}}, no other braces")
     if not cfg.sources or not cfg.data_dir:
         raise ValueError("what to read and where to write? --sources=my/metadata.csv --data_dir=my/tokens")
+    if cfg.references and not hasattr(codec, "reference"):
+        raise ValueError(f"references = True: the codec {codec.name} has no features to read a voice off")
     if cfg.workers < 0:
         raise ValueError(f"workers = {cfg.workers} is below 0")
     present = os.listdir(folder) if os.path.isdir(folder) else ["a file"] * os.path.lexists(folder)
@@ -543,8 +553,9 @@ def check(cfg, folder):
 
 def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
-    check(cfg, folder)
-    codec, tokenizer = open_codec(cfg), make_tokenizer(cfg, []) if cfg.tokenizer else None
+    codec = open_codec(cfg)
+    check(cfg, folder, codec)
+    tokenizer = make_tokenizer(cfg, []) if cfg.tokenizer else None
     utterances = []
     for source in cfg.sources if isinstance(cfg.sources, list) else [cfg.sources]:
         found = read_source(source, cfg.lowercase)
@@ -572,7 +583,7 @@ def main(cfg):
 def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
     """Encode everything into the token folder, in the order of the metadata."""
     speakers, device = list(findings["speakers"]), encode_device(codec, cfg.device)  # most heard first
-    with TokenWriter(folder, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32) as out:
+    with TokenWriter(folder, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, cfg.references) as out:
         torch.save(codec.pack(), packed := io.BytesIO())
         out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
         out.file("tokenizer.model", tokenizer.model)
@@ -581,16 +592,23 @@ def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
         else:
             wavs = in_order(f"encoding {codec.name}", pool, read, used, codec.sample_rate)
             codes = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
-        for u, c in zip(used, codes, strict=True):
+        heard = itertools.repeat(None, len(used))
+        if cfg.references:
+            heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
+        for u, c, reference in zip(used, codes, heard, strict=True):
             split, text = "val" if u.id in val else "train", tokenizer.encode(wording(u, cfg))
-            out.add(split, u.id, text, c, speakers.index(u.speaker))
+            out.add(split, u.id, text, c, speakers.index(u.speaker), reference)
         rows = sum(out.ends["train"])
         findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
         out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())
+        more = {}
+        if cfg.references:
+            silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
+            more = {"reference": {"rows_per_frame": len(silence), "silence": silence[0].tolist()}}
         of_codec = ("name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
         of_place = ("data_dir", "overwrite", "workers", "max_tokens")  # keys that change nothing in the files
         out.finish({
-            "codec": {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}},
+            "codec": {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}, **more},
             "tokenizer": tokenizer.describe(),
             "text_format": cfg.text_format,
             "lowercase": cfg.lowercase,

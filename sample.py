@@ -43,6 +43,7 @@ reference_text = ""  # what is said in it, word for word
 temperature: float | None = None  # 0: always the likeliest code; None, here and below: as the training run has it
 top_k: int | None = None  # draw among so many of the likeliest codes; 0: all
 top_p: float | None = None  # draw among the likeliest codes that make up this share of the probability
+repetition_penalty: float | None = None  # makes codes spoken before less likely; 1: does not
 seed = 1337
 cap_seconds = 0.0  # longest utterance; 0: follows the text, three times what as much took in training, and a second
 stream = False  # write audio while it is generated
@@ -51,20 +52,22 @@ dtype = "float32"  # of the weights: float32, bfloat16, float16
 codec_path = ""  # the codec's tables, where not those in the checkpoint
 
 NEEDED = ("arch", "model_config", "model", "codec", "codec_fingerprint", "tokenizer", "meta", "probe")
-DRAW = {"temperature": 0.9, "top_k": 50, "top_p": 1.0}  # as published for CSM; where nobody says otherwise
-HOW = ("speaker", "temperature", "top_k", "top_p", "seed", "cap_seconds")  # keys that say how a line is spoken
+DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
+HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
 
 
 class Voice:
     """A model with all it takes to speak: `frames` yields codes, `say` gives the wav, `stream` the wav in pieces.
 
-    meta: the meta.json of the token folder the model was trained on. config: the training run's keys, for temperature,
-    top_k and top_p where a call names none. After an utterance, `stopped` says whether the model ended it by itself.
+    meta: the meta.json of the token folder the model was trained on. config: the training run's keys, for temperature
+    and the like where a call names none. references (speakers, R, M): for a model that reads a voice off a recording,
+    the speakers' own. After an utterance, `stopped` says whether the model ended it by itself.
     """
 
-    def __init__(self, model, codec, tokenizer, meta, config=None):
+    def __init__(self, model, codec, tokenizer, meta, config=None, references=None):
         self.model, self.codec, self.tokenizer, self.meta = model, codec, tokenizer, meta
-        self.draw = {key: (config or {}).get(key, usual) for key, usual in DRAW.items()}
+        self.references = references
+        self.draw = {key: (config or {}).get(key, usual) for key, usual in model.draw.items()}
         self.prompted = (config or {}).get("voice_prompt", 1) > 0  # did it meet prompts in training?
         self.device = next(model.parameters()).device
         self.stopped = None
@@ -83,9 +86,11 @@ class Voice:
                              f"learnt the codes of {checkpoint['codec_fingerprint']}")  # fmt: skip
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
         model = load_model(checkpoint, device, getattr(torch, dtype))
-        voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], checkpoint.get("config"))
-        probe = checkpoint["probe"]
-        voice.report = contract_check(model, np.asarray(probe["text"]), np.asarray(probe["codes"]))
+        config, references = checkpoint.get("config"), checkpoint.get("references")
+        voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], config, references)
+        probe = dict(checkpoint["probe"])
+        text, codes = (np.asarray(probe.pop(name)) for name in ("text", "codes"))
+        voice.report = contract_check(model, text, codes, **probe)
         return voice
 
     def text_ids(self, text, speaker=""):
@@ -103,18 +108,30 @@ class Voice:
         tagged = self.meta["text_format"].format(speaker=speaker or speakers[0], text=words)
         return np.array(self.tokenizer.encode(tagged))
 
+    def listen(self, path):
+        """What the model takes of a recording: its codes (T, K), or its features (R, M) to read a voice off."""
+        wav = read_audio(path, self.codec.sample_rate)[None].to(self.device)
+        return self.codec.reference(wav)[0] if self.model.reference else self.codec.encode(wav)[0].T.cpu().numpy()
+
     def prompt(self, reference, reference_text, speaker=""):
-        """What cloning puts before the text: (ids, codes (T, K)) of a recording (its path, or its codes) and of its
-        transcript; None where there is neither. Raises ValueError where one is missing or cannot be read."""
+        """What `generate` takes beside the text: {"prompt": (ids, codes (T, K))} of a recording (its path, or what
+        `listen` says of it) and its transcript, {} where there is neither. A model that reads a voice off a recording
+        needs no transcript, {"reference": (R, M)}, and has a recording of each speaker it was trained on.
+
+        Raises ValueError where one is missing or cannot be read.
+        """
+        if isinstance(reference, str | os.PathLike):
+            reference = self.listen(reference)
+        if self.model.reference:
+            if reference is None and self.references is None:
+                raise ValueError("the model reads the voice off a recording: give a reference")
+            own = self.meta["speakers"].index(speaker) if speaker else 0
+            return {"reference": self.references[own] if reference is None else reference}
         if reference is None and not reference_text:
-            return None
+            return {}
         if reference is None or not normalise(reference_text):
             raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
-        ids = self.text_ids(reference_text, speaker)
-        if isinstance(reference, str | os.PathLike):
-            wav = read_audio(reference, self.codec.sample_rate)
-            reference = self.codec.encode(wav[None].to(self.device))[0].T.cpu()
-        return ids, np.asarray(reference)
+        return {"prompt": (self.text_ids(reference_text, speaker), reference)}
 
     def cap(self, ids, cap_seconds=0.0):
         """The most frames an utterance may have: `cap_seconds`, or three times what the training data takes on average
@@ -123,14 +140,16 @@ class Voice:
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
     def frames(self, text, speaker="", reference=None, reference_text="", temperature=None, top_k=None,
-               top_p=None, seed=1337, cap_seconds=0.0):  # fmt: skip
+               top_p=None, repetition_penalty=None, seed=1337, cap_seconds=0.0):  # fmt: skip
         """Speak a text: yields frames (K,) int64 as they are made.
 
-        reference: path of a recording of the voice to clone, or its codes (T, K); reference_text: its transcript.
-        temperature, top_k, top_p: see model.sample_code. The random numbers depend on seed and text alone.
-        cap_seconds: see cap. Raises ValueError for settings out of range, and what text_ids and prompt raise.
+        reference: path of a recording of the voice to clone, or what `listen` makes of it; reference_text: its
+        transcript. temperature, top_k, top_p, repetition_penalty: see model.sample_code. The random numbers depend on
+        seed and text alone. cap_seconds: see cap.
+
+        Raises ValueError for settings out of range, and what text_ids and prompt raise.
         """
-        given = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        given = dict(zip(DRAWS, (temperature, top_k, top_p, repetition_penalty), strict=True))
         draw = {key: self.draw[key] if value is None else value for key, value in given.items()}
         check_settings(**draw, cap_seconds=cap_seconds)
         ids, prompt = self.text_ids(text, speaker), self.prompt(reference, reference_text, speaker)
@@ -140,7 +159,8 @@ class Voice:
         self.model.eval()
         try:
             choose = sampler(**draw, generator=generator)
-            self.stopped = yield from self.model.generate(ids, prompt, self.cap(ids, cap_seconds), choose)
+            cap = self.cap(ids, cap_seconds)
+            self.stopped = yield from self.model.generate(ids, max_frames=cap, choose=choose, **prompt)
         finally:
             self.model.train(training)
 
@@ -198,10 +218,12 @@ def pick_device(name):
     return name
 
 
-def check_settings(temperature, top_k, top_p, cap_seconds):
+def check_settings(temperature, top_k, top_p, repetition_penalty, cap_seconds):
     for name, value in (("temperature", temperature), ("top_k", top_k), ("cap_seconds", cap_seconds)):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} = {value}: it must be 0 or more")
+    if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty = {repetition_penalty}: it must be above 0")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1")
 
@@ -270,13 +292,14 @@ def speak(voice, line, path, stream, **how):
 
 
 def main(cfg):
-    check_settings(cfg.temperature, cfg.top_k, cfg.top_p, cfg.cap_seconds)
+    check_settings(*(getattr(cfg, key) for key in (*DRAWS, "cap_seconds")))
     lines, piped = read_lines(cfg.text, cfg.file), cfg.out_dir == "-"
     path = cfg.ckpt or os.path.join(cfg.out_dir, "best.pt")
     if not cfg.ckpt and not os.path.isfile(path):
         raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
     voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
-    prompt = voice.prompt(cfg.reference or None, cfg.reference_text, cfg.speaker)
+    reference = voice.listen(cfg.reference) if cfg.reference else None
+    prompt = voice.prompt(reference, cfg.reference_text, cfg.speaker)
     for line in lines:  # what can be refused is refused before the first line is spoken
         voice.text_ids(line, cfg.speaker)
     if not piped:
@@ -284,14 +307,13 @@ def main(cfg):
         if not os.access(cfg.out_dir, os.W_OK):
             raise OSError(f"{cfg.out_dir}: no permission to write there")
     how = {key: getattr(cfg, key) for key in HOW}
-    if prompt:
-        how.update(reference=prompt[1], reference_text=cfg.reference_text)
+    how.update(reference=reference, reference_text=cfg.reference_text)
     messages = sys.stderr if piped else sys.stdout
     difference, ln_v = voice.report["max_difference"], voice.report["ln_v"]
     shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
           f"shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}", file=messages)  # fmt: skip
-    if prompt and not voice.prompted:
+    if "prompt" in prompt and not voice.prompted:
         print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
               file=messages)  # fmt: skip
     for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import configurator
 from codec import load_codec, write_audio
-from data import Batches, TokenFiles, load_tokenizer
+from data import Batches, TokenFiles, load_tokenizer, speaker_reference
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
 from sample import Voice, pick_device
@@ -66,6 +66,7 @@ max_tokens = 8192  # most rows of a micro-batch, padding included
 max_batch = 64  # most utterances of a micro-batch
 gradient_accumulation_steps = 1  # micro-batches of a step, over all ranks together
 voice_prompt = 0.0  # share of the utterances that follow another one of their speaker (for cloning)
+reference_seconds = [3.0, 6.0]  # shortest and longest stretch of a recording off which a voice is read (XTTS)
 loader_workers = 0  # processes that read batches; 0: they are read between steps
 # optimizer
 max_iters = 2000  # steps in all
@@ -93,6 +94,7 @@ eval_samples = 2  # held-out texts to speak at each evaluation
 temperature = 0.9  # how they are spoken; 0: always the likeliest code
 top_k = 50  # draw among so many of the likeliest codes; 0: all
 top_p = 1.0  # draw among the likeliest codes that make up this share of the probability
+repetition_penalty = 1.0  # makes codes spoken before less likely, in families that flatten frames; 1: does not
 keep_last = 0  # keep the checkpoints of so many evaluations as ckpt_{iter}.pt
 overfit_warning = 3  # evaluations above the best, while the training loss falls, that call for a warning; 0: none
 wandb_project = ""  # log to Weights & Biases as well
@@ -105,6 +107,7 @@ backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
 seed = 1337  # of the initial weights, the order of the data, dropout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 SCHEDULES = ("multistep", "cosine", "linear", "constant")
 HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "dropout", "recompute")  # may change in a run
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -123,6 +126,9 @@ def check(cfg, world, device):
         for key in keys.split():
             if not sound(getattr(cfg, key) or 0):
                 raise ValueError(f"{key} = {getattr(cfg, key)}: it must be {wanted}")
+    stretch = cfg.reference_seconds
+    if len(stretch) != 2 or not all(type(x) in (int, float) for x in stretch) or not 0 < stretch[0] <= stretch[1]:
+        raise ValueError(f"reference_seconds = {stretch}: it is the shortest and the longest, as [3.0, 6.0]")
     for key, allowed in (("dtype", DTYPES), ("lr_schedule", SCHEDULES)):
         if getattr(cfg, key) not in allowed:
             raise ValueError(f"{key} = {getattr(cfg, key)!r}: it is {', '.join(allowed)}")
@@ -266,9 +272,9 @@ def evaluate(model, val, autocast, most, rank, world, device):
     totals, training = {}, model.training
     model.eval()
     for i in range(rank, max(len(plan), world), world):
-        tokens, segment = val.read(plan[i % len(plan)])
+        batch = val.read(plan[i % len(plan)])
         with autocast:
-            _, stats = model(tokens, segment)
+            _, stats = model(*batch)
         share = i < len(plan)  # a rank without a batch joins in with weight 0, so that all add up the same names
         add(totals, {name: (value * share, count * share) for name, (value, count) in stats.items()}, device)
     model.train(training)
@@ -287,7 +293,7 @@ def speak(voice, files, cfg, iter_num, say):
         if not os.path.exists(original):
             write_audio(original, voice.decode(list(torch.from_numpy(files.codes(i)))), voice.codec.sample_rate)
         try:
-            how = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "seed")}
+            how = {key: getattr(cfg, key) for key in (*DRAWS, "seed")}
             wav = voice.say(text, speaker=speaker, **how)
         except ValueError as e:  # no reason to stop training
             say(f"{path}: {e}")
@@ -327,6 +333,8 @@ def train(cfg, rank, world, device, received):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "float32")
     fit, most = (model.layout, model.length, cfg.max_tokens, cfg.max_batch), {"max_rows": model.max_rows}
+    if model.reference:
+        most["reference"] = [max(1, round(x * meta["codec"]["frame_rate"])) for x in cfg.reference_seconds]
     batches = Batches(files, *fit, cfg.seed, rank, world, cfg.loader_workers, cfg.voice_prompt, **most)
     val = Batches(val_files, *fit, shuffle=False, **most) if len(val_files) else None
 
@@ -364,9 +372,14 @@ def train(cfg, rank, world, device, received):
     frames = held_out.index[:, 3]
     short = int((frames + 10**9 * (frames < 8)).argmin())  # the shortest that is long enough to tell the shifts apart
     text, codes = held_out.text(short), held_out.codes(short)
-    report = contract_check(model, text, codes)
+    side, references = {}, None
+    if model.reference:  # what the voices sound like goes into the checkpoint
+        count, size = len(meta["speakers"]), most["reference"][1]
+        references = torch.from_numpy(np.stack([speaker_reference(files, i, size) for i in range(count)]))
+        side = {"reference": references[held_out.speaker(short)]}
+    report = contract_check(model, text, codes, **side)
     shifts = ", ".join(f"{x:.2f}" for x in report["loss_at_shift"])
-    say(f"contract check: cached generation and teacher forcing agree to {report['max_difference']:.1e}; cross-entropy "
+    say(f"contract check: generation and teacher forcing agree to {report['max_difference']:.1e}; cross-entropy "
         f"of codebook 0 at shifts 0, 1, 2: {shifts} (ln V = {report['ln_v']:.2f})")  # fmt: skip
 
     # files
@@ -394,13 +407,14 @@ def train(cfg, rank, world, device, received):
             "model": model.state_dict(), "ema": averaged.state_dict() if averaged else None,
             "codec": codec.pack(), "codec_fingerprint": codec.fingerprint(),
             "tokenizer": {"kind": tokenizer.kind, "model": tokenizer.model},
-            "probe": {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)},
+            "probe": {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes), **side},
+            "references": references if references is None else references.half(),
         }  # fmt: skip
         for name in names if master else ():
             save_checkpoint(out(name), {**checkpoint, "train": None if name == "best.pt" else state})
 
     spoken = averaged or model  # the weights that are evaluated and speak
-    voice = Voice(spoken, codec, tokenizer, meta)
+    voice = Voice(spoken, codec, tokenizer, meta, references=references)
     net = torch.compile(model, dynamic=True) if cfg.compile else model
     if world > 1:
         net = DistributedDataParallel(net)
@@ -478,14 +492,15 @@ def train(cfg, rank, world, device, received):
             say(f"iter {iter_num}: the learning rate changes from {get_lr(iter_num - 1, cfg):.3g} to {lr:.3g}")
         step, step_loss = {}, 0.0
         for micro in range(micro_steps):
-            tokens, segment = next(stream)  # (B, S, C), (B, S)
+            batch = next(stream)  # tokens (B, S, C), segment (B, S), and a reference where the model takes one
+            segment = batch[1]
             padding = int((segment == PAD).sum()), segment.numel()
             # randomness belongs to the micro-batch, by its number in the whole run, whichever rank it falls to
             torch.manual_seed(cfg.seed * 1_000_003 + iter_num * cfg.gradient_accumulation_steps + micro * world + rank)
             if world > 1:
                 net.require_backward_grad_sync = micro == micro_steps - 1
             with autocast:
-                loss, stats = net(tokens, segment)  # the model takes to the device what it needs there
+                loss, stats = net(*batch)  # the model takes to the device what it needs there
             scaler.scale(loss / micro_steps).backward()
             add(step, {**stats, "padding": padding}, device)
             step_loss += loss.detach()

@@ -644,7 +644,7 @@ class WrongOffset(CSM):
 
 @pytest.mark.parametrize("broken", [ShiftedLayout, ForgetfulCache, StaleDepth, WrongOffset])
 def test_contract_check_refuses(broken):
-    with pytest.raises(ValueError, match="check failed: cached generation and teacher forcing differ") as error:
+    with pytest.raises(ValueError, match="check failed: generation and teacher forcing differ") as error:
         contract_check(tiny(broken), *utterance(7, 12))
     assert "\n" not in str(error.value)
 

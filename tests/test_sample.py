@@ -114,8 +114,8 @@ def test_draws_as_the_training_run_did_unless_told_otherwise(ckpt, checkpoint, t
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path)
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path, "--temperature=0", "--top_p=0.5")
     run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path)
-    assert asked == [dict(temperature=0.3, top_k=7, top_p=1.0), dict(temperature=0, top_k=7, top_p=0.5),
-                     dict(temperature=0.9, top_k=50, top_p=1.0)]  # fmt: skip
+    usual = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)
+    assert asked == [usual | dict(temperature=0.3, top_k=7), usual | dict(temperature=0, top_k=7, top_p=0.5), usual]
 
 
 def test_random_state_and_mode_stay_untouched(voice):
@@ -151,12 +151,12 @@ def uncached(voice, text, cap, choose, prompt=None):
 @pytest.mark.parametrize("cloning", [False, True])
 @torch.no_grad()
 def test_cached_generation_equals_uncached(voice, temperature, top_k, top_p, cloning, monkeypatch):
-    reference = dict(reference=torch.arange(15).view(5, 3), reference_text="two") if cloning else {}
+    reference = dict(reference=np.arange(15).reshape(5, 3), reference_text="two") if cloning else {}
     choosers = []
     make = models.sampler
     monkeypatch.setattr(sample, "sampler", lambda **how: choosers.append(how) or make(**how))
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, cap_seconds=2.0, **reference)
-    prompt, lengths = voice.prompt(**reference) if cloning else None, []
+    prompt, lengths = voice.prompt(**reference)["prompt"] if cloning else None, []
     for seed in range(3):
         cached = codes(voice.frames("one two three four", seed=seed, **how))
         again = choosers[-1]["generator"]  # the generator, back to its start
@@ -213,15 +213,15 @@ def test_characters_the_tokenizer_does_not_know(voice, tmp_path):
 
 
 def test_reference_is_encoded_and_put_before_the_text(voice, recording):
-    ids, reference = voice.prompt(recording, "Two", "awb")
+    ids, reference = voice.prompt(recording, "Two", "awb")["prompt"]
     wav = codecs.read_audio(recording, RATE)
     assert np.array_equal(reference, voice.codec.encode(wav[None])[0].T) and reference.shape == (13, 3)
     assert np.array_equal(ids, voice.text_ids("two", "awb"))
     given = dict(speaker="awb", reference_text="two", seed=2)
     generate, asked = voice.model.generate, []
-    voice.model.generate = lambda *args: asked.append(args) or generate(*args)
+    voice.model.generate = lambda *args, **how: asked.append(how["prompt"]) or generate(*args, **how)
     cloned = codes(voice.frames("one", reference=recording, **given))
-    assert np.array_equal(asked[0][1][0], ids) and np.array_equal(asked[0][1][1], reference)
+    assert np.array_equal(asked[0][0], ids) and np.array_equal(asked[0][1], reference)
     assert cloned == codes(voice.frames("one", reference=reference, **given))
     assert cloned == codes(voice.frames("one", reference=Path(recording), **given))
     assert cloned != codes(voice.frames("one", speaker="awb", seed=2))
@@ -230,6 +230,10 @@ def test_reference_is_encoded_and_put_before_the_text(voice, recording):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # streaming
+
+
+class Mute(nn.Linear):
+    draw = {}
 
 
 class Snippets(nn.Module):
@@ -247,7 +251,7 @@ class Snippets(nn.Module):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 6, 7, 8, 12, 13, 40])
 def test_pieces_of_a_stream_make_up_the_whole(n):
-    voice = Voice(nn.Linear(1, 1), Snippets(), None, None)
+    voice = Voice(Mute(1, 1), Snippets(), None, None)
     frames = [torch.tensor([i % 4, i % 15]) for i in range(n)]
     pieces = list(voice.join(frames))
     whole = voice.decode(frames)
@@ -257,7 +261,7 @@ def test_pieces_of_a_stream_make_up_the_whole(n):
 
 
 def test_first_piece_comes_before_the_last_frame():
-    voice, drawn = Voice(nn.Linear(1, 1), Snippets(), None, None), []
+    voice, drawn = Voice(Mute(1, 1), Snippets(), None, None), []
     frames = (drawn.append(i) or torch.tensor([i % 4, i % 15]) for i in range(100))
     pieces = voice.join(frames)
     assert len(next(pieces)) == 5 * 640 and len(drawn) == 7
@@ -273,7 +277,7 @@ def test_blocks_whose_phases_differ_are_joined_without_a_gap():
             return torch.sin(2 * np.pi * 200 * torch.arange(codes.shape[2] * 640) / 8000 + starts[-1])[None]
 
     starts = []
-    wav = torch.cat(list(Voice(nn.Linear(1, 1), Tone(), None, None).join([torch.zeros(2, dtype=torch.long)] * 60)))
+    wav = torch.cat(list(Voice(Mute(1, 1), Tone(), None, None).join([torch.zeros(2, dtype=torch.long)] * 60)))
     assert len(wav) == 60 * 640 and len(starts) > 5
     level = wav[:-80].unfold(0, 80, 8).square().mean(1)  # of two periods
     assert level.min() > 0.45 and level.max() < 0.55
@@ -286,7 +290,7 @@ def test_blocks_are_faded_into_each_other():
             return torch.full((1, codes.shape[2] * 640), 0.5 + 0.5 * levels[-1])
 
     levels = []
-    wav = torch.cat(list(Voice(nn.Linear(1, 1), Level(), None, None).join([torch.zeros(2, dtype=torch.long)] * 20)))
+    wav = torch.cat(list(Voice(Mute(1, 1), Level(), None, None).join([torch.zeros(2, dtype=torch.long)] * 20)))
     assert wav.min() == 0.5 and wav.max() == 1 and wav.diff().abs().max() < 0.01
 
 
