@@ -219,7 +219,7 @@ def test_reference_is_encoded_and_put_before_the_text(voice, recording):
     assert np.array_equal(ids, voice.text_ids("two", "awb"))
     given = dict(speaker="awb", reference_text="two", seed=2)
     generate, asked = voice.model.generate, []
-    voice.model.generate = lambda *args, **how: asked.append(how["prompt"]) or generate(*args, **how)
+    voice.model.generate = lambda *args, **how: asked.append(how.get("prompt")) or generate(*args, **how)
     cloned = codes(voice.frames("one", reference=recording, **given))
     assert np.array_equal(asked[0][0], ids) and np.array_equal(asked[0][1], reference)
     assert cloned == codes(voice.frames("one", reference=reference, **given))
