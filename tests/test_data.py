@@ -578,11 +578,14 @@ def test_extension_is_learnt(xtts, amharic):
     for text in AMHARIC:
         assert amharic.decode(amharic.encode(text)) == text and xtts.unk_id in xtts.encode(text)
     again = load_tokenizer("tokenizers", xtts.model)
-    model = extend_tokenizer(again, AMHARIC, 470)
-    assert model == extend_tokenizer(xtts, AMHARIC, 470) and load_tokenizer("tokenizers", model).vocab_size == 262 + 470
+    model = extend_tokenizer(again, AMHARIC, 470, ["[am]"])
+    assert model == extend_tokenizer(xtts, AMHARIC, 470, ["[am]"])
+    assert load_tokenizer("tokenizers", model).vocab_size == 262 + 470
     han = load_tokenizer("tokenizers", extend_tokenizer(xtts, ["漢字 漢字 か"], 200))
     assert not han.unknown("漢字漢か") and len(han.encode("漢字")) == 1
     assert han.unknown("語きけ") == {"語"}  # of syllables all, of Han those seen alone
+    russian = load_tokenizer("tokenizers", json.dumps(bpe(["[UNK]"], ["ж", "и"])).encode())
+    assert load_tokenizer("tokenizers", extend_tokenizer(russian, ["є"], 50)).vocab_size == russian.vocab_size + 1
 
 
 def test_extension_refuses(xtts, tokenizer):
@@ -600,7 +603,7 @@ BYTE_LEVEL = dict(pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_s
 @pytest.mark.parametrize("special, template, ends", [
     (["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|> $A", (0, 1)),  # Llama 3
     (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "", (1, 2)),  # SmolLM2
-    (["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_end|>"], "<|startoftext|> $A", (1, 2)),  # LFM2
+    (["<p>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|startoftext|> $A", (1, 2)),  # LFM2
     (["<unk>", "<bos>", "</eos>"], "<bos> $A </eos>", (1, 2)),  # VALL-E
     (["<x>"], "", (-1, -1)),
 ])  # fmt: skip
@@ -618,6 +621,7 @@ def test_begin_and_end(special, template, ends):
     assert (made.bos_id, made.eos_id) == ends
     ids = made.encode("is this the thing, mother?")
     assert not {0, 1, 2} & set(ids) and made.decode(ids) == "is this the thing, mother?"
+    assert made.decode([0]) == special[0]
     assert made.vocab_size > max(made.encode("<late>")) and made.vocab_size == max(made.vocab.values()) + 1
 
 
