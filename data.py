@@ -429,6 +429,7 @@ class HuggingFace(Tokenizer):
         self.processor.no_truncation()
         self.processor.no_padding()
         vocab = self.vocab = self.processor.get_vocab(with_added_tokens=True)
+        self.pieces = {i: piece for piece, i in sorted(vocab.items(), reverse=True)}  # VALL-E: several with one id
         self.vocab_size, self.space = max(vocab.values()) + 1, "[SPACE]" if "[SPACE]" in vocab else " "
         unknown = spec.get("unk_id", vocab.get(spec.get("unk_token")))
         self.unk_id = -1 if unknown is None else unknown
@@ -441,9 +442,9 @@ class HuggingFace(Tokenizer):
         return self.processor.encode(text.replace(" ", self.space), add_special_tokens=False).ids
 
     def decode(self, ids):
-        if self.processor.decoder is None:  # the package would put spaces between the pieces
-            return "".join(self.processor.id_to_token(i) or "" for i in ids).replace(self.space, " ")
-        return self.processor.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = [int(i) for i in ids]
+        text = "".join(self.pieces.get(i, "") for i in ids).replace(self.space, " ")
+        return text if self.encode(text) == ids else self.processor.decode(ids, skip_special_tokens=False)  # of bytes
 
 
 def load_tokenizer(kind, model):
