@@ -218,7 +218,8 @@ def read_source(source, lowercase=False):
             u.reason = "filtered out"
     if not passed:
         raise ValueError(f"{path}: none of its {len(table)} rows passes the filter {wanted}; columns: {', '.join(row)}")
-    for u in sorted(passed, key=lambda u: fraction(u.id))[cap or len(passed) :]:  # a fair sample, the same each time
+    # A fair sample, the same each time, and not the utterances that the split by hash would hold out.
+    for u in sorted(passed, key=lambda u: fraction(f"cap {u.id}"))[cap or len(passed) :]:
         u.reason = "beyond the cap"
     return utterances
 

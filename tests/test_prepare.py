@@ -159,6 +159,12 @@ def test_source_options(tmp_path):
     assert capped == [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
 
 
+def test_a_cap_leaves_both_splits_their_share(tmp_path):
+    write_csv(tmp_path / "m.csv", [(f"{i}.wav", "text", "s") for i in range(2000)])
+    capped = [u for u in prepare.read_source({"path": str(tmp_path / "m.csv"), "cap": 200}) if not u.reason]
+    assert 5 < len(prepare.held_out(capped, "", 0.1)) < 40
+
+
 def test_rows_at_fault(tmp_path):
     (tmp_path / "m.csv").write_text("audio,text\na.wav,one\nb.wav,two, and three\nc.wav\n,no audio\nd.wav,  \n")
     got = prepare.read_source(str(tmp_path / "m.csv"))
