@@ -40,7 +40,16 @@ from tqdm import tqdm
 
 import configurator
 from codec import load_codec, read_audio
-from data import SentencePiece, TokenWriter, load_tokenizer, normalise, read_meta, train_tokenizer
+from data import (
+    HuggingFace,
+    SentencePiece,
+    TokenWriter,
+    extend_tokenizer,
+    load_tokenizer,
+    normalise,
+    read_meta,
+    train_tokenizer,
+)
 
 # from where to where
 # A source is a metadata file, a folder that holds one, or a dict with the path and any of these:
@@ -57,10 +66,11 @@ codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codeb
 fit_seconds = 3600.0  # how much audio the fit listens to
 references = False  # write the features of the recordings too, for models that read a voice off them (XTTS)
 # text
-tokenizer = ""  # a sentencepiece .model; empty: train one on the training split
+tokenizer = ""  # a sentencepiece .model, a tokenizer.json, XTTS's vocab.json; empty: train one on the training split
+extend_vocab = 0  # further pieces for a tokenizer.json, learnt from the training split where it meets a new script
 vocab_size = 1024  # of the tokenizer trained here; fewer where the texts do not support so many
 lowercase = False  # lower-case the text
-text_format = "[{speaker}]{text}"  # what the model reads
+text_format = "[{speaker}]{text}"  # what the model reads; XTTS: "[en]{text}"
 # split
 heldout = ""  # file with the ids of the val split, one a line; empty: a share val_fraction by hash of the id
 val_fraction = 0.02  # share of the utterances held out
@@ -71,6 +81,7 @@ min_level = -50.0  # dB of full scale that the loudest 20 ms have to reach, else
 max_clipped = 0.01  # share of samples at full scale, above which it is clipping
 min_chars_per_second = 1.0  # slower than anybody reads: audio and text do not belong together
 max_chars_per_second = 40.0  # faster than anybody reads
+max_text_tokens = 0  # more is too much text; 0: no limit
 max_bad = 0.1  # share of the utterances that may be unusable before the whole set is refused
 # the run
 workers = 0  # processes; 0: one for each core
@@ -208,7 +219,8 @@ def read_source(source, lowercase=False):
             u.reason = "filtered out"
     if not passed:
         raise ValueError(f"{path}: none of its {len(table)} rows passes the filter {wanted}; columns: {', '.join(row)}")
-    for u in sorted(passed, key=lambda u: fraction(u.id))[cap or len(passed) :]:  # a fair sample, the same each time
+    # A fair sample, the same each time, and not the utterances that the split by hash would hold out.
+    for u in sorted(passed, key=lambda u: fraction(f"cap {u.id}"))[cap or len(passed) :]:
         u.reason = "beyond the cap"
     return utterances
 
@@ -254,6 +266,13 @@ def utterance_id(audio, metadata):
 def fraction(name):
     """A number in [0, 1) that depends on nothing but the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def divide(utterances, cfg):
+    """The utterances in use, those of them to train on, and the ids of the others."""
+    used = [u for u in utterances if not u.reason]
+    val = held_out(used, cfg.heldout, cfg.val_fraction)
+    return used, [u for u in used if u.id not in val], val
 
 
 def held_out(utterances, heldout, val_fraction):
@@ -363,20 +382,33 @@ def fault(u, limits):
 
 
 def diagnose(utterances, cfg, pool, tokenizer):
-    """The utterances with file and length, or with the reason why they cannot be used."""
-    seen, strange = set(), set()
+    """The utterances with file and length, or with the reason why they cannot be used. `tokenizer` may be None yet."""
+    seen = set()
+    for u in utterances:
+        if not u.reason:
+            u.reason = "duplicate id" if u.id in seen else ""
+            seen.add(u.id)
     if tokenizer:
-        strange = tokenizer.unknown("".join({character for u in utterances for character in u.text}))
+        proofread(utterances, cfg, tokenizer)
+    examined = iter(list(in_order("listening", pool, examine, [u for u in utterances if not u.reason], vars(cfg))))
+    return [u if u.reason else next(examined) for u in utterances]
+
+
+def proofread(utterances, cfg, tokenizer):
+    """Give each utterance a reason whose text the tokenizer does not know, or makes too much or an early end of."""
+    strange = tokenizer.unknown("".join({character for u in utterances for character in u.text}))
     for u in utterances:
         if u.reason:
             continue
-        if u.id in seen:
-            u.reason = "duplicate id"
-        elif unknown := strange.intersection(u.text):
+        ids = tokenizer.encode(wording(u, cfg))
+        unknown = strange.intersection(u.text)
+        if unknown or tokenizer.unk_id in ids:  # the second where a speaker's tag is what it does not know
+            unknown = unknown or tokenizer.unknown(wording(u, cfg))
             u.reason, u.detail = "unknown characters", " ".join(sorted(unknown))
-        seen.add(u.id)
-    examined = iter(list(in_order("listening", pool, examine, [u for u in utterances if not u.reason], vars(cfg))))
-    return [u if u.reason else next(examined) for u in utterances]
+        elif ends := {tokenizer.bos_id, tokenizer.eos_id}.intersection(ids):
+            u.reason, u.detail = "begin or end in text", tokenizer.decode(sorted(ends))
+        elif 0 < cfg.max_text_tokens < len(ids):
+            u.reason, u.detail = "too much text", f"{len(ids)} tokens"
 
 
 def report(utterances):
@@ -445,18 +477,31 @@ def wording(u, cfg):
     return cfg.text_format.format(speaker=u.speaker, text=u.text)
 
 
-def make_tokenizer(cfg, train):
-    """The tokenizer given, or one trained on the training texts, in which each speaker's tag is one token."""
-    if cfg.tokenizer:
-        with open(cfg.tokenizer, "rb") as file:
-            model = file.read()
-        try:
-            return load_tokenizer(SentencePiece.kind, model)
-        except ValueError as error:
-            raise ValueError(f"{cfg.tokenizer}: {error}") from None
-    around = [piece for piece in cfg.text_format.split("{text}") if "{speaker}" in piece]
-    tags = sorted({piece.format(speaker=u.speaker).strip() for u in train for piece in around})
-    return load_tokenizer(SentencePiece.kind, train_tokenizer([wording(u, cfg) for u in train], cfg.vocab_size, tags))
+def read_tokenizer(cfg):
+    """The tokenizer given, its kind told by its content."""
+    with open(cfg.tokenizer, "rb") as file:
+        model = file.read()
+    kind = HuggingFace.kind if model.lstrip()[:1] == b"{" else SentencePiece.kind
+    if cfg.extend_vocab and kind != HuggingFace.kind:
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab}: {cfg.tokenizer} is no tokenizer.json, as it takes")
+    try:
+        return load_tokenizer(kind, model)
+    except ValueError as error:
+        raise ValueError(f"{cfg.tokenizer}: {error}") from None
+
+
+def make_tokenizer(cfg, train, given=None):
+    """A tokenizer trained on the training texts, or one given and extended by them, in which what text_format puts
+    around a text, such as each speaker's tag, is one token."""
+    around = cfg.text_format.split("{text}")
+    tags = sorted({part.format(speaker=u.speaker).strip() for u in train for part in around} - {""})
+    if given is None:
+        model = train_tokenizer([wording(u, cfg) for u in train], cfg.vocab_size, tags)
+        return load_tokenizer(SentencePiece.kind, model)
+    tokenizer = load_tokenizer(given.kind, extend_tokenizer(given, [u.text for u in train], cfg.extend_vocab, tags))
+    new = given.unknown("".join({character for u in train for character in u.text}))
+    print(f"{cfg.tokenizer}: {tokenizer.vocab_size - given.vocab_size} pieces more; new to it: {' '.join(sorted(new))}")
+    return tokenizer
 
 
 def open_codec(cfg):
@@ -539,8 +584,11 @@ def check(cfg, folder, codec):
         raise ValueError("what to read and where to write? --sources=my/metadata.csv --data_dir=my/tokens")
     if cfg.references and not hasattr(codec, "reference"):
         raise ValueError(f"references = True: the codec {codec.name} has no features to read a voice off")
-    if cfg.workers < 0:
-        raise ValueError(f"workers = {cfg.workers} is below 0")
+    for key in ("workers", "extend_vocab", "max_text_tokens"):
+        if getattr(cfg, key) < 0:
+            raise ValueError(f"{key} = {getattr(cfg, key)} is below 0")
+    if cfg.extend_vocab and not cfg.tokenizer:
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab}: there is no tokenizer to extend, name its tokenizer.json")
     present = os.listdir(folder) if os.path.isdir(folder) else ["a file"] * os.path.lexists(folder)
     if present and not {"meta.json", "train.index.npy"} <= set(present):
         raise ValueError(f"data_dir {folder} is no token folder, and would be replaced by one: choose another")
@@ -555,8 +603,8 @@ def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
     codec = open_codec(cfg)
     check(cfg, folder, codec)
-    tokenizer = make_tokenizer(cfg, []) if cfg.tokenizer else None
-    utterances = []
+    given, utterances = read_tokenizer(cfg) if cfg.tokenizer else None, []
+    tokenizer = None if cfg.extend_vocab else given
     for source in cfg.sources if isinstance(cfg.sources, list) else [cfg.sources]:
         found = read_source(source, cfg.lowercase)
         print(f"{found[0].source}: {len(found):,} utterances")
@@ -565,11 +613,13 @@ def main(cfg):
     try:
         utterances = diagnose(utterances, cfg, pool, tokenizer)
         judge(utterances, cfg, folder + ".report.json")
-        findings, used = report(utterances), [u for u in utterances if not u.reason]
+        if tokenizer is None:
+            tokenizer = make_tokenizer(cfg, divide(utterances, cfg)[1], given)
+            proofread(utterances, cfg, tokenizer)
+            judge(utterances, cfg, folder + ".report.json")
+        findings = report(utterances)
         print(show(findings))
-        val = held_out(used, cfg.heldout, cfg.val_fraction)
-        train = [u for u in used if u.id not in val]
-        tokenizer = tokenizer or make_tokenizer(cfg, train)
+        used, train, val = divide(utterances, cfg)
         if not getattr(codec, "fitted", True):
             fit_codec(codec, cfg, train, pool)
         write(cfg, folder, pool, used, val, tokenizer, codec, findings)
@@ -586,7 +636,7 @@ def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
     with TokenWriter(folder, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, cfg.references) as out:
         torch.save(codec.pack(), packed := io.BytesIO())
         out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
-        out.file("tokenizer.model", tokenizer.model)
+        out.file(tokenizer.file, tokenizer.model)
         if device.type == "cpu":
             codes = in_order(f"encoding {codec.name}", pool, encode, used, codec.name, out.partial)
         else:

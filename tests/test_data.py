@@ -3,15 +3,18 @@ import itertools
 import json
 import os
 import resource
+import sys
+from functools import lru_cache
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Batches, TokenFiles, TokenWriter, load_tokenizer, normalise, train_tokenizer
+from data import Batches, TokenFiles, TokenWriter, extend_tokenizer, load_tokenizer, normalise, train_tokenizer
 
 K = 3
 META = {"codec": {"name": "mel", "n_codebooks": K}, "speakers": ["ann", "bob"]}
@@ -578,15 +581,169 @@ def test_tokenizer_without_bytes_names_what_it_lacks(tmp_path):
 def test_tokenizers_that_are_none():
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         load_tokenizer("sentencepiece", b"hello")
+    for junk in (b"hello", b"{}", b'{"a": 0, "b": 1}', b"\xff"):
+        with pytest.raises(ValueError, match="not a tokenizer.json"):
+            load_tokenizer("tokenizers", junk)
     with pytest.raises(ValueError, match="unknown tokenizer kind 'bpe'"):
         load_tokenizer("bpe", b"")
 
 
-def test_tokenizer_describes_itself(tokenizer):
-    said = tokenizer.describe()
-    assert said["vocab_size"] == tokenizer.vocab_size
-    assert said["sha256"] == hashlib.sha256(tokenizer.model).hexdigest()
-    assert set(said) == {"kind", "file", "sha256", "vocab_size", "bos_id", "eos_id"}
+def test_tokenizer_describes_itself(tokenizer, xtts):
+    for made in (tokenizer, xtts):
+        said = made.describe()
+        assert said["vocab_size"] == made.vocab_size
+        assert said["sha256"] == hashlib.sha256(made.model).hexdigest()
+        assert set(said) == {"kind", "file", "sha256", "vocab_size", "bos_id", "eos_id"}
+        assert load_tokenizer(said["kind"], made.model).encode("one") == made.encode("one")
+
+
+LATIN = "abcdefghijklmnopqrstuvwxyz'.,!?"
+ENGLISH = ["the other mother", "there, in the north!", "another one", "is this the thing? yes.", "'tis nothing"] * 3
+AMHARIC = ["ሰላም ለዓለም ሁሉ", "ሰላም ነው፡ እንዴት ነህ", "ዓለም አቀፍ ቋንቋ ነው።", "እንዴት ነው ዓለም the one", "ቋንቋ ሰላም ነው"] * 3
+
+
+def bpe(special, alphabet, **parts):
+    """A tokenizer.json as a dict: a BPE trained on English, with special tokens first and the other parts as given."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]" if "[UNK]" in special else None))
+    for name, part in parts.items():
+        setattr(model, name, part)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet,
+                                             show_progress=False)  # fmt: skip
+    model.train_from_iterator(ENGLISH, trainer)
+    return json.loads(model.to_str())
+
+
+def xtts_like(merges=list):
+    """A vocabulary laid out as XTTS's: [START] far from the others, spaces lost but for their token, no decoder."""
+    special = ["[STOP]", "[UNK]", "[SPACE]", "[en]", "[START]"]
+    spec = bpe(special, list(LATIN), pre_tokenizer=tokenizers.pre_tokenizers.Whitespace())
+    spec["model"]["vocab"]["[START]"] = spec["added_tokens"][4]["id"] = 261
+    spec["model"]["merges"] = [merges(pair) for pair in spec["model"]["merges"]]
+    return json.dumps(spec).encode()
+
+
+@pytest.fixture(scope="module")
+def xtts():
+    return load_tokenizer("tokenizers", xtts_like())
+
+
+@pytest.fixture(scope="module", params=[list, " ".join], ids=["pairs", "strings"])
+def amharic(request):
+    """The extended vocabulary, where merges are stored as either way has it."""
+    tokenizer = load_tokenizer("tokenizers", xtts_like(request.param))
+    return load_tokenizer("tokenizers", extend_tokenizer(tokenizer, AMHARIC, 540, ["[am]", "[en]"]))
+
+
+def test_xtts_vocabulary(xtts):
+    ids = xtts.encode("[en]the other one")
+    pieces = [xtts.processor.id_to_token(i) for i in ids]
+    assert pieces[:4] == ["[en]", "the", "[SPACE]", "other"] and ids[:3:2] == [3, 2] and "".join(pieces[5:]) == "one"
+    assert (xtts.bos_id, xtts.eos_id, xtts.unk_id, xtts.vocab_size) == (261, 0, 1, 262)
+    assert xtts.decode(np.array(ids)) == "[en]the other one" and xtts.decode([200, 261]) == "[START]"
+    assert xtts.unknown("One ☃ of [en]") == {"O", "☃", "[", "]"}
+
+
+@given(st.text(LATIN + " ").map(normalise))
+@settings(max_examples=100, deadline=None)
+def test_extension_leaves_what_was_known(xtts, amharic, text):
+    ids = xtts.encode(f"[en]{text}")
+    assert amharic.encode(f"[en]{text}") == ids
+    assert xtts.decode(ids) == amharic.decode(ids) == f"[en]{text}"
+
+
+@given(st.text([chr(c) for c in range(0x1200, 0x137D) if chr(c).isprintable()] + [*" abc"]).map(normalise))
+@settings(max_examples=100, deadline=None)
+def test_extension_knows_the_whole_script(xtts, amharic, text):
+    letters = normalise("".join(c for c in text if c.isalpha() or c == " "))  # such as no text has, too
+    ids = amharic.encode(f"[am]{letters}")
+    assert not amharic.unknown(letters) and amharic.unk_id not in ids and max(ids) < amharic.vocab_size
+    assert ids[0] == xtts.vocab_size and amharic.decode(ids) == f"[am]{letters}"
+
+
+def test_extension_is_learnt(xtts, amharic):
+    assert {piece: i for piece, i in amharic.vocab.items() if i < 262} == xtts.vocab
+    assert sorted(i for i in amharic.vocab.values() if i > 261) == list(range(262, amharic.vocab_size))
+    ids = amharic.encode("ሰላም ነው።")
+    assert [amharic.processor.id_to_token(i) for i in ids] == ["ሰላም", "[SPACE]", "ነው", "።"]
+    for text in AMHARIC:
+        assert amharic.decode(amharic.encode(text)) == text and xtts.unk_id in xtts.encode(text)
+    again = load_tokenizer("tokenizers", xtts.model)
+    model = extend_tokenizer(again, AMHARIC, 470, ["[am]"])
+    assert model == extend_tokenizer(xtts, AMHARIC, 470, ["[am]"])
+    assert load_tokenizer("tokenizers", model).vocab_size == 262 + 470
+    han = load_tokenizer("tokenizers", extend_tokenizer(xtts, ["漢字 漢字 か"], 200))
+    assert not han.unknown("漢字漢か") and len(han.encode("漢字")) == 1
+    assert han.unknown("語きけ") == {"語"}  # of syllables all, of Han those seen alone
+    russian = load_tokenizer("tokenizers", json.dumps(bpe(["[UNK]"], ["ж", "и"])).encode())
+    assert load_tokenizer("tokenizers", extend_tokenizer(russian, ["є"], 50)).vocab_size == russian.vocab_size + 1
+
+
+def test_extension_refuses(xtts, tokenizer):
+    with pytest.raises(ValueError, match=r"extend_vocab = 100 is too small: (\d+) characters and 1 tags alone need"):
+        extend_tokenizer(xtts, AMHARIC, 100, ["[am]", "[en]"])
+    with pytest.raises(ValueError, match="knows all characters of the texts"):
+        extend_tokenizer(xtts, ENGLISH, 100)
+
+
+BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+BYTE_LEVEL = dict(pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+                  decoder=tokenizers.decoders.ByteLevel())  # fmt: skip
+
+
+@pytest.mark.parametrize("special, template, ends", [
+    (["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|> $A", (0, 1)),  # Llama 3
+    (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "", (1, 2)),  # SmolLM2
+    (["<p>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|startoftext|> $A", (1, 2)),  # LFM2
+    (["<unk>", "<bos>", "</eos>"], "<bos> $A </eos>", (1, 2)),  # VALL-E
+    (["<x>"], "", (-1, -1)),
+])  # fmt: skip
+def test_begin_and_end(special, template, ends):
+    parts = dict(BYTE_LEVEL)
+    if template:
+        names = [(name, special.index(name)) for name in template.split() if name != "$A"]
+        parts["post_processor"] = tokenizers.processors.TemplateProcessing(single=template, special_tokens=names)
+    spec = bpe(special, BYTES, **parts)
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 1000, "content": "<late>"})
+    spec["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    spec["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": special[0]}  # fmt: skip
+    made = load_tokenizer("tokenizers", json.dumps(spec).encode())
+    assert (made.bos_id, made.eos_id) == ends
+    ids = made.encode("is this the thing, mother?")
+    assert not {0, 1, 2} & set(ids) and made.decode(ids) == "is this the thing, mother?"
+    assert made.decode([0]) == special[0]
+    assert made.vocab_size > max(made.encode("<late>")) and made.vocab_size == max(made.vocab.values()) + 1
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30).map(normalise))
+@settings(max_examples=100, deadline=None)
+def test_any_text_survives_byte_level(text):
+    made = byte_level()
+    assert made.decode(made.encode(text)) == text and made.unknown(text) == set() and made.unk_id == -1
+
+
+@lru_cache
+def byte_level():
+    return load_tokenizer("tokenizers", json.dumps(bpe(["<x>"], BYTES, **BYTE_LEVEL)).encode())
+
+
+def test_a_model_that_drops_what_it_does_not_know():
+    made = load_tokenizer("tokenizers", json.dumps(bpe(["[PAD]"], list(LATIN))).encode())
+    assert made.encode("☃") == [] and made.unknown("o☃e ") == {"☃"}
+
+
+def test_pieces_that_share_an_id():
+    spec = bpe(["<x>"], list(LATIN), decoder=BYTE_LEVEL["decoder"])  # as VALL-E's: its pieces are no bytes after all
+    spec["model"]["vocab"] |= {c: spec["model"]["vocab"]["z"] for c in "žźżð"}
+    for _ in range(5):  # the package would show any of them
+        made = load_tokenizer("tokenizers", json.dumps(spec).encode())
+        assert made.encode("ž") == made.encode("z") and made.decode(made.encode("žoð")) == "zoz"
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        load_tokenizer("tokenizers", b"{}")
 
 
 @pytest.mark.parametrize("text, expected", [

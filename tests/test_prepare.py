@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import soundfile
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -156,6 +157,12 @@ def test_source_options(tmp_path):
     capped = [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
     assert len(capped) == 2 and set(capped) < {u.id for u in used}
     assert capped == [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
+
+
+def test_a_cap_leaves_both_splits_their_share(tmp_path):
+    write_csv(tmp_path / "m.csv", [(f"{i}.wav", "text", "s") for i in range(2000)])
+    capped = [u for u in prepare.read_source({"path": str(tmp_path / "m.csv"), "cap": 200}) if not u.reason]
+    assert 5 < len(prepare.held_out(capped, "", 0.1)) < 40
 
 
 def test_rows_at_fault(tmp_path):
@@ -409,6 +416,52 @@ def given_tokenizer():
     return load_tokenizer("sentencepiece", train_tokenizer([f"[s]{words(i)}" for i in range(40)], 320, ["[s]"]))
 
 
+def xtts_like(path):
+    """A file like XTTS's vocab.json: Latin letters only, [SPACE] for a space."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = ["[STOP]", "[UNK]", "[SPACE]", "[en]", "[START]"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    model.train_from_iterator([words(i) for i in range(99)] + ["[a-z]"], trainer)
+    path.write_text(model.to_str())
+    return str(path)
+
+
+def test_a_published_vocabulary_is_extended(tmp_path):
+    """A set in a script that the vocabulary lacks, with some texts that no vocabulary makes readable."""
+    given = xtts_like(tmp_path / "vocab.json")
+    texts = ["ሰላም ነው", "ዓለም ነው three", "ሰላም ዓለም", "ቋንቋ ሰላም", "ነው one"] * 4
+    texts += ["ሰላም [STOP]", "ሰላም ዓለም ቋንቋ ነው one", "ነው Ω"]
+    (tmp_path / "set").mkdir()
+    for i in range(len(texts)):
+        soundfile.write(tmp_path / "set" / f"u{i:02d}.wav", clip(i), RATE)
+    write_csv(tmp_path / "set" / "metadata.csv", [(f"u{i:02d}.wav", text, "s") for i, text in enumerate(texts)])
+    (tmp_path / "val").write_text("u03\nu22\n")  # so that nobody has taught it what stands in the last
+    keys = dict(tokenizer=given, text_format="[am]{text}", heldout=str(tmp_path / "val"), max_text_tokens=9)
+
+    report = run(tmp_path / "set", tmp_path / "t", extend_vocab=600, max_bad=0.2, **keys)
+    assert {x["id"]: (x["reason"], x["detail"]) for x in report["not_used"]} == {
+        "u20": ("begin or end in text", "[STOP]"), "u21": ("too much text", "10 tokens"),
+        "u22": ("unknown characters", "Ω"),
+    }  # fmt: skip
+    files = TokenFiles(tmp_path / "t", "train")
+    meta = files.meta["tokenizer"]
+    tokenizer = load_tokenizer(meta["kind"], (tmp_path / "t" / meta["file"]).read_bytes())
+    assert tokenizer.describe() == meta and (meta["kind"], meta["eos_id"]) == ("tokenizers", 0)
+    for i in range(len(files)):
+        assert tokenizer.decode(files.text(i)) == f"[am]{texts[int(files.name(i)[1:])]}"
+    assert [tokenizer.processor.id_to_token(i) for i in files.text(0)] == ["[am]", "ሰላም", "[SPACE]", "ነው"]
+
+    with pytest.raises(ValueError, match="23 unknown characters.*, none is left; for example u00: unknown .* ሰ ነ ው;"):
+        run(tmp_path / "set", tmp_path / "u", **keys)
+
+
+def test_a_tag_that_the_vocabulary_does_not_know(raw, tmp_path):
+    given = xtts_like(tmp_path / "vocab.json")
+    with pytest.raises(ValueError, match="12 unknown characters.*; for example u01: unknown characters b;"):
+        run(raw, tmp_path / "t", tokenizer=given, text_format="{speaker} {text}")  # ann is known, bob is not
+
+
 def test_text_is_composed_and_lowered(tmp_path):
     for i in range(4):
         soundfile.write(tmp_path / f"{i}.wav", clip(i), RATE)
@@ -515,6 +568,10 @@ BAD = {
     "codec that is none": (["--codec_path=prose.csv", "--codec_args={}"], "prose.csv"),
     "tokenizer that is none": (["--tokenizer=prose.csv"], "prose.csv: the tokenizer is not"),
     "missing tokenizer": (["--tokenizer=nowhere.model"], "nowhere.model"),
+    "json that is no tokenizer": (["--tokenizer=broken.jsonl"], "broken.jsonl: the tokenizer is not a tokenizer.json"),
+    "nothing to extend": (["--extend_vocab=9"], "no tokenizer to extend"),
+    "no way to extend": (["--extend_vocab=9", "--tokenizer=prose.csv"], "prose.csv is no tokenizer.json"),
+    "limit below 0": (["--max_text_tokens=-1"], "max_text_tokens = -1 is below 0"),
     "text_format": (["--text_format={txt}"], "text_format"),
     "workers": (["--workers=-1"], "workers"),
     "missing held-out list": (["--heldout=nowhere.txt"], "nowhere.txt"),
