@@ -3,6 +3,7 @@
     python bench.py data     word error rate of a raw data set: are the recordings themselves understood?
     python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI); how fast it is
     python bench.py sample   word error rate, stops and speed of a model that speaks held-out strings of digits
+    python bench.py families the families side by side: trains what is not trained yet, then listens to all of them
     python bench.py loss     time and memory of the loss of K classification heads, ours beside others'
     python bench.py train    time and memory of a step that trains a CSM, ours beside others'
 
@@ -24,6 +25,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import types
@@ -43,10 +45,11 @@ from tqdm import tqdm
 import codec as codecs
 import configurator
 import train
+from metrics import read_metrics
 from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
 from sample import Voice, pick_device
 
-name = "data"  # what to measure: data, codec, sample, loss, train
+name = "data"  # what to measure: data, codec, sample, families, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
 limit = 0  # most utterances to listen to; 0: all of a data set, 60 of a model
 show_errors = False  # print every utterance that was misheard
@@ -55,6 +58,8 @@ ckpt = "out/digits/best.pt"  # sample: the model that speaks
 speaker = "slt"  # sample: whose held-out strings it speaks
 temperature: float | None = None  # sample: of the draw; None: as the checkpoint's recipe says
 seed = 1337  # sample: of the draw
+recipes = ""  # families: names of recipes in config/, with commas between; empty: all that are for digits
+seeds = "1337,1,2"  # families: of the training runs, likewise
 sizes = ""  # loss, train: names of the sizes to take, with commas between; empty: all
 dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
 repeats = 3  # loss, train: how often each is timed, after once to warm up; the median counts
@@ -237,9 +242,8 @@ def bit_rate(codec):
     return round(codec.n_codebooks * np.log2(codec.codebook_size) * codec.frame_rate)
 
 
-def bench_sample(cfg):
-    """Held-out strings, spoken: word error rate, utterances that ended by themselves, real-time factor."""
-    voice = Voice.from_checkpoint(cfg.ckpt)
+def listen(voice, cfg):
+    """Held-out strings, spoken: [(speaker, text, what was heard)], how many ended by themselves, real-time factor."""
     how = {} if cfg.temperature is None else {"temperature": cfg.temperature}
     texts = [text for _, text, speaker in read_raw(cfg.raw) if speaker == cfg.speaker]
     heard, stopped, seconds, took = [], 0, 0.0, 0.0
@@ -252,8 +256,53 @@ def bench_sample(cfg):
         heard.append((cfg.speaker, text, recognise(wav, voice.codec.sample_rate)))
         if cfg.show_errors and heard[-1][1] != heard[-1][2]:
             tqdm.write(f"{text!r} heard as {heard[-1][2]!r}")
+    return heard, stopped, took / max(seconds, 1e-9)
+
+
+def bench_sample(cfg):
+    """What `listen` finds of one checkpoint."""
+    heard, stopped, factor = listen(Voice.from_checkpoint(cfg.ckpt), cfg)
     print(report(heard))
-    print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {took / max(seconds, 1e-9):.2f}")
+    print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {factor:.2f}")
+
+
+def trained(recipe, seed, raw):
+    """The folder of a recipe's finished run with that seed; what is missing for it is made: data, tokens, the run."""
+    config, here = f"config/{recipe}.py", Path(__file__).parent
+    keys = configurator.configure(here / "train.py", [str(here / config)])
+    out_dir = f"{keys.out_dir}_{seed}"
+    steps = [(os.path.join(raw, "metadata.csv"), [os.path.join(raw, "prepare.py")]),
+             (os.path.join(keys.data_dir, "meta.json"), ["prepare.py", config])]  # fmt: skip
+    lines = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
+    if not lines or lines[-1]["iter"] < keys.max_iters:
+        resume = ["--init_from=resume"] if os.path.exists(os.path.join(out_dir, "last.pt")) else []
+        run = ["train.py", config, f"--seed={seed}", f"--out_dir={out_dir}", *resume]
+        steps.append((os.path.join(out_dir, "never"), run))
+    for product_, command in steps:
+        if not os.path.exists(product_):
+            print("python", *command, flush=True)
+            if subprocess.run([sys.executable, *command], cwd=here).returncode:
+                raise ValueError(f"python {' '.join(command)} failed, see above")
+    return out_dir
+
+
+def bench_families(cfg):
+    """Families that read digits aloud: sizes, time, held-out loss, word error rate by seed, real-time factor."""
+    here, rows = Path(__file__).parent, []
+    recipes = cfg.recipes.split(",") if cfg.recipes else sorted(path.stem for path in here.glob("config/digits*.py"))
+    for recipe, seed in product(recipes, [int(seed) for seed in cfg.seeds.split(",")]):
+        out_dir = trained(recipe, seed, cfg.raw)
+        lines, voice = read_metrics(os.path.join(out_dir, "metrics.jsonl")), Voice.from_checkpoint(f"{out_dir}/best.pt")
+        heard, stopped, factor = listen(voice, cfg)
+        _, words, errors = error_rates(heard)["all"]
+        codec, n = voice.codec, sum(p.numel() for p in voice.model.parameters())
+        codes = f"{codec.n_codebooks} x {codec.codebook_size} x {codec.frame_rate:g}/s"
+        minutes = sum(line["timing"]["seconds"] for line in lines) / 60
+        loss = min(line["val_loss"] for line in lines if line.get("val_loss") is not None)
+        rows.append([recipe, seed, f"{n / 1e6:.2f}M", codes, lines[-1]["iter"], f"{minutes:.1f}", f"{loss:.3f}",
+                     f"{errors / max(words, 1):.1%}", f"{stopped}/{len(heard)}", f"{factor:.2f}"])  # fmt: skip
+        print(table(rows, ["recipe", "seed", "parameters", "codes", "steps", "minutes", "held-out loss", "word errors",
+                           "ended", "real-time factor"]), flush=True)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -867,7 +916,8 @@ def bench_train(cfg):
 
 
 BENCHES = {
-    "data": bench_data, "codec": bench_codec, "sample": bench_sample, "loss": bench_loss, "train": bench_train,
+    "data": bench_data, "codec": bench_codec, "sample": bench_sample, "families": bench_families, "loss": bench_loss,
+    "train": bench_train,
 }  # fmt: skip
 
 

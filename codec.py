@@ -370,6 +370,18 @@ class Mel(Codec):
 
 
 CODECS = {"mel": Mel}
+PUBLISHED = {  # the codecs of the published models, as far as the sizes of a model and its batches need them
+    name: dict(zip(("sample_rate", "frame_rate", "n_codebooks", "codebook_size"), numbers, strict=True))
+    for name, numbers in {
+        "mimi": (24000, 12.5, 32, 2048),
+        "encodec": (24000, 75.0, 8, 1024),
+        "dac": (44100, 44100 / 512, 9, 1024),
+        "nanocodec": (22050, 12.5, 4, 4032),
+        "audiocodec44k": (44100, 44100 / 512, 8, 1000),
+        "xtts": (22050, 22050 / 1024, 1, 1024),
+    }.items()
+}
+PUBLISHED["xtts"]["reference"] = {"rows_per_frame": 4, "silence": [0.0] * 80}
 
 
 def load_codec(name, path=None, **options):

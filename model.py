@@ -114,8 +114,9 @@ def multi_codebook_cross_entropy(
         wrong = (target != ignore_index) & ((target < 0) | (target >= V))
         if wrong.any():
             raise ValueError(f"target {int(target[wrong][0])} is outside 0..{V - 1}")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if kernel is None:
         kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
     if kernel and triton is None:

@@ -31,6 +31,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import budget
 import configurator
 from codec import load_codec, write_audio
 from data import Batches, TokenFiles, load_tokenizer, speaker_reference
@@ -50,6 +52,7 @@ from sample import Voice, pick_device
 data_dir = "data/digits/tokens"  # token folder, written by prepare.py
 out_dir = "out/digits"  # for checkpoints, metrics.jsonl, loss.html, samples/
 init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or a checkpoint whose sizes and weights to start from
+dry_run = False  # only say what the run would take: parameters, memory, batches, hours of audio
 overwrite = False  # start over in an out_dir that holds a run, which is removed
 # model
 arch = "csm"  # how the codebooks of a frame are predicted
@@ -540,6 +543,9 @@ def main(cfg):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     check(cfg, world, device)
+    if cfg.dry_run:
+        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
+        return budget.dry_run(cfg, recipe, lambda model: freeze_parameters(model, cfg.freeze), DTYPES[cfg.dtype])
     if device.type == "cpu":
         keep_memory()
     if world > 1:

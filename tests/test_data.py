@@ -422,6 +422,96 @@ def test_voice_prompts():
     assert (tight.plan(0)[1] == -1).all()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# references
+
+
+def with_references(folder, n=12, r=2, M=5):
+    """A token folder whose features say where they come from: utterance, frame, row of the frame, speaker."""
+    train = []
+    for i, (name, text, codes, speaker) in enumerate(utterances(n, 3)):
+        frame, row = np.divmod(np.arange(len(codes) * r), r)
+        marks = np.stack([np.full(len(frame), i), frame, row, np.full(len(frame), speaker), 0 * frame], 1)
+        train.append((name, text, codes, speaker, marks))
+    codec = {**META["codec"], "reference": {"rows_per_frame": r, "silence": [-1.0] * M}}
+    return write(folder, train, train[:4], {**META, "codec": codec}, references=True), train
+
+
+def frames_layout(text, codes, prompt=None):
+    """Rows as models have them: text, frames that are targets."""
+    kinds = np.concatenate([np.full(len(text), 1), np.full(len(codes), data.AUDIO)])
+    return np.concatenate([text, codes[:, 0]])[:, None], kinds
+
+
+@pytest.mark.parametrize("voice_prompt", [0.0, 0.5, 1.0])
+def test_references(tmp_path, voice_prompt):
+    """A stretch of the prompt's recording, or of one's own, of which nothing is then a target."""
+    folder, train = with_references(tmp_path / "t")
+    files = TokenFiles(folder, "train")
+    assert np.array_equal(files.reference(3), train[3][4])
+    assert np.array_equal(files.reference(3, 1, 2), train[3][4][2:4])
+    batches = Batches(files, frames_layout, length, 400, 8, seed=5, voice_prompt=voice_prompt, reference=(3, 6))
+    own, sizes = [], set()
+    for _, (tokens, segment, reference) in zip(range(40), batches, strict=False):
+        assert reference.shape == (len(tokens), 12, 5) and reference.dtype == torch.float32
+        for t, s, heard in zip(tokens, segment, reference, strict=True):
+            heard = heard[heard[:, 4] == 0].int()  # the rest is silence
+            i, first, n = int(heard[0, 0]), int(heard[0, 1]), len(heard) // 2
+            assert torch.equal(heard[:, :3], torch.from_numpy(train[i][4][2 * first : 2 * (first + n), :3]).int())
+            assert 3 <= n <= 6 or n == len(train[i][2]) < 6
+            sizes.add(n)
+            audio = (s == data.AUDIO) | (s == data.PROMPT)
+            itself = audio.sum() == len(train[i][2]) and torch.equal(t[audio, 0], torch.from_numpy(train[i][2][:, 0]))
+            hidden = (s[audio] == data.PROMPT).nonzero()[:, 0].tolist()
+            assert hidden == (list(range(first, first + n)) if itself else [])
+            own.append(bool(itself))
+    assert len(sizes) > 2
+    low, high = {0.0: (1, 1), 0.5: (0.4, 0.8), 1.0: (0, 0.3)}[voice_prompt]  # who draws himself has no prompt
+    assert low <= np.mean(own) <= high
+
+
+def test_references_are_the_same_again_and_in_evaluation(tmp_path):
+    folder, train = with_references(tmp_path / "t")
+    files = TokenFiles(folder, "train")
+
+    def some(epoch):
+        batches = Batches(files, frames_layout, length, 400, 8, seed=5, reference=(3, 6))
+        batches.restore({"epoch": epoch, "batch": 0})
+        return next(iter(batches))
+
+    assert all(torch.equal(a, b) for a, b in zip(some(0), some(0), strict=True))
+    once = Batches(files, frames_layout, length, 400, 8, shuffle=False, reference=(3, 6))
+    plan, _ = once.plan(0)
+    for b, (_, segment, reference) in zip(plan, once.once(), strict=True):
+        assert not (segment == data.PROMPT).any()
+        for i, heard in zip(b, reference, strict=True):
+            j = int(heard[0, 0])
+            assert j != i and train[j][3] == train[i][3] and heard[0, 1] == 0  # another one of the speaker
+
+
+def test_a_speaker_reference_is_long_enough_or_the_longest(tmp_path):
+    folder, train = with_references(tmp_path / "t")
+    files = TokenFiles(folder, "train")
+    for speaker in (0, 1):
+        theirs = [u[2] for u in train if u[3] == speaker]
+        for frames in (4, 500):
+            reference = data.speaker_reference(files, speaker, frames)
+            assert reference.shape == (2 * frames, 5)
+            n = int((reference[:, 4] == 0).sum()) // 2
+            assert n == min(frames, max(map(len, theirs))) and reference[0, 3] == speaker
+
+
+def test_a_folder_without_references_is_refused(tmp_path):
+    files = TokenFiles(write(tmp_path / "t", utterances(3)), "train")
+    with pytest.raises(ValueError, match="make it again with prepare.py --references=True"):
+        Batches(files, layout, length, 400, 8, reference=(3, 6))
+    folder, _ = with_references(tmp_path / "r")
+    with open(f"{folder}/train.reference.bin", "ab") as f:
+        f.write(b"xx")
+    with pytest.raises(ValueError, match="train.reference.bin has .* bytes"):
+        TokenFiles(folder, "train")
+
+
 def test_rows_of_the_model(tmp_path):
     """With the CSM's own layout and length: the number of rows is what was counted."""
     import model

@@ -94,13 +94,21 @@ def translate(name, names):
     return name
 
 
-@given(cuts=st.lists(st.integers(1, 23), max_size=8), n_kv_head=st.sampled_from([1, 2, 4]))
+KINDS = [
+    {"n_kv_head": 1}, {"n_kv_head": 4}, {"layers": "ca", "qk_norm": True}, {"layers": "cc"},
+    {"bias": True, "feed_forward": "gelu", "rope_theta": 0.0}, {"feed_forward": "geglu", "final_norm": False},
+]  # fmt: skip
+
+
+@given(cuts=st.lists(st.integers(1, 23), max_size=8), kind=st.sampled_from(KINDS))
 @FEW
 @torch.no_grad()
-def test_cached_blocks_equal_the_whole(cuts, n_kv_head):
+def test_cached_blocks_equal_the_whole(cuts, kind):
     """Rows fed in any division, single steps and blocks of many, give what one pass over all gives."""
     torch.manual_seed(0)
-    model = Transformer(models.transformer_config(STACK, n_kv_head=n_kv_head)).double().eval()
+    model = Transformer(models.transformer_config(STACK, **kind)).double().eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
     x = torch.randn(3, 24, 32, dtype=torch.float64)
     cache = model.cache(3, 24)
     pieces = [model(piece, cache) for piece in x.tensor_split(sorted(set(cuts)), 1)]
@@ -109,11 +117,57 @@ def test_cached_blocks_equal_the_whole(cuts, n_kv_head):
 
 
 @torch.no_grad()
-def test_cached_single_steps_equal_the_whole():
-    model = Transformer(models.transformer_config(STACK)).eval()
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_single_steps_equal_the_whole(kind):
+    model = Transformer(models.transformer_config(STACK, **kind)).eval()
+    models.init_weights(model)
     x, cache = torch.randn(2, 40, 32), model.cache(2, 40)
     steps = torch.cat([model(x[:, s : s + 1], cache) for s in range(40)], 1)
     torch.testing.assert_close(steps, model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_transformer_equals_transformers_gpt2():
+    from transformers import GPT2Config, GPT2Model
+
+    c = models.transformer_config({**STACK, "n_kv_head": 4}, rope_theta=0.0, feed_forward="gelu", bias=True)
+    torch.manual_seed(0)
+    theirs = GPT2Model(GPT2Config(
+        vocab_size=1, n_positions=64, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.d_ff,
+        layer_norm_epsilon=c.norm_eps, initializer_range=0.2,
+    )).eval()  # fmt: skip
+    theirs.wpe.weight.data.zero_()
+    names = {"attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
+             "attn_norm": "ln_1", "mlp_norm": "ln_2", "layers.": "h."}  # fmt: skip
+    weights, ours = theirs.state_dict(), Transformer(c).eval()
+    state = {}
+    for name in ours.state_dict():
+        if name.startswith("norm."):
+            state[name] = weights[f"ln_f.{name[5:]}"]
+        elif (part := name.split(".")[-2]) in ("q_proj", "k_proj", "v_proj"):
+            whole = weights[translate(name, {"layers.": "h.", part: "c_attn"})]
+            state[name] = whole.chunk(3, -1)["qkv".index(part[0])]
+        else:
+            state[name] = weights[translate(name, names)]
+    models.load_weights(ours, {name: w.T if w.ndim == 2 else w for name, w in state.items()})  # GPT-2's are (in, out)
+    x = torch.randn(2, 40, c.d_model)
+    torch.testing.assert_close(ours(x), theirs(inputs_embeds=x).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_masks_and_positions():
+    """A row sees what the mask lets it see; parts that restart their positions and see no other stand alone."""
+    torch.manual_seed(0)
+    model = Transformer(models.transformer_config(STACK)).eval()
+    x, parts = torch.randn(2, 20, 32), torch.arange(20) >= 8
+    apart = parts[:, None] == parts
+    positions = torch.where(parts, torch.arange(20) - 8, torch.arange(20)).expand(2, -1)
+    together = model(x, mask=apart & apart.tril(), positions=positions)
+    torch.testing.assert_close(together, torch.cat([model(x[:, :8]), model(x[:, 8:])], 1), rtol=1e-4, atol=1e-5)
+    both_ways = model(x, mask=apart[None, None].expand(2, 1, -1, -1))
+    moved = torch.cat([x[:, :8], x[:, 8:].flip(1)], 1)
+    assert (both_ways[:, 0] - together[:, 0]).abs().max() > 1e-3  # the first row sees its part's last
+    torch.testing.assert_close(both_ways[:, :8], model(moved, mask=apart)[:, :8], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -154,6 +208,9 @@ def test_recompute_gives_the_same_gradients():
     ({"n_layer": 1}, "missing .* required positional arguments"),
     ({**STACK, "n_kv_head": 3}, "must be a multiple"),
     ({**STACK, "head_dim": 5}, "the width even"),
+    ({**STACK, "layers": "a"}, "one letter, a or c, for each of 2 layers"),
+    ({**STACK, "layers": "ab"}, "one letter, a or c"),
+    ({**STACK, "feed_forward": "relu"}, "it is swiglu, geglu or gelu"),
 ])  # fmt: skip
 def test_transformer_config_refuses(given, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -698,6 +755,31 @@ def test_top_k_and_top_p():
     logits = p.log()
     models.sample_code(logits, top_k=2, top_p=0.5)
     assert torch.equal(logits, p.log())  # what was given stays as it was
+
+
+def test_many_draws_at_once():
+    g = torch.Generator().manual_seed(0)
+    p = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]])
+    logits = p.log().expand(4000, 2, 3)
+    picked = models.sample_code(logits, generator=g)
+    assert picked.shape == (4000, 2)
+    assert np.allclose(F.one_hot(picked, 3).double().mean(0), p, atol=0.03)
+    cut = models.sample_code(logits, top_p=0.7, generator=g)
+    assert np.allclose(F.one_hot(cut, 3).double().mean(0), [[0, 2 / 3, 1 / 3], [0.625, 0, 0.375]], atol=0.03)
+    few = models.sample_code(logits, top_k=1, generator=g)
+    assert torch.equal(few, logits.argmax(-1)) and torch.equal(few, models.sample_code(logits, temperature=0))
+
+
+def test_repetition_penalty():
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.1])
+    seen = torch.tensor([0, 2, 0])
+    for penalty in (1.0, 1.2, 2.0):
+        expected = torch.tensor([2.0 / penalty, 1.5, -1.0 * penalty, -1.1])
+        assert models.sample_code(logits, temperature=0, repetition_penalty=penalty, seen=seen) == expected.argmax()
+        share = draws(logits, repetition_penalty=penalty, seen=seen)
+        assert np.allclose(share, expected.softmax(0), atol=0.03)
+    assert models.sample_code(logits, temperature=0, repetition_penalty=2.0) == 0
+    assert logits[0] == 2.0
 
 
 def test_sampling_by_seed():

@@ -240,6 +240,22 @@ def test_workers_do_not_change_a_byte(raw, tokens, tmp_path):
     assert contents(tmp_path / "seed")["codec.pt"] != contents(tokens)["codec.pt"]
 
 
+def test_references_are_the_codecs_features(raw, tokens, tmp_path):
+    run(raw, tmp_path / "r", references=True)
+    with open(raw / "metadata.csv", newline="") as file:
+        audio = {Path(row[0]).stem: row[0] for row in list(csv.reader(file))[1:]}
+    codec, files = load_codec("mel", str(tmp_path / "r")), TokenFiles(tmp_path / "r", "train")
+    said = files.meta["codec"]["reference"]
+    assert said["rows_per_frame"] == codec.steps and len(said["silence"]) == 80 and set(said["silence"]) == {0.0}
+    for i in range(len(files)):
+        wav = read_audio(raw / audio[files.name(i)], codec.sample_rate)
+        expected = codec.reference(wav[None])[0]
+        assert expected.shape == (len(files.codes(i)) * codec.steps, 80)
+        torch.testing.assert_close(torch.from_numpy(files.reference(i)), expected, rtol=1e-3, atol=1e-3)  # float16
+    rest = {name: content for name, content in contents(tokens).items() if name not in ("meta.json", "report.json")}
+    assert rest.items() <= contents(tmp_path / "r").items()
+
+
 def test_given_codec_and_tokenizer(raw, tokens, tmp_path):
     given = {"codec_args": {}, "codec_path": str(tokens), "tokenizer": str(tokens / "tokenizer.model")}
     run(raw, tmp_path / "b", text_format="{text}", **given)

@@ -1,0 +1,82 @@
+"""The dry run: what it says of a run is what the run would take."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import batch_of, tiny, utterance
+
+import budget
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
+
+
+def dry(recipe, *argv):
+    command = [sys.executable, ROOT / "train.py", ROOT / "config" / recipe, "--dry_run=True", *argv]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return run.returncode, run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_passes_a_dry_run_without_its_data(recipe, tmp_path):
+    code, out, err = dry(recipe, f"--data_dir={tmp_path / 'none'}", f"--out_dir={tmp_path / 'out'}")
+    assert (code, err) == (0, "")
+    for said in ("in all", "a micro-batch:", "hours of audio", "memory of each GPU:"):
+        assert said in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_sizes():
+    numbers = re.search(r"in all +([\d,]+) +([\d,]+)", dry("csm_1b.py")[1])
+    assert numbers[1] == numbers[2] == "1,552,791,552"  # the published file's, less Mimi's and the table's copy
+
+
+def test_freezing_counts():
+    trained = [re.search(r"in all +[\d,]+ +([\d,]+)", dry("elise.py", *more)[1])[1] for more in ((), ("--freeze=[]",))]
+    assert trained == ["306,964,992", "568,866,816"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_of_a_real_pass(recompute):
+    utterances = [utterance(5, 12, seed=i) for i in range(4)]
+
+    def pass_(device, recompute):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = tiny(decoder_fraction=1.0, recompute=recompute).train()
+        return model, batch_of(model, *utterances)
+
+    everything = budget.kept_by_autograd(*pass_("meta", False))
+    model, batch = pass_("meta", recompute)
+    counted = budget.kept_by_autograd(model, batch)
+    model, batch = pass_("cpu", recompute)
+    own = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x
+    ):
+        model(*batch)
+    real = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)
+    assert counted == pytest.approx(real, rel=0.1) if not recompute else real < counted < 0.8 * everything
+
+
+def test_a_token_folder_is_counted(tmp_path):
+    from test_train import write_tokens
+
+    folder = tmp_path / "tokens"
+    write_tokens(folder)
+    code, out, _ = dry("digits.py", f"--data_dir={folder}", "--max_iters=10", "--gradient_accumulation_steps=2")
+    assert code == 0 and "30 utterances" in out
+    micro = int(re.search(r"an epoch of ([\d,]+) micro-batches is", out)[1])
+    epochs = float(re.search(r"([\d.]+) epochs", out)[1])
+    assert epochs == pytest.approx(20 / micro, abs=0.06)
+
+
+def test_refused(tmp_path):
+    code, out, err = dry("digits.py", "--arch=none")
+    assert code == 1 and err.startswith("error: arch = 'none'") and err.count("\n") == 1
