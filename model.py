@@ -4,6 +4,8 @@ One transformer is there for every family; what a family adds is how the K codeb
 
     CSM    Sesame CSM, Marvis TTS: a backbone predicts codebook 0 of the next frame, a small depth decoder runs along
            the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
+    Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, which is the
+           embedding once more, predicts the next token.
 
 Notable features:
 - pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases
@@ -44,7 +46,7 @@ IGNORE = -100
 @torch.compiler.disable  # compiled, its tiles would be traced anew for every length of a batch
 def multi_codebook_cross_entropy(
     hidden, weight, target, bias=None, ignore_index=IGNORE, codebook_weight=None, row_weight=None,
-    label_smoothing=0.0, z_loss=0.0, buffer=None, kernel=None,
+    label_smoothing=0.0, z_loss=0.0, buffer=None, kernel=None, each=False,
 ):  # fmt: skip
     """Cross-entropy of K classification heads at once, without ever holding their logits.
 
@@ -93,6 +95,9 @@ def multi_codebook_cross_entropy(
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
+
+    With `each`, correct tells of every target (N, K) whether it was ranked first, and every target's loss (N, K), 0
+    where it is ignored, comes third; it has no gradient.
     """
     if weight.ndim == 2:
         weight, bias = weight[None], None if bias is None else bias.reshape(1, -1)
@@ -130,24 +135,25 @@ def multi_codebook_cross_entropy(
     scale = scale / unit
     grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
-    loss, correct = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, grads, options)
-    return loss, (correct & used).sum(0)
+    loss, correct, losses = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, grads, options)
+    correct = correct & used
+    return (loss, correct, torch.where(used, losses, 0)) if each else (loss, correct.sum(0))
 
 
 class _MultiCodebookCrossEntropy(torch.autograd.Function):
-    """unit * sum(scale * loss of each target), by codebook (K,), and correct (N, K)."""
+    """unit * sum(scale * loss of each target), by codebook (K,); of each target correct and loss (N, K)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, unit, wanted, options):
         loss, correct, ctx.grads = _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, **options)
         ctx.save_for_backward(hidden, weight, bias, target, scale, unit)
         ctx.wanted, ctx.options = wanted, options
-        ctx.mark_non_differentiable(correct)
-        return torch.where(scale != 0, loss * scale, 0).sum(0) * unit, correct
+        ctx.mark_non_differentiable(correct, loss)
+        return torch.where(scale != 0, loss * scale, 0).sum(0) * unit, correct, loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         hidden, weight, bias, target, scale, unit = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         shared = hidden.ndim == 2
@@ -872,10 +878,247 @@ class CSM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Kani
+
+
+@dataclass
+class KaniConfig:
+    """Sizes of a Kani, its vocabulary and how it trains. `text_bos` and `text_eos` (-1: none) wrap every text.
+
+    One vocabulary: text ids, then special tokens (start and end of speech, of the human's turn and of the AI's), then
+    the codes, codebook after codebook. With 64,400 text ids these are the ids of the released models.
+    """
+
+    text_vocab_size: int
+    n_codebooks: int
+    codebook_size: int
+    backbone: TransformerConfig
+    text_bos: int = -1
+    text_eos: int = -1
+    first_special: int = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
+    vocab_size: int = 0  # rows of the embedding; 0: no more than there are tokens
+    loss_on: str = "all"  # or "audio", "codebook", see Kani.forward
+    drop_repeats: bool = False  # see layout
+    frame_dropout: float = 0.0  # share of the input codes blanked in training, so that the text has to be read
+    dropout: float | None = None  # of the backbone; None: what it says
+    recompute: bool | None = None  # gradient checkpointing, likewise
+    arch: str = field(default="kani", init=False)
+
+    CODES = 9  # from the first special token to the first code; the last three places are not used
+
+    def __post_init__(self):
+        habits = {k: v for k, v in (("dropout", self.dropout), ("recompute", self.recompute)) if v is not None}
+        self.backbone = transformer_config(self.backbone, **habits)
+        self.first_special = self.first_special or self.text_vocab_size + 1
+        self.speech, self.end_of_speech, self.human, self.end_of_human, self.ai, self.end_of_ai = (
+            self.first_special + i for i in range(6))  # fmt: skip
+        self.first_code = self.first_special + self.CODES
+        tokens = self.first_code + self.n_codebooks * self.codebook_size
+        self.vocab_size = self.vocab_size or tokens
+        if self.loss_on not in ("all", "audio", "codebook"):
+            raise ValueError(f"loss_on = {self.loss_on!r}: it is 'all', 'audio' or 'codebook'")
+        if self.first_special < self.text_vocab_size:
+            raise ValueError(f"first_special = {self.first_special} is one of {self.text_vocab_size} text ids")
+        if self.vocab_size < tokens:
+            raise ValueError(f"vocab_size = {self.vocab_size}: text, special tokens and codes need {tokens}")
+
+    def stop_frame(self):
+        """The frame (K,) that ends an utterance: class `codebook_size`, end of speech, in codebook 0."""
+        frame = np.zeros(self.n_codebooks, np.int64)
+        frame[0] = self.codebook_size
+        return frame
+
+    def layout(self, text, codes=None, prompt=None, every=False):
+        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, 1), segment (S,), both int64.
+
+        A row is a token: the text between the marks of the human's turn, then in the AI's turn the codes between start
+        and end of speech, all K of a frame and then those of the next. A prompt (text ids, codes) is such an utterance
+        put before. Without codes the rows end where speech is to begin.
+
+        With `drop_repeats` a frame equal to the one before it is left out, unless `every` one is asked for. The
+        released models were trained so; continue them so. It is not for others: nothing tells for how long a sound was
+        held, so that pauses and long vowels come out too short.
+        """
+        marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
+        offset = self.first_code + self.codebook_size * np.arange(self.n_codebooks)
+        rows, segments = [], []
+
+        def put(segment, *parts):
+            rows.append(np.concatenate(parts).astype(np.int64))
+            segments.append(np.full(len(rows[-1]), segment, np.int64))
+
+        def put_text(ids):
+            put(TEXT, [self.human], marks[0], ids, marks[1], [self.end_of_human, self.ai, self.speech])
+
+        def put_codes(codes, segment):
+            if self.drop_repeats and not every:
+                codes = np.concatenate([codes[:1], codes[1:][(codes[1:] != codes[:-1]).any(1)]])
+            put(segment, (codes + offset).ravel(), [self.end_of_speech, self.end_of_ai])
+
+        if prompt is not None:
+            put_text(prompt[0])
+            put_codes(prompt[1], PROMPT)
+        put_text(text)
+        if codes is not None:
+            put_codes(codes, AUDIO)
+        return np.concatenate(rows)[:, None], np.concatenate(segments)
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt.
+
+        With drop_repeats it makes at most so many: what they are counted for, budgets and positions, is then kept to.
+        """
+        around = (self.text_bos >= 0) + (self.text_eos >= 0) + 6
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + around + self.n_codebooks * prompt_frames, 0)
+        return text + around + self.n_codebooks * frames + prompt
+
+
+class Kani(nn.Module):
+    """KaniTTS (nineninesix 2025): a language model, LFM2 in the released ones, to which codes are words like any other.
+
+    The row of a token predicts the next one. Its state scores the rows of the embedding, which is the head as well.
+    """
+
+    causal = True  # frames are made one after the other
+    reference = False  # a voice is cloned from a prompt, not from the features of a recording
+    draw = dict(temperature=0.6, top_k=0, top_p=0.95, repetition_penalty=1.1)  # as its authors sample
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        # no nn.Embedding, whose gradient could be sparse: as a head it has one everywhere
+        self.embedding = nn.Parameter(torch.empty(c.vocab_size, c.backbone.d_model))
+        self.backbone = Transformer(c.backbone)
+        barred = torch.zeros(c.n_codebooks, c.codebook_size + 1)
+        barred[1:, -1] = -math.inf  # speech ends between frames only
+        self.register_buffer("barred", barred, persistent=False)
+        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
+        init_weights(self)
+
+    def embed(self, tokens):
+        """tokens (B, S, 1) -> (B, S, D)."""
+        return F.embedding(put(tokens[..., 0], self.embedding.device), self.embedding)
+
+    def heads(self):
+        """Rows of the embedding (K, V + 1, D): each codebook's V codes, and behind them end of speech."""
+        c, K = self.config, self.config.n_codebooks
+        codes = self.embedding[c.first_code : c.first_code + K * c.codebook_size].unflatten(0, (K, -1))
+        return torch.cat([codes, self.embedding[c.end_of_speech].expand(K, 1, -1)], 1)
+
+    def forward(self, tokens, segment):
+        """Loss of a batch: tokens (B, S, 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
+
+        The loss is a mean over tokens; which tokens, `loss_on` says:
+
+            all       every one but the first, the text too, against the whole vocabulary, as its authors have it; of a
+                      prompt its text
+            audio     codes, end of speech and of the turn, against the whole vocabulary
+            codebook  codes against their own codebook, end of speech against codebook 0: those `generate` chooses
+                      among. That leaves the head a K-th of its work or less.
+
+        "loss" counts frames, ends of speech among them. Sums and counts of the others add up over batches and ranks;
+        `loss_by_codebook` and `accuracy_by_codebook` are (K,), and an end of speech counts in codebook 0.
+        """
+        c, device = self.config, self.embedding.device
+        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
+        token, spoken = tokens.flatten(), segment.flatten() == AUDIO
+        codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: of none
+        x = self.embed(tokens)
+        if self.training and c.frame_dropout:
+            blank = spoken & (codebook >= 0) & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
+            x = x.masked_fill(put(blank.view(segment.shape), device)[..., None], 0)
+        hidden = self.backbone(x).flatten(0, 1)
+
+        codebook[token == c.end_of_speech] = 0
+        frames = (spoken & (codebook == 0)).nonzero()[:, 0]  # (N,) the rows where one begins, or might have
+        if c.loss_on == "codebook":
+            loss, losses, correct, counts = self._score_codes(hidden, token, frames)
+        else:
+            wanted = spoken | (segment.flatten() == TEXT) if c.loss_on == "all" else spoken
+            rows = (wanted & (torch.arange(len(token), device=token.device) % segment.shape[1] > 0)).nonzero()[:, 0]
+            loss, losses, correct, counts = self._score_tokens(hidden, token[rows], rows, codebook[rows])
+        n = len(frames)
+        stats = {
+            "loss": (loss.detach() * n, n), "c0_accuracy": (correct[0], n),
+            "loss_by_codebook": (losses, counts), "accuracy_by_codebook": (correct, counts),
+        }  # fmt: skip
+        if not self.training:
+            state = hidden.index_select(0, put(frames[token[frames] == c.end_of_speech] - 1, device))
+            missed = (state @ self.heads()[0].T).argmax(-1) != c.codebook_size
+            stats["stop_missed"] = (missed.sum(), len(missed))
+        return loss, stats
+
+    def _score_tokens(self, hidden, token, rows, codebook):
+        """Loss of the tokens (n,) at these rows against the whole vocabulary; and by codebook, -1 being none: sums of
+        losses, numbers ranked first, numbers, each (K,)."""
+        K, device = self.config.n_codebooks, hidden.device
+        state, target = hidden.index_select(0, put(rows - 1, device)), put(token[:, None], device)
+        loss, correct, losses = multi_codebook_cross_entropy(state, self.embedding, target, each=True)
+        counts, codebook = torch.bincount(codebook + 1, minlength=K + 1)[1:], put(codebook + 1, device)
+        losses, correct = (losses.new_zeros(K + 1).index_add(0, codebook, y[:, 0].to(losses.dtype))[1:]
+                           for y in (losses, correct))  # fmt: skip
+        return loss[0], losses, correct, put(counts, device)
+
+    def _score_codes(self, hidden, token, frames):
+        """Loss of the frames (N,) that begin at these rows against their own codebooks; and the same three."""
+        c, K, device = self.config, self.config.n_codebooks, hidden.device
+        places = torch.arange(K, device=token.device)
+        rows = (frames[:, None] + places).clamp(max=len(token) - 1)  # (N, K)
+        target, ends = token[rows] - c.first_code - c.codebook_size * places, token[frames] == c.end_of_speech
+        target[ends] = IGNORE
+        target[ends, 0] = c.codebook_size
+        counts = put((target != IGNORE).sum(0), device)
+        state = hidden.index_select(0, put(rows.flatten() - 1, device)).unflatten(0, rows.shape)
+        loss, correct = multi_codebook_cross_entropy(state, self.heads(), put(target, device), self.barred)
+        losses = loss * counts
+        return losses.sum() / counts.sum().clamp(min=1), losses.detach(), correct, counts
+
+    def teacher_forced_logits(self, text, codes):
+        """Logits (T + 1, K, V + 1) of all of an utterance's frames, the last class being end of speech, from one pass
+        over the whole of it."""
+        T, K = codes.shape
+        tokens, segment = self.layout(text, codes, every=True)
+        first = int((segment == AUDIO).argmax())
+        hidden = self.backbone(self.embed(torch.from_numpy(tokens)[None]))[0, first - 1 : first + T * K]
+        state = F.pad(hidden, (0, 0, 0, K - 1)).unflatten(0, (T + 1, K))
+        return torch.einsum("tkd,kvd->tkv", state, self.heads()) + self.barred
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+        """Speak text ids (n,), after an optional prompt (text ids, codes (T, K)): yields frames (K,) int64 as made.
+
+        `choose(logits of the classes allowed, seen=codes of that codebook spoken so far) -> class` picks every code;
+        see `sampler`. Allowed are the codes of the codebook whose turn it is, and before a frame end of speech, so that
+        whatever comes can be decoded; no others are scored. The generator returns True where the model ended by itself,
+        False where max_frames or the end of its positions cut it off. Raises ValueError where text and prompt leave no
+        room for a frame.
+        """
+        c, K = self.config, self.config.n_codebooks
+        tokens, _ = self.layout(text, None, prompt)
+        taken, positions = len(tokens), c.backbone.max_positions
+        if taken + K > positions:
+            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
+        max_frames = min(max_frames, (positions - taken) // K)
+        cache, heads = self.backbone.cache(1, taken + max_frames * K), self.heads()
+        frames = torch.zeros(max_frames, K, dtype=torch.long, device=heads.device)
+        x = self.embed(torch.from_numpy(tokens)[None])
+        for t in range(max_frames):
+            for k in range(K):
+                state = self.backbone(x, cache)[0, -1]
+                code = choose((heads[k] if k == 0 else heads[k, :-1]) @ state, seen=frames[:t, k])
+                if k == 0 and code == c.codebook_size:
+                    return True
+                frames[t, k] = code
+                x = heads[k, code].view(1, 1, -1)
+            yield frames[t]
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what every family shares
 
 
-ARCHS = {"csm": (CSM, CSMConfig)}
+ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig)}
 
 
 def build(arch, meta, options):

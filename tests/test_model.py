@@ -882,5 +882,5 @@ def test_weights_that_do_not_fit(change, message):
     change(checkpoint["model"])
     with pytest.raises(ValueError, match=message):
         models.load_model(checkpoint)
-    with pytest.raises(ValueError, match="architecture 'kani', this code has csm"):
-        models.load_model({**checkpoint, "arch": "kani"})
+    with pytest.raises(ValueError, match="architecture 'tacotron', this code has csm"):
+        models.load_model({**checkpoint, "arch": "tacotron"})

@@ -1,0 +1,33 @@
+"""Digits with Kani: the codes of two codebooks in a row with the text, one small LFM2 that predicts them all.
+
+    python data/digits/prepare.py && python prepare.py config/digits_kani.py && python train.py config/digits_kani.py
+    python sample.py config/digits_kani.py --text "three one four"
+"""
+
+# prepare.py
+sources = "data/digits"
+heldout = "data/digits/heldout.txt"
+data_dir = "data/digits/tokens_kani"
+text_format = "{speaker}: {text}"  # as KaniTTS has it
+vocab_size = 400
+codec = "mel"
+codec_args = {"n_codebooks": 2, "codebook_size": 1024, "sample_rate": 16000, "frame_rate": 12.5}  # 25 tokens a second
+fit_seconds = 1200.0
+
+# train.py: a backbone of 1.1M parameters, an embedding of 0.3M
+out_dir = "out/digits_kani"
+arch = "kani"
+backbone = "lfm2-1M"
+loss_on = "codebook"
+frame_dropout = 0.3  # some of what was said is hidden, so that the next word can only come from the text
+max_tokens = 3000
+max_batch = 64
+max_iters = 2000
+learning_rate = 3e-3
+muon = True
+min_lr = 1.5e-4
+warmup_iters = 100
+eval_interval = 500
+
+# sample.py, and the samples spoken at each evaluation
+temperature = 0.0  # always the likeliest code: so small a model says it most clearly so

@@ -1,0 +1,591 @@
+"""model.py's Kani: against transformers' LFM2, by itself, and on the road from train.py to sample.py."""
+
+import itertools
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_train import exact, same, write_tokens
+
+import configurator
+import model as models
+import published
+import train
+from data import Batches, TokenFiles
+from metrics import read_metrics
+from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
+from sample import Voice
+
+STACK = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=512, layers="caca", qk_norm=True)
+FEW = settings(max_examples=25, deadline=None)
+LOSSES = ("all", "audio", "codebook")
+
+
+def tiny(cls=Kani, K=4, V=16, backbone=None, **options):
+    """A small Kani with weights wide enough for logits that differ."""
+    torch.manual_seed(0)
+    options = {"text_bos": 1, "text_eos": 2, **options}
+    model = cls(KaniConfig(30, K, V, {**STACK, **(backbone or {})}, **options))
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=0.3)
+    return model
+
+
+def utterance(n=5, T=6, K=4, V=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, 30, n), rng.integers(0, V, (T, K))
+
+
+def batch_of(model, *utterances, width=0):
+    """Laid out and padded on the right, as data.py does: tokens (B, S, 1), segment (B, S)."""
+    rows = [model.layout(*u) for u in utterances]
+    S = max(width, *(len(s) for _, s in rows))
+    tokens = np.stack([np.pad(t, ((0, S - len(t)), (0, 0))) for t, _ in rows])
+    return torch.from_numpy(tokens), torch.from_numpy(np.stack([np.pad(s, (0, S - len(s))) for _, s in rows]))
+
+
+def spoken_by(model, *given, **options):
+    """All the frames, and whether the model ended by itself."""
+    speaking, frames = model.generate(*given, **options), []
+    while True:
+        try:
+            frames.append(next(speaking).tolist())
+        except StopIteration as end:
+            return frames, end.value
+
+
+def choices(*codes):
+    """A `choose` that picks these, one after the other."""
+    codes = iter(codes)
+    return lambda logits, seen=None: torch.tensor(next(codes))
+
+
+greedy = models.sampler(temperature=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# against transformers
+
+
+@pytest.fixture(scope="module")
+def port():
+    """transformers' LFM2 with small random weights, and ours with the same."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(3)
+    c = KaniConfig(30, 4, 16, {**STACK, "rope_theta": 1e6}, text_bos=1, text_eos=2)
+    theirs = Lfm2ForCausalLM(Lfm2Config(
+        vocab_size=c.vocab_size, hidden_size=32, intermediate_size=48, block_auto_adjust_ff_dim=False,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        layer_types=["conv", "full_attention"] * 2, initializer_range=0.3, eos_token_id=c.end_of_speech,
+    )).eval()  # fmt: skip
+    for name, p in theirs.named_parameters():
+        if name.endswith("norm.weight"):
+            p.data += 0.1 * torch.randn_like(p)  # made as ones
+    theirs.model.embed_tokens.weight.data[c.end_of_speech] = 0  # likelier than none of 16 codes: it speaks on
+    ours = Kani(c)
+    weights = theirs.state_dict()
+    models.load_weights(ours, {name: weights[published.lfm2_name(name)] for name in ours.state_dict()})
+    return theirs, ours.eval()
+
+
+def test_logits_and_loss_equal_those_of_transformers(port):
+    theirs, ours = port
+    tokens, segment = batch_of(ours, utterance(5, 9), utterance(3, 6, seed=1), utterance(9, 2, seed=2))
+    with torch.no_grad():
+        labels = torch.where(segment > 0, tokens[..., 0], IGNORE)
+        expected = theirs(tokens[..., 0], attention_mask=(segment > 0).long(), labels=labels)
+        loss, _ = ours(tokens, segment)
+        logits = ours.backbone(ours.embed(tokens)) @ ours.embedding.T
+        here = segment > 0
+        torch.testing.assert_close(logits[here], expected.logits[here], rtol=0, atol=1e-4)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_fifty_frames_equal_those_of_transformers(port, penalty, use_cache):
+    theirs, ours = port
+    c, (text, _) = ours.config, utterance(7)
+    prompt = torch.from_numpy(ours.layout(text)[0]).T
+
+    def grammar(ids, scores):
+        k = (ids.shape[1] - prompt.shape[1]) % 4
+        allowed = torch.zeros_like(scores, dtype=torch.bool)
+        allowed[:, c.first_code + 16 * k :][:, :16] = True
+        allowed[:, c.end_of_speech] = k == 0
+        return scores.masked_fill(~allowed, -math.inf)
+
+    expected = theirs.generate(prompt, max_new_tokens=200, do_sample=False, use_cache=use_cache, pad_token_id=0,
+                               repetition_penalty=penalty, logits_processor=[grammar])  # fmt: skip
+    choose = models.sampler(temperature=0, repetition_penalty=penalty)
+    frames, stopped = spoken_by(ours, text, max_frames=50, choose=choose)
+    codes = (expected[0, prompt.shape[1] :] - c.first_code).view(50, 4) - 16 * torch.arange(4)
+    assert frames == codes.tolist() and stopped is False
+    assert len({tuple(frame) for frame in frames}) > 10  # it says something
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layout
+
+
+def test_the_layout_of_the_released_models():
+    c = KaniConfig(64400, 4, 4032, "lfm2-350M", text_bos=1, text_eos=2)
+    codes = np.array([[0, 1, 2, 3], [4031] * 4])
+    tokens, segment = c.layout(np.array([500, 600]), codes)
+    speech = [64410, 64410 + 4033, 64410 + 2 * 4032 + 2, 64410 + 3 * 4032 + 3, 68441, 72473, 76505, 80537]
+    assert tokens[:, 0].tolist() == [64403, 1, 500, 600, 2, 64404, 64405, 64401, *speech, 64402, 64406]
+    assert segment.tolist() == [TEXT] * 8 + [AUDIO] * 10 and c.vocab_size == 80538
+
+
+@given(n=st.integers(1, 20), T=st.integers(0, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
+       bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), K=st.integers(1, 4))  # fmt: skip
+@FEW
+def test_layout(n, T, prompt, bos, eos, K):
+    c = KaniConfig(30, K, 16, STACK, bos, eos)
+    (text, codes), before = utterance(n, T, K), utterance(*prompt, K, seed=1) if prompt else None
+    tokens, segment = c.layout(text, codes, before)
+    assert tokens.dtype == segment.dtype == np.int64 and tokens.shape == (len(segment), 1)
+    assert len(segment) == c.length(n, T, *(prompt or ()))
+    before_too = [np.array([x, 0]) for x in prompt or (0, 0)]  # on arrays; the second utterance has no prompt
+    lengths = c.length(np.array([n, 3]), np.array([T, 4]), *before_too)
+    assert lengths.tolist() == [len(segment), c.length(3, 4)]
+
+    assert tokens.min() >= 0 and tokens.max() < c.vocab_size
+    spoken = tokens[segment == AUDIO, 0]
+    assert spoken[-2:].tolist() == [c.end_of_speech, c.end_of_ai]
+    of_frames = (spoken[:-2] - c.first_code).reshape(T, K)
+    assert np.array_equal(of_frames // 16, np.tile(np.arange(K), (T, 1))) and np.array_equal(of_frames % 16, codes)
+    marked = [m for m in (bos,) if m >= 0] + text.tolist() + [m for m in (eos,) if m >= 0]
+    written = [c.human, *marked, c.end_of_human, c.ai, c.speech]
+    own = c.length(*prompt) if prompt else 0
+    assert tokens[own:][segment[own:] == TEXT, 0].tolist() == written
+    assert (np.diff(segment[own:]) >= 0).all() and segment[-1] == AUDIO and PROMPT not in segment[own:]
+    if before:  # it stands before as the utterance that it is, but none of its speech is to be predicted
+        alone, kinds = c.layout(*before)
+        assert np.array_equal(tokens[:own], alone)
+        assert np.array_equal(segment[:own], np.where(kinds == AUDIO, PROMPT, kinds))
+    asked, kinds = c.layout(text, None, before)  # generation starts from what training saw before the frames
+    rest = T * K + 2
+    assert np.array_equal(asked, tokens[:-rest]) and np.array_equal(kinds, segment[:-rest])
+
+
+@given(st.lists(st.integers(0, 2), min_size=0, max_size=12), st.lists(st.integers(0, 1), max_size=6))
+@FEW
+def test_dropped_repeats(first, second):
+    """Of frames that are alike in every codebook the first of a run is kept; `length` never says too little."""
+    c = KaniConfig(30, 2, 16, STACK, drop_repeats=True)
+    table = np.array([[3, 4], [3, 5], [7, 4]])  # alike in one codebook is not alike
+    text, codes, before = utterance()[0], table[first], (utterance()[0], table[second])
+    kept = table[[i for i, _ in itertools.groupby(first)]]
+    short = KaniConfig(30, 2, 16, STACK)
+    for prompt, kept_before in ((None, None), (before, table[[i for i, _ in itertools.groupby(second)]])):
+        tokens, segment = c.layout(text, codes, prompt)
+        expected = short.layout(text, kept, prompt and (prompt[0], kept_before))
+        assert np.array_equal(tokens, expected[0]) and np.array_equal(segment, expected[1])
+        sizes = (len(prompt[0]), len(prompt[1])) if prompt and second else ()
+        if not prompt or second:
+            assert len(tokens) <= c.length(len(text), len(codes), *sizes) == short.length(len(text), len(codes), *sizes)
+    assert np.array_equal(c.layout(text, codes, every=True)[0], short.layout(text, codes)[0])
+
+
+def test_ids_that_cannot_be():
+    for options, message in (
+        (dict(first_special=29), "first_special = 29 is one of 30 text ids"),
+        (dict(vocab_size=103), "vocab_size = 103: text, special tokens and codes need 104"),
+        (dict(loss_on="text"), "'text': it is 'all', 'audio' or 'codebook'"),
+        (dict(backbone="lfm3"), "no transformer preset 'lfm3'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KaniConfig(30, 4, 16, **{"backbone": STACK, **options})
+    c = KaniConfig(30, 4, 16, STACK, first_special=40, vocab_size=120)
+    assert (c.speech, c.end_of_ai, c.first_code, c.vocab_size) == (40, 45, 49, 120)
+    assert KaniConfig(**{k: v for k, v in asdict(c).items() if k != "arch"}) == c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss
+
+
+def by_hand(model, tokens, segment, loss_on):
+    """Losses [(codebook or None, loss, ranked first)] of every token that is learnt, one by one."""
+    c = model.config
+    logits = model.backbone(model.embed(tokens)) @ model.embedding.T
+    out = []
+    for b, s in itertools.product(range(tokens.shape[0]), range(1, tokens.shape[1])):
+        kind, token, x = segment[b, s], int(tokens[b, s, 0]), logits[b, s - 1]
+        codebook = (token - c.first_code) // c.codebook_size if token >= c.first_code else None
+        codebook = 0 if token == c.end_of_speech else codebook
+        if kind != AUDIO and not (loss_on == "all" and kind == TEXT):
+            continue
+        if loss_on == "codebook":
+            if codebook is None:
+                continue
+            first = c.first_code + codebook * c.codebook_size
+            classes = [*range(first, first + c.codebook_size), *([c.end_of_speech] if codebook == 0 else [])]
+            x, token = x[classes], classes.index(token)
+        out.append((codebook, F.cross_entropy(x, torch.tensor(token)), bool(x.argmax() == token)))
+    return out
+
+
+@pytest.mark.parametrize("loss_on", LOSSES)
+@pytest.mark.parametrize("K", [1, 4])
+def test_loss_by_hand(loss_on, K):
+    model = tiny(K=K, loss_on=loss_on).double()
+    utterances = [utterance(5, 9, K), (*utterance(3, 5, K, seed=1), utterance(4, 6, K, seed=2))]
+    batch = batch_of(model, *utterances, width=90)
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(10):  # so that some are ranked first
+        optimizer.zero_grad()
+        model(*batch)[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        loss, stats = model(*batch)
+        expected = by_hand(model, *batch, loss_on)
+    torch.testing.assert_close(loss, torch.stack([x for _, x, _ in expected]).mean())
+    assert stats["loss"][1] == stats["c0_accuracy"][1] == 9 + 1 + 5 + 1
+    torch.testing.assert_close(stats["loss"][0], loss * 16)
+    for k in range(K):
+        of = [(x, first) for codebook, x, first in expected if codebook == k]
+        torch.testing.assert_close(stats["loss_by_codebook"][0][k], sum(x for x, _ in of))
+        assert stats["accuracy_by_codebook"][0][k] == sum(first for _, first in of)
+        assert stats["loss_by_codebook"][1][k] == stats["accuracy_by_codebook"][1][k] == len(of) == 14 + 2 * (k == 0)
+    assert stats["c0_accuracy"][0] == stats["accuracy_by_codebook"][0][0] > 0
+    others = {codebook for codebook, _, _ in expected} - set(range(K))
+    assert others == (set() if loss_on == "codebook" else {None})
+
+
+@pytest.mark.parametrize("loss_on", LOSSES)
+def test_gradients_by_hand(loss_on):
+    model = tiny(loss_on=loss_on).double()
+    batch = batch_of(model, utterance(5, 6), utterance(3, 4, seed=1))
+    expected = torch.autograd.grad(torch.stack([x for _, x, _ in by_hand(model, *batch, loss_on)]).mean(),
+                                   list(model.parameters()))  # fmt: skip
+    loss, _ = model(*batch)
+    loss.backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+        assert gradient.any()
+    untouched = ~model.embedding.grad.any(1)
+    tokens = set(batch[0].flatten().tolist())
+    c = model.config
+    if loss_on == "codebook":  # as a head it moves codes and end of speech, as an embedding what is read
+        learnt = {c.end_of_speech, *range(c.first_code, c.vocab_size)}
+        unread = {c.end_of_ai, 0}  # the last of a row, and padding
+        assert {i for i in range(c.vocab_size) if not untouched[i]} == learnt | tokens - unread
+    else:
+        assert not untouched.any()
+
+
+@pytest.mark.parametrize("loss_on", LOSSES)
+def test_right_padding_changes_nothing(loss_on):
+    model = tiny(loss_on=loss_on).double()
+    batch = [utterance(5, 9), utterance(3, 4, seed=1), utterance(8, 2, seed=2)]
+    results = []
+    for width in (0, 70):
+        model.zero_grad()
+        loss, _ = model(*batch_of(model, *batch, width=width))
+        loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*results)
+    (_, a), (_, b), (_, both) = (model(*batch_of(model, *u)) for u in (batch[:1], batch[1:], batch))
+    for name in ("loss_by_codebook", "accuracy_by_codebook", "c0_accuracy"):
+        for one, two, sum_of_them in zip(a[name], b[name], both[name], strict=True):
+            torch.testing.assert_close(torch.as_tensor(one + two), torch.as_tensor(sum_of_them))
+
+
+def test_prompts_are_heard_but_not_predicted():
+    model, (text, codes), (before, said) = tiny(loss_on="audio"), utterance(), utterance(3, 4, seed=1)
+    loss, stats = model(*batch_of(model, (text, codes, (before, said))))
+    assert stats["loss"][1] == len(codes) + 1 and stats["loss_by_codebook"][1].tolist() == [7, 6, 6, 6]
+    other, _ = model(*batch_of(model, (text, codes, (before, (said + 1) % 16))))
+    assert abs(loss - other) > 1e-4
+
+
+@torch.no_grad()
+def test_stops_that_are_missed():
+    model = tiny().eval()
+    batch = batch_of(model, utterance(), utterance(4, 3, seed=1))
+    c = model.config
+    states = model.backbone(model.embed(batch[0]))[:, :-1][batch[0][:, 1:, 0] == c.end_of_speech]
+    head = torch.cat([model.embedding[c.first_code :][:16], model.embedding[c.end_of_speech][None]])
+    for change, expected in ((0, int(((states @ head.T).argmax(-1) != 16).sum())), (states.mean(0) * 9, None)):
+        model.embedding[c.end_of_speech] += change
+        missed, count = model(*batch)[1]["stop_missed"]
+        assert count == 2 and (missed == expected or expected is None and missed < 2)
+    assert "stop_missed" not in model.train()(*batch)[1]
+
+
+@torch.no_grad()
+def test_frame_dropout_blanks_codes_in_training_only():
+    model, (text, codes), prompt = tiny(frame_dropout=1.0, loss_on="codebook"), utterance(), utterance(seed=1)
+
+    def loss_of_codebook_0(codes, prompt):
+        losses, counts = model(*batch_of(model, (text, codes, prompt)))[1]["loss_by_codebook"]
+        return losses[0]
+
+    other = codes.copy()
+    other[:, 1:] = (other[:, 1:] + 1) % 16
+    model.train()
+    assert loss_of_codebook_0(codes, prompt) == loss_of_codebook_0(other, prompt)
+    assert loss_of_codebook_0(codes, prompt) != loss_of_codebook_0(codes, (prompt[0], other))  # no prompt is blanked
+    model.eval()
+    assert loss_of_codebook_0(codes, prompt) != loss_of_codebook_0(other, prompt)
+    model.train().config.frame_dropout = 0.5
+    assert len({float(loss_of_codebook_0(codes, prompt)) for _ in range(9)}) > 1
+
+
+@pytest.mark.parametrize("loss_on", LOSSES)
+def test_nothing_to_learn(loss_on):
+    """A prompt and nothing after it: no target, but a gradient for every parameter, as DistributedDataParallel needs."""
+    model = tiny(loss_on=loss_on).train()
+    tokens, segment = batch_of(model, utterance())
+    loss, stats = model(tokens, torch.where(segment == AUDIO, PROMPT, 0))
+    loss.backward()
+    assert loss == 0 and stats["loss"][1] == 0 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_loss_of_every_target():
+    """What by-codebook statistics are made of: losses and ranks of multi_codebook_cross_entropy, before the mean."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 3, 8, requires_grad=True), torch.randn(3, 11, 8)
+    target = torch.randint(0, 11, (40, 3))
+    target[::5, 1] = IGNORE
+    loss, correct, each = models.multi_codebook_cross_entropy(hidden, weight, target, each=True)
+    logits = torch.einsum("nkd,kvd->nvk", hidden, weight)
+    torch.testing.assert_close(each, F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE))
+    assert torch.equal(correct, logits.argmax(1) == target) and not each.requires_grad
+    plain, count = models.multi_codebook_cross_entropy(hidden, weight, target)
+    assert torch.equal(plain, loss) and torch.equal(count, correct.sum(0))
+
+
+def test_initial_loss_is_near_ln_v():
+    meta = dict(codec=dict(n_codebooks=4, codebook_size=256), tokenizer=dict(vocab_size=300, bos_id=1, eos_id=2))
+    for loss_on, classes in (("all", 1334), ("audio", 1334), ("codebook", 256)):
+        torch.manual_seed(0)
+        model = models.build("kani", meta, dict(backbone="lfm2-1M", loss_on=loss_on, learning_rate=1.0, decoder="none"))
+        assert model.config.vocab_size == 1334 and model.config.text_bos == 1
+        loss, _ = model(*batch_of(model, utterance(9, 40, 4, 256), utterance(9, 40, 4, 256, seed=1)))
+        assert abs(loss.item() - math.log(classes)) < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generation
+
+
+def test_generation_keeps_to_the_grammar():
+    """Whatever is chosen: each codebook's turn offers its own codes, and end of speech where a frame would begin."""
+    model, (text, _) = tiny(), utterance()
+    for worst in (torch.argmax, torch.argmin):
+        offered = []
+
+        def choose(logits, seen=None, worst=worst, offered=offered):
+            offered.append(len(logits))
+            return worst(logits[:16])
+
+        frames, stopped = spoken_by(model, text, max_frames=5, choose=choose)
+        assert offered == [17, 16, 16, 16] * 5 and len(frames) == 5 and stopped is False
+        assert all(0 <= code < 16 for frame in frames for code in frame)
+
+
+def test_generation_ends_at_end_of_speech():
+    model, (text, codes) = tiny(), utterance(T=3)
+    assert spoken_by(model, text, max_frames=9, choose=choices(*codes.ravel(), 16)) == (codes.tolist(), True)
+    assert spoken_by(model, text, max_frames=3, choose=choices(*codes.ravel(), 16)) == (codes.tolist(), False)
+    assert spoken_by(model, text, choose=choices(16)) == ([], True)
+
+
+def test_what_was_spoken_is_told_by_codebook():
+    model, (text, codes), heard = tiny(), utterance(T=4), []
+    forced = choices(*codes.ravel(), 16)
+
+    def choose(logits, seen=None):
+        heard.append(seen.tolist())
+        return forced(logits)
+
+    spoken_by(model, text, utterance(4, 5, seed=3), choose=choose)  # what a prompt says has not been spoken
+    expected = [codes[:t, k].tolist() for t in range(4) for k in range(4)]
+    assert heard == [*expected, codes[:, 0].tolist()]
+
+
+def test_repetition_penalty_reaches_the_draw():
+    model, (text, _) = tiny(), utterance()
+    plain, _ = spoken_by(model, text, max_frames=40, choose=greedy)
+    varied, _ = spoken_by(model, text, max_frames=40, choose=models.sampler(temperature=0, repetition_penalty=5.0))
+    assert plain[0] == varied[0]
+    assert sum(len(set(c)) for c in zip(*varied, strict=True)) > sum(len(set(c)) for c in zip(*plain, strict=True))
+
+
+def test_generation_within_the_positions():
+    model, (text, codes) = tiny(backbone=dict(max_positions=30)), utterance(n=5)
+    frames, stopped = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3))
+    assert len(frames) == (30 - 11) // 4 and stopped is False
+    with pytest.raises(ValueError, match="text and prompt take 48 rows, the model has 30 positions"):
+        next(model.generate(text, (text, codes)))
+
+
+@torch.no_grad()
+def test_a_prompt_changes_the_voice():
+    model, (text, codes), (before, said) = tiny(), utterance(), utterance(3, 4, seed=1)
+    first = [spoken_by(model, text, p, max_frames=20, choose=greedy)[0]
+             for p in (None, (before, said), (before, (said + 1) % 16))]  # fmt: skip
+    assert first[0] != first[1] != first[2]
+    logits = []
+    model.layout = lambda *given, **how: model.config.layout(text, codes, (before, said), **how)
+    whole = model.teacher_forced_logits(text, codes)
+    model.layout = model.config.layout
+    forced = choices(*codes.ravel(), 16)
+    spoken_by(model, text, (before, said), choose=lambda x, seen: logits.append(x) or forced(x))
+    for x, y in zip(logits, whole.flatten(0, 1), strict=False):
+        torch.testing.assert_close(x, y[: len(x)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 3])
+def test_contract_holds(dtype, K):
+    model = tiny(K=K, backbone=dict(dropout=0.5)).to(dtype).train()
+    report = contract_check(model, *utterance(7, 12, K))
+    assert model.training and report["ln_v"] == math.log(17) and len(report["loss_at_shift"]) == 3
+    assert report["max_difference"] < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1}[dtype]
+    for T in (1, 2, 3):
+        contract_check(model, *utterance(2, T, K))
+
+
+def test_contract_holds_where_repeats_are_dropped():
+    """Generation may say a frame twice whatever training left out."""
+    text, codes = utterance(T=4)
+    contract_check(tiny(drop_repeats=True), text, np.repeat(codes, 3, 0))
+
+
+class ShiftedLayout(Kani):
+    """Start of speech is a frame's business in training, but not in generation."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layout = self.shifted
+
+    def shifted(self, text, codes=None, prompt=None, every=False):
+        tokens, segment = self.config.layout(text, codes, prompt, every)
+        return (tokens, segment) if codes is not None else (tokens[:-1], segment[:-1])
+
+
+class ForgetfulCache(Kani):
+    """Generation takes every row for the first."""
+
+    def generate(self, *args, **options):
+        forward = self.backbone.forward
+
+        def forget(x, cache=None):
+            if cache is not None and x.shape[1] == 1:
+                cache.used = 0
+            return forward(x, cache)
+
+        self.backbone.forward = forget
+        yield from super().generate(*args, **options)
+        self.backbone.forward = forward
+
+
+class ForgetfulConvolution(Kani):
+    """Short convolutions remember keys and values, so to say, but not what came in last."""
+
+    def generate(self, *args, **options):
+        forward = self.backbone.forward
+
+        def forget(x, cache=None):
+            if cache is not None and x.shape[1] == 1:
+                cache.memory = [m * (letter == "a") for m, letter in zip(cache.memory, "caca", strict=True)]
+            return forward(x, cache)
+
+        self.backbone.forward = forget
+        yield from super().generate(*args, **options)
+        self.backbone.forward = forward
+
+
+class WrongOffset(Kani):
+    """Generation offers the codes of the next codebook, teacher forcing those of the right one."""
+
+    def generate(self, *args, **options):
+        heads = self.heads
+        self.heads = lambda: heads().roll(1, 0)
+        yield from super().generate(*args, **options)
+        self.heads = heads
+
+
+@pytest.mark.parametrize("broken", [ShiftedLayout, ForgetfulCache, ForgetfulConvolution, WrongOffset])
+def test_contract_check_refuses(broken):
+    with pytest.raises(ValueError, match="check failed: generation and teacher forcing differ"):
+        contract_check(tiny(broken), *utterance(7, 12))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints, training, speaking
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model, path = tiny(loss_on="codebook", drop_repeats=True, first_special=33, vocab_size=120), tmp_path / "x.pt"
+    checkpoint = {"arch": "kani", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None}
+    models.save_checkpoint(path, checkpoint)
+    again = models.load_model(models.load_checkpoint(path))
+    assert isinstance(again, Kani) and again.config == model.config and not again.training
+    batch = batch_of(model, utterance())
+    assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
+    assert models.load_model(checkpoint, loss_on="all").config.loss_on == "all"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
+
+
+RUN = [
+    "--arch=kani", "--backbone={'n_layer': 2, 'n_head': 2, 'n_kv_head': 1, 'd_model': 32, 'd_ff': 48, 'layers': 'ca'}",
+    "--max_tokens=400", "--warmup_iters=2", "--log_interval=1", "--eval_interval=4", "--eval_samples=0", "--device=cpu",
+    "--lr_schedule=constant", "--learning_rate=0.01",
+]  # fmt: skip
+
+
+def run(data_dir, out_dir, *flags):
+    """Train in this process, give back last.pt and the lines of metrics.jsonl."""
+    flags = [*RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    train.main(configurator.configure(train.__file__, flags))
+    return models.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--loss_on=all"],
+    ["--loss_on=codebook", "--drop_repeats=True", "--frame_dropout=0.3", "--voice_prompt=0.5", "--muon=True",
+     "--dropout=0.1", "--sparse_embeddings=True", "--ema=0.9", "--gradient_accumulation_steps=2"],
+], ids=["plain", "everything"])  # fmt: skip
+def test_training_goes_on_bit_for_bit(tokens, tmp_path, flags):
+    whole, lines = run(tokens, tmp_path / "whole", "--max_iters=8", *flags)
+    run(tokens, tmp_path / "halves", "--max_iters=4", *flags)
+    again, lines_again = run(tokens, tmp_path / "halves", "--max_iters=8", "--init_from=resume", *flags)
+    same(whole, again)
+    assert exact(lines) == exact(lines_again) and len(lines) == 8
+    assert lines[-1]["val_loss"] < lines[3]["val_loss"] and len(lines[-1]["val_loss_by_codebook"]) == 3
+
+
+def test_it_learns_and_speaks(tokens, tmp_path):
+    _, lines = run(tokens, tmp_path, "--max_iters=80", "--eval_interval=40", "--loss_on=codebook", "--max_tokens=1500")
+    assert lines[-1]["val_loss"] < 1.0 and lines[-1]["val_stop_missed"] < 0.5
+    voice, files = Voice.from_checkpoint(tmp_path / "best.pt", "cpu"), TokenFiles(tokens, "train")
+    for i in range(3):
+        assert spoken_by(voice.model, files.text(i), choose=greedy) == (files.codes(i).tolist(), True)
+    wav = voice.say("one", temperature=0.0)
+    assert len(wav) == 4 * voice.codec.sample_rate / voice.codec.frame_rate and voice.stopped
+
+
+def test_dropped_repeats_stay_within_the_batch(tokens):
+    """Batches are planned by `length`, which counts what is dropped."""
+    files = TokenFiles(tokens, "train")
+    files._codes = np.repeat(np.asarray(files._codes)[::2], 2, 0)  # every frame twice
+    model = models.build("kani", files.meta, dict(backbone=STACK, drop_repeats=True))
+    batches = Batches(files, model.layout, model.length, 200, 64, voice_prompt=0.5, max_rows=model.max_rows)
+    assert all(math.prod(segment.shape) <= 200 and model(tokens, segment)[0].isfinite()
+               for tokens, segment in itertools.islice(iter(batches), 8))  # fmt: skip
