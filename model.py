@@ -1026,7 +1026,7 @@ class Kani(nn.Module):
         codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: of none
         x = self.embed(tokens)
         if self.training and c.frame_dropout:
-            blank = spoken & (codebook >= 0) & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
+            blank = spoken & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
             x = x.masked_fill(put(blank.view(segment.shape), device)[..., None], 0)
         hidden = self.backbone(x).flatten(0, 1)
 

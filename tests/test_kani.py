@@ -74,8 +74,9 @@ greedy = models.sampler(temperature=0)
 
 
 def lfm2_name(name):
-    words = {"^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm", "^backbone": "model",
-             "attn_norm": "operator_norm", "mlp_norm": "ffn_norm", r"\.attn\.o_proj": ".self_attn.out_proj",
+    words = {"^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm",
+             "^backbone": "model", "attn_norm": "operator_norm", "mlp_norm": "ffn_norm",
+             r"\.attn\.o_proj": ".self_attn.out_proj",
              r"\.attn\.([qkv])_proj": r".self_attn.\1_proj", r"\.attn\.([qk])_norm": r".self_attn.\1_layernorm",
              r"\.attn\.(in|out)_proj": r".conv.\1_proj", r"\.attn\.taps": ".conv.conv.weight",
              r"mlp\.gate_proj": "feed_forward.w1", r"mlp\.up_proj": "feed_forward.w3",
@@ -355,7 +356,7 @@ def test_frame_dropout_blanks_codes_in_training_only():
 
 @pytest.mark.parametrize("loss_on", LOSSES)
 def test_nothing_to_learn(loss_on):
-    """A prompt and nothing after it: no target, but a gradient for every parameter, as DistributedDataParallel needs."""
+    """A prompt alone: no target, but every parameter has a gradient, as DistributedDataParallel needs it."""
     model = tiny(loss_on=loss_on).train()
     tokens, segment = batch_of(model, utterance())
     loss, stats = model(tokens, torch.where(segment == AUDIO, PROMPT, 0))
