@@ -45,7 +45,8 @@ def supposed_batch(cfg, meta, model):
     if rows > min(model.max_rows, cfg.max_tokens):
         frames = max(1, frames * min(model.max_rows, cfg.max_tokens) // rows - USUAL_TEXT)
     count = max(1, min(cfg.max_batch, cfg.max_tokens // int(model.length(USUAL_TEXT, frames))))
-    tokens, segment = model.layout(np.ones(USUAL_TEXT, np.int64), np.ones((frames, codec["n_codebooks"]), np.int64))
+    codes = np.arange(frames)[:, None].repeat(codec["n_codebooks"], 1) % 2  # no frame like the one before it
+    tokens, segment = model.layout(np.ones(USUAL_TEXT, np.int64), codes)
     batch = [torch.from_numpy(a)[None].repeat(count, *[1] * a.ndim) for a in (tokens, segment)]
     if model.reference:
         reference = codec["reference"]

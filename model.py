@@ -981,7 +981,8 @@ class Kani(nn.Module):
 
     causal = True  # frames are made one after the other
     reference = False  # a voice is cloned from a prompt, not from the features of a recording
-    draw = dict(temperature=0.6, top_k=0, top_p=0.95, repetition_penalty=1.1)  # as its authors sample
+    # as its authors sample; that of top_k, which they do not name, is transformers' own
+    draw = dict(temperature=0.6, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
     def __init__(self, config):
         super().__init__()
@@ -1025,7 +1026,7 @@ class Kani(nn.Module):
         codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: of none
         x = self.embed(tokens)
         if self.training and c.frame_dropout:
-            blank = spoken & (codebook >= 0) & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
+            blank = spoken & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
             x = x.masked_fill(put(blank.view(segment.shape), device)[..., None], 0)
         hidden = self.backbone(x).flatten(0, 1)
 

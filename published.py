@@ -358,6 +358,8 @@ def main(cfg):
     if cfg.command != "export" or not cfg.ckpt or not cfg.out_dir:
         raise ValueError("what to write, and where? python model.py export --ckpt=out/x/best.pt --out_dir=hub/x")
     model = from_pretrained(cfg.ckpt)
+    for name in lora.adapters(model):
+        lora.merge(model, name)
     note = export(model, cfg.out_dir)
     print(f"{cfg.out_dir} is written for transformers; {note}")
 
