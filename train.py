@@ -61,9 +61,19 @@ decoder: str | dict = "llama-300K"  # the depth decoder, likewise
 decoder_fraction = 0.0625  # share of the frames the depth decoder trains on
 decoder_loss_weight = 1.0  # of the depth decoder's loss beside the backbone's
 frame_dropout = 0.0  # share of the input frames blanked, so that the text has to be read
+n_latents = 32  # XTTS: what is read off a recording of the voice
+conditioning_layers = 6  # XTTS: of the encoder that listens to it
+perceiver_layers = 2  # XTTS: of what reads the latents off that
+perceiver_heads = 8  # XTTS: of its attention
+chunk_seconds = 4.0  # XTTS: a longer recording is heard in chunks, and the mean of their latents taken; 0: whole
+text_positions = 404  # XTTS: text ids, with 2 marks around them
+code_positions = 608  # XTTS: frames, with 5 marks around them
+text_loss_weight = 0.01  # XTTS: of the text's loss beside that of the codes
+hide_text_stop = False  # XTTS: train with the mark behind the text out of sight, as XTTS-v2 was; it speaks with it
 dropout: float | None = None  # on what each layer adds; None: as backbone and decoder say
 recompute: bool | None = None  # make activations again in backward instead of keeping them; None: likewise
-freeze = []  # regular expressions; parameters in whose name one of them is found stay as they are
+freeze: list | None = None  # regular expressions: parameters so named stay as they are; None: as the family advises
+# where few utterances continue trained weights (XTTS: under 3,000), else nothing
 # batches
 max_tokens = 8192  # most rows of a micro-batch, padding included
 max_batch = 64  # most utterances of a micro-batch
@@ -112,7 +122,8 @@ seed = 1337  # of the initial weights, the order of the data, dropout
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 SCHEDULES = ("multistep", "cosine", "linear", "constant")
-HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "dropout", "recompute")  # may change in a run
+HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "chunk_seconds", "text_loss_weight")
+HABITS += ("hide_text_stop", "dropout", "recompute")  # may change in a run
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RUN_FILES = ("best.pt", "last.pt", "ckpt_*.pt", "metrics.jsonl", "samples/*.wav")
 
@@ -196,6 +207,16 @@ def starting_point(cfg, codec, meta):
     model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
     load_weights(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
     return model, checkpoint
+
+
+def freezing(cfg, model, utterances, checkpoint=None):
+    """The patterns of what stays as it is: cfg.freeze, or for None the family's choice where so many utterances
+    continue trained weights. A resumed run keeps to its own."""
+    if cfg.freeze is not None or cfg.init_from == "scratch":
+        return cfg.freeze or []
+    if checkpoint and cfg.init_from == "resume":
+        return checkpoint["config"]["freeze"]
+    return model.small_set_freeze(utterances) if hasattr(model, "small_set_freeze") else []
 
 
 def freeze_parameters(model, patterns):
@@ -328,7 +349,11 @@ def train(cfg, rank, world, device, received):
 
     # model, optimizer, batches
     model, checkpoint = starting_point(cfg, codec, meta)
-    freeze_parameters(model, cfg.freeze)
+    patterns = freezing(cfg, model, len(files), checkpoint)
+    if patterns and cfg.freeze is None:
+        say(f"{len(files):,} utterances are few to go on with: freeze={patterns!r}; --freeze=[] trains everything")
+    cfg.freeze = patterns
+    freeze_parameters(model, patterns)
     model, codec = model.to(device), codec.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema else None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -542,7 +567,11 @@ def main(cfg):
     check(cfg, world, device)
     if cfg.dry_run:
         recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
-        return budget.dry_run(cfg, recipe, lambda model: freeze_parameters(model, cfg.freeze), DTYPES[cfg.dtype])
+
+        def prepare_model(model, utterances):
+            freeze_parameters(model, freezing(cfg, model, utterances))
+
+        return budget.dry_run(cfg, recipe, prepare_model, DTYPES[cfg.dtype])
     if device.type == "cpu":
         keep_memory()
     if world > 1:
