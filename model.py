@@ -1183,15 +1183,20 @@ def build(arch, meta, options):
         raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names = {f.name for f in fields(config) if f.init}
+    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names}))
+
+
+def facts(meta):
+    """What a token folder's meta.json says of a model that is to learn from it: fields of configs, as a dict."""
     codec, tokenizer = meta["codec"], meta["tokenizer"]
-    given = dict(
+    known = dict(
         text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
         n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
     )  # fmt: skip
     if reference := codec.get("reference"):
         rate = codec["frame_rate"] * reference["rows_per_frame"]
-        given |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
-    return model(config(**{k: v for k, v in {**given, **options}.items() if k in names}))
+        known |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
+    return known
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):

@@ -179,7 +179,7 @@ def get_lr(step, cfg):
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
-def starting_point(cfg, codec, meta):
+def starting_point(cfg, codec, meta, say=print):
     """The model init_from asks for, on the CPU, and the checkpoint of ours it is from, or None.
 
     Raises FileNotFoundError, and ValueError where the weights are not of this codec, tokenizer or kind of model.
@@ -196,7 +196,7 @@ def starting_point(cfg, codec, meta):
         raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
     habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
     if not resume and published.is_published(path):
-        return published.start(path, cfg.arch, meta, habits), None
+        return published.start(path, cfg.arch, meta, habits, say), None
     checkpoint = load_checkpoint(path)
     if resume and not checkpoint["train"]:
         raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
@@ -351,7 +351,7 @@ def train(cfg, rank, world, device, received):
         tokenizer = load_tokenizer(meta["tokenizer"]["kind"], f.read())
 
     # model, optimizer, batches
-    model, checkpoint = starting_point(cfg, codec, meta)
+    model, checkpoint = starting_point(cfg, codec, meta, say)
     patterns = freezing(cfg, model, len(files), checkpoint)
     if patterns and cfg.freeze is None:
         say(f"{len(files):,} utterances are few to go on with: freeze={patterns!r}; --freeze=[] trains everything")

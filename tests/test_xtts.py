@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import configurator
 import model as models
+import published
 import train
 from codec import load_codec
 from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
 from metrics import read_metrics
-from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check, load_checkpoint
+from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check, from_pretrained, load_checkpoint
 from sample import Voice
 
 GPT2 = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **models.GPT2)
@@ -379,12 +382,11 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
+def write_tokens(folder, V, n_mels):
     """A token folder of two voices: each word is four codes that follow from it, its features the voice's own."""
-    folder, rng = tmp_path_factory.mktemp("xtts") / "tokens", np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(WORDS)], 300, ["[a]", "[b]"]))
-    codec = load_codec("mel", n_codebooks=1, codebook_size=16, sample_rate=4000, n_mels=20, dims=16)
+    codec = load_codec("mel", n_codebooks=1, codebook_size=V, sample_rate=4000, n_mels=n_mels, dims=16)
     codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(0))])
     silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
     with TokenWriter(folder, references=True) as w:
@@ -392,7 +394,7 @@ def tokens(tmp_path_factory):
             spoken = rng.integers(0, 4, rng.integers(1, 4))
             codes = 4 * np.repeat(spoken, 4)[:, None] + np.tile(np.arange(4), len(spoken))[:, None]
             text = f"[{'ab'[i % 2]}]" + " ".join(WORDS[j] for j in spoken)
-            heard = rng.standard_normal((len(codes) * len(silence), 20)) + i % 2
+            heard = rng.standard_normal((len(codes) * len(silence), n_mels)) + i % 2
             w.add("train" if i < 30 else "val", f"u{i}", tokenizer.encode(text), codes, i % 2, heard)
         w.file("tokenizer.model", tokenizer.model)
         codec.save(w.partial)
@@ -402,6 +404,11 @@ def tokens(tmp_path_factory):
         w.finish({"codec": {**described, "reference": reference}, "tokenizer": tokenizer.describe(),
                   "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("xtts") / "tokens", 16, 20)
 
 
 def run(data_dir, out_dir, *flags):
@@ -416,8 +423,8 @@ def same_weights(a, b):
     return {name for name in a["model"] if torch.equal(a["model"][name], b["model"][name])}
 
 
-@pytest.mark.parametrize("flags", [(), ("--voice_prompt=0.5", "--frame_dropout=0.3", "--muon=True", "--ema=0.9")])
-def test_a_run_goes_on_as_if_it_had_not_stopped_and_speaks(tokens, tmp_path, flags):
+def test_a_run_goes_on_as_if_it_had_not_stopped_and_speaks(tokens, tmp_path):
+    flags = ["--voice_prompt=0.5", "--frame_dropout=0.3", "--dropout=0.1", "--muon=True", "--ema=0.9"]
     whole, lines = run(tokens, tmp_path / "whole", "--max_iters=6", *flags)
     run(tokens, tmp_path / "half", "--max_iters=4", "--lr_decay_iters=6", *flags)
     again, rest = run(tokens, tmp_path / "half", "--max_iters=6", "--lr_decay_iters=6", "--init_from=resume", *flags)
@@ -470,3 +477,264 @@ def test_data_without_recordings_is_refused(tokens, tmp_path):
     del files.meta["codec"]["reference"]
     with pytest.raises(ValueError, match="make it again with prepare.py --references=True"):
         Batches(files, model.layout, model.length, 400, 8, reference=(3, 6))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the released model
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "xtts_gpt.safetensors")
+WEIGHTS = {key.removeprefix("weights."): w for key, w in GOLDEN.items() if key.startswith("weights.")}
+LAYOUT = next(layout for layout in published.LAYOUTS if layout.arch == "xtts")
+
+
+def write(folder, before="gpt.", more=(), **args):
+    """The golden weights as model.pth and config.json have them; returns the folder."""
+    tensors = {**{before + key: w for key, w in WEIGHTS.items()}, **dict(more)}
+    torch.save({"model": tensors, "config": {}, "step": 3}, folder / "model.pth")
+    args = {"gpt_n_heads": 2, "gpt_start_text_token": 37, "gpt_stop_text_token": None, **args}
+    (folder / "config.json").write_text(json.dumps({"model_args": args}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The golden model, in double precision: one part in 10^7 of its input moves its conditioning by 1e-4."""
+    return from_pretrained(write(tmp_path_factory.mktemp("released")), hide_text_stop=True).double()
+
+
+@pytest.fixture
+def conditioned(released, monkeypatch):
+    """It, with what the original's conditioning gave, whose rounding need not be compared again."""
+    monkeypatch.setattr(released.conditioning, "forward", lambda reference: golden("out.cond_latents"))
+    return released
+
+
+def golden(name):
+    x = GOLDEN[name]
+    return x.double() if x.is_floating_point() else x
+
+
+def golden_batch(model):
+    """in.* laid out: tokens, segment, reference."""
+    rows = []
+    for text, n, codes, samples in zip(*(GOLDEN[f"in.{name}"] for name in (
+        "text", "text_lengths", "audio_codes", "wav_lengths")), strict=True):  # fmt: skip
+        rows.append((text[:n].numpy(), codes[: math.ceil(samples / 1024), None].numpy(), torch.zeros(1)))
+    return *batch_of(model, *rows)[:2], golden("in.cond_mels")[:, 0].mT
+
+
+def close(ours, theirs):
+    """Within 1e-4 of the largest entry."""
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-4 * max(1, theirs.abs().max())
+
+
+def test_conditioning_equals_the_original(released):
+    reference = golden("in.cond_mels")[:, 0].mT
+    close(released.conditioning.encode(reference).mT, golden("out.cond_encoder"))
+    close(released.conditioning(reference), golden("out.cond_latents"))
+
+
+def test_training_equals_the_original(released):
+    """Losses, and gradients: of these two have to go through the ill-conditioned encoder, and those of the original, in
+    single precision, are right to half a percent."""
+    released.zero_grad()
+    loss, stats = released(*golden_batch(released))
+    loss.backward()
+    assert means(stats)["text_loss"].item() == pytest.approx(GOLDEN["out.loss_text"].item(), abs=1e-5)
+    assert means(stats)["loss_by_codebook"].item() == pytest.approx(GOLDEN["out.loss_mel"].item(), abs=1e-5)
+    theirs, met = {key.removeprefix("grad."): golden(key) for key in GOLDEN if key.startswith("grad.")}, set()
+    for name, p in released.named_parameters():
+        (key,), make = LAYOUT.source(name, released.config)
+        if key in theirs:
+            expected = make(theirs[key])
+            far = 1e-2 if key.startswith("conditioning") else 1e-4
+            assert (p.grad - expected).abs().max() < far * expected.abs().max(), name
+            met.add(key)
+    assert met == set(theirs)
+
+
+@torch.no_grad()
+def test_training_sees_what_the_original_sees(conditioned):
+    """Embeddings of the rows that are not hidden, targets, and the logits at each of them."""
+    states, (tokens, segment, reference) = [], golden_batch(conditioned)
+    hook = conditioned.final_norm.register_forward_hook(lambda module, inputs, output: states.append(output))
+    conditioned(tokens, segment, reference)
+    hook.remove()
+    for part, kind, state, head in (("text", TEXT, states[0], conditioned.text_head),
+                                    ("mel", AUDIO, states[1], conditioned.code_head)):  # fmt: skip
+        targets, logits = golden(f"out.{part}_targets"), golden(f"out.{part}_logits").mT
+        first = int(part == "text")  # the start of a text is no target
+        ours = torch.cat([t[k == kind][first:, 0] for t, k in zip(tokens, segment, strict=True)])
+        assert torch.equal(ours, targets[targets >= 0])
+        close(head(state), logits[targets >= 0])
+    rows = conditioned.embed(golden("out.cond_latents"), tokens, segment)
+    for row, kind, theirs, seen in zip(
+        rows, segment, golden("out.inputs_embeds"), GOLDEN["out.attention_mask"], strict=True
+    ):
+        stop, last = 32 + int((kind == TEXT).sum()) - 1, 32 + int((kind > 0).sum()) - 1  # rows that only we have
+        close(torch.cat([row[:stop], row[stop + 1 : last]]), theirs[seen.bool()])
+
+
+@torch.no_grad()
+def test_the_span_that_was_heard_is_ignored_as_in_the_original(conditioned):
+    """There in the last row only, and in units of 256 samples; here it is whatever data.py says."""
+    tokens, segment, reference = golden_batch(conditioned)
+    for row, kind, theirs in zip(tokens, segment, golden("cidx.mel_targets"), strict=True):
+        frames = (kind == AUDIO).nonzero()[:, 0]
+        kind[frames[theirs[: len(frames)] < 0]] = PROMPT
+        assert row[kind == AUDIO, 0].tolist() == theirs[theirs >= 0].tolist()
+    stats = means(conditioned(tokens, segment, reference)[1])
+    assert stats["text_loss"].item() == pytest.approx(GOLDEN["cidx.loss_text"].item(), abs=1e-5)
+    assert stats["loss_by_codebook"].item() == pytest.approx(GOLDEN["cidx.loss_mel"].item(), abs=1e-5)
+
+
+def test_latents_equal_the_original(released):
+    text, heard = GOLDEN["in.text"][0].numpy(), golden("in.cond_mels")[0, 0].mT
+    close(released.latents(text, GOLDEN["latent.codes"].mT, heard), golden("latent.out")[0])
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_the_original(released):
+    """The original did not stop, so that its marks count as codes here: ours are two classes behind them."""
+    text, heard = GOLDEN["in.text"][0].numpy(), golden("in.cond_mels")[0, 0].mT
+    codes, logits = GOLDEN["gen.codes"][0].tolist(), golden("gen.logits")[0]
+    state, config = released.state_dict(), {**asdict(released.config), "codebook_size": 34}
+    for name, value in (("code_head.weight", 0.0), ("code_head.bias", -1e4)):
+        more = torch.full_like(state[name][:2], value)
+        state[name] = torch.cat([state[name], more])
+    state["code_embedding.weight"] = torch.cat([state["code_embedding.weight"], state["code_embedding.weight"][32:]])
+    model = XTTS(XTTSConfig(**{k: v for k, v in config.items() if k != "arch"})).double()
+    models.load_weights(model, state)
+    heads = []
+
+    def choose(scores, seen=None):
+        heads.append(scores[:34])
+        return scores.argmax(-1)
+
+    assert speak(model, text, heard, choose=choose, max_frames=12) == (codes, False)
+    close(torch.stack(heads), logits)
+    close(released.teacher_forced_logits(text, GOLDEN["gen.codes"].mT.numpy(), heard)[:-1, 0], logits)
+
+
+def sheet():
+    """The tensors of model.pth's GPT, {key: shape}, as the published model has them."""
+    D = 1024
+    vector, dense = {"weight": (D,), "bias": (D,)}, {"weight": (D, D), "bias": (D,)}
+    parts = {
+        "text_embedding": {"weight": (6681, D)}, "text_head": {"weight": (6681, D), "bias": (6681,)},
+        "mel_embedding": {"weight": (1026, D)}, "mel_head": {"weight": (1026, D), "bias": (1026,)},
+        "text_pos_embedding.emb": {"weight": (404, D)}, "mel_pos_embedding.emb": {"weight": (608, D)},
+        "gpt.ln_f": vector, "final_norm": vector,
+        "conditioning_encoder.init": {"weight": (D, 80, 1), "bias": (D,)},
+        "conditioning_perceiver": {"latents": (32, D), "norm.gamma": (D,)},
+    }  # fmt: skip
+    for i in range(30):
+        parts |= {f"gpt.h.{i}.ln_1": vector, f"gpt.h.{i}.ln_2": vector, f"gpt.h.{i}.attn.c_proj": dense}
+        parts[f"gpt.h.{i}.attn.c_attn"] = {"weight": (D, 3 * D), "bias": (3 * D,)}
+        parts[f"gpt.h.{i}.mlp.c_fc"] = {"weight": (D, 4 * D), "bias": (4 * D,)}
+        parts[f"gpt.h.{i}.mlp.c_proj"] = {"weight": (4 * D, D), "bias": (D,)}
+    for i in range(6):
+        parts |= {f"conditioning_encoder.attn.{i}.norm": vector}
+        parts[f"conditioning_encoder.attn.{i}.qkv"] = {"weight": (3 * D, D, 1), "bias": (3 * D,)}
+        parts[f"conditioning_encoder.attn.{i}.proj_out"] = {"weight": (D, D, 1), "bias": (D,)}
+    for i in range(2):
+        parts[f"conditioning_perceiver.layers.{i}.0"] = {
+            "to_q.weight": (512, D), "to_kv.weight": (1024, D), "to_out.weight": (D, 512)}  # fmt: skip
+        parts[f"conditioning_perceiver.layers.{i}.1.0"] = {"weight": (5460, D), "bias": (5460,)}
+        parts[f"conditioning_perceiver.layers.{i}.1.2"] = {"weight": (D, 2730), "bias": (D,)}
+    return {f"{part}.{name}": shape for part, names in parts.items() for name, shape in names.items()}
+
+
+def test_published_sizes():
+    shapes = sheet()
+    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (426, 441_018_563)
+    config = XTTSConfig(**LAYOUT.sizes(shapes, {}))
+    assert config == XTTSConfig(6681, 1024, "gpt2-xtts", 261, 0) and config.max_frames == 603
+    with torch.device("meta"):
+        own = XTTS(config).state_dict()
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    plan = {name: LAYOUT.source(name, config) for name in own}
+    published.check(plan, own, tensors, LAYOUT, "model.pth")
+    assert sum(w.numel() for w in own.values()) == 441_018_563
+
+
+OTHERS = {"hifigan_decoder.waveform_decoder.conv_pre.weight": torch.zeros(2), "mel_stats": torch.zeros(80)}
+
+
+@pytest.mark.parametrize("before, more", [
+    ("gpt.", OTHERS),
+    ("gpt.", {"gpt.gpt_inference.transformer.h.0.ln_1.weight": torch.zeros(32), "gpt.gpt.wte.weight": torch.zeros(40)}),
+    ("xtts.gpt.", {**{f"xtts.{key}": w for key, w in OTHERS.items()}, "dvae.decoder.0.weight": torch.zeros(3),
+                   "torch_mel_spectrogram_style_encoder.mel_norms": torch.zeros(80)}),
+])  # fmt: skip
+def test_files_of_all_kinds(released, tmp_path, before, more):
+    model = from_pretrained(write(tmp_path, before, more))
+    assert not model.config.hide_text_stop and model.config.text_bos == 37 and model.config.text_eos == 0
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, released.state_dict()[name].float()), name
+
+
+def test_what_the_file_has_too_much_or_too_little(tmp_path):
+    with pytest.raises(ValueError, match="model.pth holds clvp.weight, which the family 'xtts' does not have"):
+        from_pretrained(write(tmp_path, more={"clvp.weight": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"conditioning_encoder.init.weight \(32, 80\) does not give"):
+        from_pretrained(write(tmp_path, more={"gpt.conditioning_encoder.init.weight": torch.zeros(32, 80)}))
+
+
+def released_meta(ids=40, bands=80):
+    codec = dict(n_codebooks=1, codebook_size=32, frame_rate=22050 / 1024,
+                 reference=dict(rows_per_frame=4, silence=[0.0] * bands))  # fmt: skip
+    return dict(codec=codec, tokenizer=dict(vocab_size=ids, bos_id=37, eos_id=0))
+
+
+def test_a_larger_vocabulary_grows_the_tables(tmp_path):
+    """Old rows stay; new ones are near their mean, none like another, and everything else is as it was."""
+    said = []
+    torch.manual_seed(0)
+    old = published.start(write(tmp_path), "xtts", released_meta(), {}, said.append)
+    new = published.start(tmp_path, "xtts", released_meta(45), {"dropout": 0.1}, said.append)
+    assert len(said) == 1 and "5 text ids more than its 40" in said[0]
+    assert new.training and new.config.text_vocab_size == 45 and new.config.backbone.dropout == 0.1
+    for name, w in new.state_dict().items():
+        before = old.state_dict()[name]
+        assert torch.equal(w[: len(before)], before)
+        if name in LAYOUT.tables:
+            assert len(w) == 45 and len(w[40:].unique(dim=0)) == 5
+            assert ((w[40:] - before.mean(0)).abs() < 0.05 * before.std(0)).all()
+        else:
+            assert len(w) == len(before)
+    text, codes, _ = utterance(5, 9)
+    heard = golden("in.cond_mels")[0, 0].mT.float()
+    assert torch.equal(new.eval().latents(text, codes, heard), old.eval().latents(text, codes, heard))
+    contract_check(new, np.array([44, 3]), codes, reference=heard)
+
+
+@pytest.mark.parametrize("meta, message", [
+    (released_meta(39), "knows 40 text ids, the data have 39"),
+    (released_meta(bands=64), "reads 80 features of a recording, the data have 64"),
+])  # fmt: skip
+def test_data_that_do_not_fit_the_weights(tmp_path, meta, message):
+    with pytest.raises(ValueError, match=message):
+        published.start(write(tmp_path), "xtts", meta, {}, print)
+
+
+def test_the_released_model_learns_new_words(tmp_path, capsys):
+    """train.py goes on from a folder as it was downloaded, with a larger vocabulary and the freeze of small sets."""
+    folder = tmp_path / "xtts-v2"
+    folder.mkdir()
+    write(folder)
+    torch.save(torch.ones(80), folder / "mel_stats.pth")
+    torch.save({"anna": {"gpt_cond_latent": torch.zeros(1, 32, 32)}}, folder / "speakers_xtts.pth")
+    torch.save({"decoder.0.weight": torch.zeros(2)}, folder / "dvae.pth")
+    data = write_tokens(tmp_path / "tokens", 32, 80)
+    last, lines = run(data, tmp_path / "out", "--max_iters=2", f"--init_from={folder}", "--text_loss_weight=0.5")
+    said = capsys.readouterr().out
+    ids = TokenFiles(data, "train").meta["tokenizer"]["vocab_size"]
+    assert f"{ids - 40} text ids more than its 40" in said and "30 utterances are few" in said
+    assert len(last["model"]["text_head.bias"]) == last["model_config"]["text_vocab_size"] == ids
+    assert last["model_config"]["text_bos"] == 1 and last["model_config"]["text_loss_weight"] == 0.5
+    fresh = from_pretrained(folder).state_dict()
+    left = {name for name, w in fresh.items() if torch.equal(w, last["model"][name][: len(w)])}
+    assert left == {name for name in fresh if name.startswith("conditioning.")}
+    again, more = run(data, tmp_path / "out", "--max_iters=3", "--init_from=resume", "--text_loss_weight=0.5")
+    assert len(more) == 3 and more[:2] == lines
