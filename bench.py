@@ -416,6 +416,8 @@ LOSS_SIZES = {
     "csm-16384": (31, 2051, 1024, 16384, False),
     "valle": (8, 1025, 1024, 32768, True),
     "kani": (1, 80538, 1024, 8192, False),
+    "kani-512": (1, 80538, 1024, 512, False),  # the tokens of 128 frames, each against the whole vocabulary
+    "kani-512-codebook": (4, 4033, 1024, 128, False),  # the same against their own codebooks
 }
 LOSSES = ("ours", "eager", "compiled", "torch chunked", "liger", "cut cross-entropy")
 HOLDS = {"eager": 3, "compiled": 2}  # so many times all logits, in the type they are in: what of it has to fit

@@ -10,6 +10,7 @@
 Letters in shapes: B batch, S rows, C columns.
 """
 
+import math
 import os
 from collections import defaultdict
 
@@ -45,7 +46,8 @@ def supposed_batch(cfg, meta, model):
     if rows > min(model.max_rows, cfg.max_tokens):
         frames = max(1, frames * min(model.max_rows, cfg.max_tokens) // rows - USUAL_TEXT)
     count = max(1, min(cfg.max_batch, cfg.max_tokens // int(model.length(USUAL_TEXT, frames))))
-    tokens, segment = model.layout(np.ones(USUAL_TEXT, np.int64), np.ones((frames, codec["n_codebooks"]), np.int64))
+    codes = np.arange(frames)[:, None].repeat(codec["n_codebooks"], 1) % 2  # no frame like the one before it
+    tokens, segment = model.layout(np.ones(USUAL_TEXT, np.int64), codes)
     batch = [torch.from_numpy(a)[None].repeat(count, *[1] * a.ndim) for a in (tokens, segment)]
     if model.reference:
         reference = codec["reference"]
@@ -81,7 +83,8 @@ def gigabytes(n):
 
 
 def dry_run(cfg, recipe, prepare_model, dtype):
-    """Print what the run of `cfg` will take. recipe: prepare.py's keys; prepare_model(model): freezes and the like.
+    """Print what the run of `cfg` will take. recipe: prepare.py's keys; prepare_model(model, utterances): freezes
+    and the like.
 
     Raises ValueError as the run itself would for keys that cannot be.
     """
@@ -91,7 +94,7 @@ def dry_run(cfg, recipe, prepare_model, dtype):
     rate, world = meta["codec"]["frame_rate"], int(os.environ.get("WORLD_SIZE", 1))
     with torch.device("meta"):
         model = build(cfg.arch, meta, vars(cfg)).train()
-        prepare_model(model)
+        prepare_model(model, len(files) if files else math.inf)
 
     # parameters, and what comes with them
     parts = defaultdict(lambda: np.zeros(5))  # parameters, trained; bytes of weights, gradients, optimizer

@@ -6,6 +6,7 @@ One transformer is there for every family; what a family adds is how the K codeb
            the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
     Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, which is the
            embedding once more, predicts the next token.
+    XTTS   the GPT of XTTS-v2: K = 1. Latents read off a recording of the voice stand before text and codes.
     VallE  VALL-E v2: all K codebooks at once from one hidden state, frame by frame or, masked, all frames in a few
            rounds.
 
@@ -983,7 +984,8 @@ class Kani(nn.Module):
 
     causal = True  # frames are made one after the other
     reference = False  # a voice is cloned from a prompt, not from the features of a recording
-    draw = dict(temperature=0.6, top_k=0, top_p=0.95, repetition_penalty=1.1)  # as its authors sample
+    # as its authors sample; that of top_k, which they do not name, is transformers' own
+    draw = dict(temperature=0.6, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
     def __init__(self, config):
         super().__init__()
@@ -1027,7 +1029,7 @@ class Kani(nn.Module):
         codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: of none
         x = self.embed(tokens)
         if self.training and c.frame_dropout:
-            blank = spoken & (codebook >= 0) & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
+            blank = spoken & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
             x = x.masked_fill(put(blank.view(segment.shape), device)[..., None], 0)
         hidden = self.backbone(x).flatten(0, 1)
 
@@ -1113,6 +1115,300 @@ class Kani(nn.Module):
                 frames[t, k] = code
                 x = heads[k, code].view(1, 1, -1)
             yield frames[t]
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# XTTS
+
+
+@dataclass
+class XTTSConfig:
+    """Sizes of an XTTS, those of XTTS-v2 unless said, and how it trains. `text_bos` and `text_eos` wrap every text."""
+
+    text_vocab_size: int
+    codebook_size: int
+    backbone: TransformerConfig
+    text_bos: int
+    text_eos: int
+    n_codebooks: int = 1
+    reference_bands: int = 80  # features of a row of the reference
+    reference_rate: float = 22050 / 256  # its rows in a second
+    text_positions: int = 404
+    code_positions: int = 608
+    n_latents: int = 32
+    conditioning_layers: int = 6
+    perceiver_layers: int = 2
+    perceiver_heads: int = 8
+    chunk_seconds: float = 4.0  # see XTTS.hear
+    text_loss_weight: float = 0.01  # of the text's loss beside that of the codes
+    hide_text_stop: bool = False  # as XTTS-v2 was trained, see XTTS.forward
+    frame_dropout: float = 0.0  # share of the input codes blanked in training, so that the text has to be read
+    dropout: float | None = None  # of the backbone; None: what it says
+    recompute: bool | None = None  # gradient checkpointing, likewise
+    arch: str = field(default="xtts", init=False)
+
+    STOPS = 4  # stop codes that a recording ends with
+
+    def __post_init__(self):
+        habits = {k: v for k, v in (("dropout", self.dropout), ("recompute", self.recompute)) if v is not None}
+        positions = self.n_latents + self.text_positions + self.code_positions
+        self.backbone = transformer_config(self.backbone, max_positions=positions, **habits)
+        self.start_code, self.stop_code = self.codebook_size, self.codebook_size + 1
+        if self.n_codebooks != 1:
+            raise ValueError(f"an XTTS speaks in one codebook, the codec has {self.n_codebooks}: take n_codebooks = 1")
+        if min(self.text_bos, self.text_eos) < 0:
+            raise ValueError("an XTTS needs a tokenizer that has ids for the begin and the end of a text")
+
+    @property
+    def max_frames(self):
+        return self.code_positions - 1 - self.STOPS
+
+    def stop_frame(self):
+        """The frame (1,) that ends an utterance."""
+        return np.array([self.stop_code])
+
+    def layout(self, text, codes=None, prompt=None):
+        """One utterance as rows: text ids (n,), codes (T, 1) -> tokens (S, 1), segment (S,), both int64.
+
+            text_bos  text  text_eos  start_code  codes  stop_code x 4
+            TEXT      TEXT  TEXT      PROMPT      AUDIO  AUDIO
+
+        Without codes the rows end where speech is to begin. A prompt adds no rows: what is heard of it is the
+        reference. Raises ValueError for more than there are positions.
+        """
+        frames = [] if codes is None else [*codes[:, 0], *[self.stop_code] * self.STOPS]
+        self.length(len(text), max(0, len(frames) - self.STOPS))
+        tokens = np.array([self.text_bos, *text, self.text_eos, self.start_code, *frames], np.int64)
+        return tokens[:, None], np.repeat([TEXT, PROMPT, AUDIO], [len(text) + 2, 1, len(frames)])
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """Rows that `layout` makes of so many text ids and frames (numbers or arrays). Raises ValueError as it does."""
+        for what, count, most, key in (("text ids", text, self.text_positions - 2, "text_positions"),
+                                       ("frames", frames, self.max_frames, "code_positions")):  # fmt: skip
+            if (longest := int(np.max(count, initial=0))) > most:
+                raise ValueError(f"an utterance has {longest} {what}, the model has positions for {most}: raise {key}, "
+                                 "or leave such out with prepare.py's max_seconds and max_text_tokens")
+        return text + 3 + frames + self.STOPS
+
+
+class ConditioningBlock(nn.Module):
+    """Attention over a whole recording x (B, R, D) (Tortoise, Betker 2023). It is added to x normalised, not to x."""
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm = nn.GroupNorm(math.gcd(32 if d_model > 64 else 16, d_model), d_model)  # groups as in Tortoise
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model)  # for each head its queries, keys and values
+        self.o_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        x = self.norm(x.mT).mT
+        q, k, v = self.qkv_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2).chunk(3, -1)  # (B, H, R, D / H)
+        return x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PerceiverBlock(nn.Module):
+    """Latents x (B, L, D) look at themselves and at a context (B, R, D), then go through a GEGLU."""
+
+    HEAD_DIM = 64
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        d_ff, inner = 4 * d_model * 2 // 3, n_head * self.HEAD_DIM
+        self.q_proj = nn.Linear(d_model, inner, bias=False)
+        self.kv_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(d_model, 2 * d_ff), nn.Linear(d_ff, d_model)
+
+    def forward(self, x, context):
+        qkv = self.q_proj(x), *self.kv_proj(torch.cat([x, context], 1)).chunk(2, -1)
+        y = F.scaled_dot_product_attention(*(y.unflatten(-1, (-1, self.HEAD_DIM)).transpose(1, 2) for y in qkv))
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
+        y, gate = self.up_proj(x).chunk(2, -1)
+        return x + self.down_proj(y * F.gelu(gate))
+
+
+class Conditioning(nn.Module):
+    """Features of recordings (B, R, M) -> latents (B, L, D), as many however long they are.
+
+    An encoder as Tortoise's, off which a perceiver resampler (Alayrac et al. 2022) reads.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        D, H = c.backbone.d_model, c.backbone.n_head
+        self.input = nn.Linear(c.reference_bands, D)
+        self.encoder = nn.ModuleList(ConditioningBlock(D, H) for _ in range(c.conditioning_layers))
+        self.latents = nn.Parameter(torch.empty(c.n_latents, D))
+        self.perceiver = nn.ModuleList(PerceiverBlock(D, c.perceiver_heads) for _ in range(c.perceiver_layers))
+        self.norm = nn.RMSNorm(D, 1e-12)
+
+    def encode(self, reference):
+        x = self.input(reference)
+        for block in self.encoder:
+            x = block(x)
+        return x
+
+    def forward(self, reference):
+        context = self.encode(reference)
+        x = self.latents.expand(len(context), -1, -1)
+        for block in self.perceiver:
+            x = block(x, context)
+        return self.norm(x)
+
+
+class XTTS(nn.Module):
+    """The GPT of XTTS-v2 (Casanova et al. 2024): a GPT-2 that reads a voice in 32 latents, a text, and speaks in the
+    codes of one codebook.
+
+    Row s predicts row s + 1, within the text by one head, within the codes by another. Text and codes have tables of
+    positions of their own, each counted from 0 on; the latents, which stand before them, have none.
+    """
+
+    causal = True  # frames are made one after the other
+    reference = True  # the voice is read off the features of a recording
+    draw = dict(temperature=0.75, top_k=50, top_p=0.85, repetition_penalty=5.0)  # as its authors sample
+
+    LONGEST, SHORTEST = 30.0, 0.33  # seconds of a reference that are heard, and of its last piece
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        D, V = c.backbone.d_model, c.codebook_size + 2
+        self.conditioning = Conditioning(c)
+        self.text_embedding, self.text_positions = nn.Embedding(c.text_vocab_size, D), nn.Embedding(c.text_positions, D)
+        self.code_embedding, self.code_positions = nn.Embedding(V, D), nn.Embedding(c.code_positions, D)
+        self.backbone = Transformer(c.backbone)
+        self.final_norm = nn.LayerNorm(D)  # after the backbone's own
+        self.text_head, self.code_head = nn.Linear(D, c.text_vocab_size), nn.Linear(D, V)
+        self.layout, self.length, self.max_rows = c.layout, c.length, c.text_positions + c.code_positions
+        init_weights(self)
+
+    def small_set_freeze(self, utterances):
+        """What to leave alone (patterns for `freeze`) where a trained model continues on so many utterances: from 3,000
+        on nothing; of fewer learn the tables and heads, the norms and the last two layers of the backbone.
+
+        That is the choice of public recipes for small sets of new languages (Amharic, Maltese). It is that of Artetxe
+        et al. (2020) too: a new language's words are learnt for a body that stays as it is.
+        """
+        if utterances >= 3000:
+            return []
+        lower = "|".join(map(str, range(self.config.backbone.n_layer - 2)))
+        return [r"^conditioning\.", *([rf"^backbone\.layers\.({lower})\."] if lower else [])]
+
+    def embed(self, latents, tokens, segment):
+        """latents (B, L, D), tokens (B, S, 1), segment (B, S) -> (B, L + S, D), zero for padding."""
+        device, kind, token = latents.device, segment.flatten(), tokens.flatten()
+        place = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
+        place = torch.where(segment == TEXT, place, place - (segment == TEXT).sum(1, keepdim=True)).flatten()
+        text, frames = (kind == TEXT).nonzero()[:, 0], (kind >= PROMPT).nonzero()[:, 0]
+        words = self.text_embedding(put(token[text], device)) + self.text_positions(put(place[text], device))
+        codes = self.code_embedding(put(token[frames], device))
+        if self.training and self.config.frame_dropout:
+            codes = codes * (torch.rand(len(codes), 1, device=device) >= self.config.frame_dropout)
+        codes = codes + self.code_positions(put(place[frames], device))
+        x = codes.new_zeros(len(kind), codes.shape[-1])
+        x = x.index_copy(0, put(text, device), words).index_copy(0, put(frames, device), codes)
+        return torch.cat([latents, x.view(*segment.shape, -1)], 1)
+
+    def hear(self, reference):
+        """The latents (1, L, D) of one recording, of whose features (R, M) generation takes the first 30 s.
+
+        XTTS-v2 was trained on 3 to 6 s, so it hears a longer recording in chunks of `chunk_seconds` (0: whole), and
+        takes the mean of their latents. Left out are a very short last chunk, and one of silence that only fills up.
+        """
+        c, rate = self.config, self.config.reference_rate
+        reference = torch.as_tensor(reference).to(self.conditioning.latents)[: math.ceil(self.LONGEST * rate)]
+        chunks = reference.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else len(reference))
+        chunks = [x for x in chunks if len(x) >= self.SHORTEST * rate and (x != x[0]).any()] or [reference]
+        return torch.stack([self.conditioning(x[None]) for x in chunks]).mean(0)
+
+    def forward(self, tokens, segment, reference):
+        """Loss of a batch: tokens (B, S, 1), segment (B, S), reference (B, R, M) -> scalar, and stats {name: (sum,
+        count)}.
+
+        The loss is that of the codes plus `text_loss_weight` times that of the text. "loss" counts frames, and the four
+        stops of a recording as such; `stop_missed` looks at the first of them.
+
+        XTTS-v2 was trained with the row of text_eos hidden from the rows after it, but speaks with it in sight. With
+        `hide_text_stop` that is so here too. Without, training sees what generation sees, and weights that are
+        continued learn to read that row.
+        """
+        c, device, L = self.config, self.code_head.weight.device, self.config.n_latents
+        latents = self.conditioning(put(reference, device).to(self.conditioning.latents.dtype))
+        mask = None
+        if c.hide_text_stop:
+            text = segment == TEXT
+            seen = F.pad(~text | F.pad(text[:, 1:], (0, 1)), (L, 0), value=True)
+            mask = put((seen[:, None] & seen.new_ones(2 * seen.shape[1:]).tril())[:, None], device)
+        hidden = self.backbone(self.embed(latents, tokens, segment), mask=mask)[:, L:].flatten(0, 1)
+
+        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
+        kind, token = segment.flatten(), tokens.flatten()
+        first = torch.arange(len(kind), device=kind.device) % segment.shape[1] == 0
+        words, codes = (((kind == part) & ~first).nonzero()[:, 0] for part in (TEXT, AUDIO))
+        (text_loss, text_correct), (loss, correct) = (
+            multi_codebook_cross_entropy(
+                self.final_norm(hidden.index_select(0, put(rows - 1, device))), head.weight,
+                put(token[rows, None], device), head.bias,
+            )
+            for rows, head in ((words, self.text_head), (codes, self.code_head))
+        )  # fmt: skip
+        total = loss[0] + c.text_loss_weight * text_loss[0]
+        n, m = len(codes), len(words)
+        counts = torch.full((1,), n, device=device)
+        stats = {
+            "loss": (total.detach() * n, n), "c0_accuracy": (correct[0], n),
+            "text_loss": (text_loss[0].detach() * m, m), "text_accuracy": (text_correct[0], m),
+            "loss_by_codebook": (loss.detach() * n, counts), "accuracy_by_codebook": (correct, counts),
+        }  # fmt: skip
+        if not self.training:
+            ends = codes[(token[codes] == c.stop_code) & (token[codes - 1] != c.stop_code)]
+            state = self.final_norm(hidden.index_select(0, put(ends - 1, device)))
+            stats["stop_missed"] = ((self.code_head(state).argmax(-1) != c.stop_code).sum(), len(ends))
+        return total, stats
+
+    def _states(self, text, codes, reference):
+        """Final states (T + 1, D) of the rows that predict the codes (T, 1) and the stop behind them."""
+        tokens, segment = (torch.from_numpy(a)[None] for a in self.layout(text, codes))
+        hidden = self.final_norm(self.backbone(self.embed(self.hear(reference), tokens, segment)))[0]
+        rows = (segment[0] == AUDIO).nonzero()[: len(codes) + 1, 0]
+        return hidden[rows + self.config.n_latents - 1]
+
+    def teacher_forced_logits(self, text, codes, reference):
+        """Logits (T + 1, 1, V + 2) of an utterance's codes and its stop, from one pass over the whole of it."""
+        return self.code_head(self._states(text, codes, reference))[:, None]
+
+    @torch.no_grad()
+    def latents(self, text, codes, reference):
+        """What XTTS's vocoder speaks from, for each code the state that predicted it: text ids (n,), codes (T, 1) as an
+        array or tensor, reference (R, M) -> (T, D)."""
+        return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference):
+        """Speak text ids (n,) in the voice of a recording's features (R, M): yields frames (1,) int64 as made.
+
+        `choose(logits of all classes, seen=codes spoken so far) -> class` picks every code; see `sampler`. A prompt
+        changes nothing. The generator returns True where the model ended by itself, which a start code counts as too,
+        and False where max_frames or the end of its positions cut it off. Raises ValueError for a text that is too
+        long.
+        """
+        c = self.config
+        tokens, segment = (torch.from_numpy(a)[None] for a in self.layout(text))
+        x = self.embed(self.hear(reference), tokens, segment)
+        max_frames = min(max_frames, c.max_frames)
+        cache = self.backbone.cache(1, x.shape[1] + max_frames)
+        frames = torch.zeros(max_frames, 1, dtype=torch.long, device=x.device)
+        for t in range(max_frames):
+            state = self.final_norm(self.backbone(x, cache)[0, -1])
+            code = choose(self.code_head(state), seen=frames[:t, 0])
+            if code >= c.codebook_size:
+                return True
+            frames[t] = code
+            yield frames[t]
+            x = (self.code_embedding(frames[t]) + self.code_positions.weight[t + 1])[None]
         return False
 
 
@@ -1570,7 +1866,7 @@ class VallE(nn.Module):
 # what every family shares
 
 
-ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "valle": (VallE, VallEConfig)}
+ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "xtts": (XTTS, XTTSConfig), "valle": (VallE, VallEConfig)}
 
 
 def build(arch, meta, options):
@@ -1583,12 +1879,20 @@ def build(arch, meta, options):
         raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names = {f.name for f in fields(config) if f.init}
+    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
+
+
+def facts(meta):
+    """What a token folder's meta.json says of a model that is to learn from it: fields of configs, as a dict."""
     codec, tokenizer = meta["codec"], meta["tokenizer"]
-    given = dict(
+    known = dict(
         text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
         n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
     )  # fmt: skip
-    return model(config(**{k: v for k, v in {**given, **options}.items() if k in names and v is not None}))
+    if reference := codec.get("reference"):
+        rate = codec["frame_rate"] * reference["rows_per_frame"]
+        known |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
+    return known
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +15,6 @@ from test_train import exact, same, write_tokens
 
 import configurator
 import model as models
-import published
 import train
 from data import Batches, TokenFiles
 from metrics import read_metrics
@@ -73,6 +73,19 @@ greedy = models.sampler(temperature=0)
 # against transformers
 
 
+def lfm2_name(name):
+    words = {"^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm",
+             "^backbone": "model", "attn_norm": "operator_norm", "mlp_norm": "ffn_norm",
+             r"\.attn\.o_proj": ".self_attn.out_proj",
+             r"\.attn\.([qkv])_proj": r".self_attn.\1_proj", r"\.attn\.([qk])_norm": r".self_attn.\1_layernorm",
+             r"\.attn\.(in|out)_proj": r".conv.\1_proj", r"\.attn\.taps": ".conv.conv.weight",
+             r"mlp\.gate_proj": "feed_forward.w1", r"mlp\.up_proj": "feed_forward.w3",
+             r"mlp\.down_proj": "feed_forward.w2"}  # fmt: skip
+    for ours, theirs in words.items():
+        name = re.sub(ours, theirs, name)
+    return name
+
+
 @pytest.fixture(scope="module")
 def port():
     """transformers' LFM2 with small random weights, and ours with the same."""
@@ -91,7 +104,7 @@ def port():
     theirs.model.embed_tokens.weight.data[c.end_of_speech] = 0  # likelier than none of 16 codes: it speaks on
     ours = Kani(c)
     weights = theirs.state_dict()
-    models.load_weights(ours, {name: weights[published.lfm2_name(name)] for name in ours.state_dict()})
+    models.load_weights(ours, {name: weights[lfm2_name(name)] for name in ours.state_dict()})
     return theirs, ours.eval()
 
 
@@ -343,7 +356,7 @@ def test_frame_dropout_blanks_codes_in_training_only():
 
 @pytest.mark.parametrize("loss_on", LOSSES)
 def test_nothing_to_learn(loss_on):
-    """A prompt and nothing after it: no target, but a gradient for every parameter, as DistributedDataParallel needs."""
+    """A prompt alone: no target, but every parameter has a gradient, as DistributedDataParallel needs it."""
     model = tiny(loss_on=loss_on).train()
     tokens, segment = batch_of(model, utterance())
     loss, stats = model(tokens, torch.where(segment == AUDIO, PROMPT, 0))
