@@ -7,6 +7,8 @@ One transformer is there for every family; what a family adds is how the K codeb
     Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, which is the
            embedding once more, predicts the next token.
     XTTS   the GPT of XTTS-v2: K = 1. Latents read off a recording of the voice stand before text and codes.
+    VallE  VALL-E v2: all K codebooks at once from one hidden state, frame by frame or, masked, all frames in a few
+           rounds.
 
 Notable features:
 - pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases
@@ -1411,10 +1413,460 @@ class XTTS(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# VALL-E
+
+
+@dataclass
+class VallEConfig:
+    """Sizes of a VALL-E, how it trains and how it speaks. `text_bos` and `text_eos` (-1: none) wrap every text.
+
+    "ar" and "nar" before a field's meaning: it is for that mode alone. The published models are nar, with level_weights
+    "normal" and without stretched_text, gray_length and whole_frames; they speak with guidance 2.5 and top_sigma 1.
+    """
+
+    text_vocab_size: int
+    n_codebooks: int
+    codebook_size: int
+    backbone: TransformerConfig
+    text_bos: int = -1
+    text_eos: int = -1
+    mode: str = "nar"  # frames come all together, out of masks, in a few rounds; "ar": one after the other
+    languages: int = 1  # how many it has room for
+    language: int = 0  # that of every utterance
+    shared_heads: bool = False  # one feed-forward layer before the heads of all codebooks, instead of one each
+    level_attention: bool = False  # for residual codecs: a frame's codebooks attend to each other, see LevelAttention
+    segmented_mask: bool = False  # nar: text does not see prompt and frames, nor does the prompt see the frames
+    stretched_text: bool = True  # nar: text is numbered as if its ids were spoken evenly over the frames
+    mask_ratio: float = 0.8  # nar: share of the frames masked in training; 0: another one for each utterance
+    frame_dropout: float = 0.0  # ar: share of the input frames masked in training, so that the text has to be read
+    text_dropout: float = 0.0  # nar: share of the utterances trained without text and prompt, which guidance needs
+    level_weights: str = "decreasing"  # of the codebooks' losses: 1 / (k + 1); "normal": most in the middle; "equal"
+    random_level: bool = False  # train each utterance on one codebook, drawn for it, instead of on all
+    length_loss_weight: float = 0.1  # nar
+    gray_length: bool = True  # nar: lengths are written in a Gray code, see length_digits
+    rounds: int = 25  # nar: of demasking
+    whole_frames: bool = True  # nar: whole frames are masked again, instead of the codes of each codebook by themselves
+    guidance: float = 1.0  # nar: 0: what is likely without text, 1: with it; above, what the text makes likelier
+    top_sigma: float = 0.0  # nar: a code so many deviations below the likeliest has score 0 (top-n-sigma); 0: no limit
+    dropout: float | None = None  # of the transformer; None: what it says
+    recompute: bool | None = None  # gradient checkpointing, likewise
+    arch: str = field(default="valle", init=False)
+
+    LEVEL_WEIGHTS = {
+        "equal": lambda k, K: 1.0,
+        "decreasing": lambda k, K: 1 / (k + 1),
+        "normal": lambda k, K: 1.5 - max(k + 1, K - k) / K,
+    }
+
+    def __post_init__(self):
+        habits = {k: v for k, v in (("dropout", self.dropout), ("recompute", self.recompute)) if v is not None}
+        self.backbone = transformer_config(self.backbone, **habits)
+        for key, known in (("mode", ("nar", "ar")), ("level_weights", self.LEVEL_WEIGHTS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} = {getattr(self, key)!r}: it is {', '.join(known)}")
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio = {self.mask_ratio} is not in [0, 1]")
+        if self.rounds < 1:
+            raise ValueError(f"rounds = {self.rounds}: it must be at least 1")
+        if not 0 <= self.language < self.languages:
+            raise ValueError(f"language = {self.language}: there are {self.languages}, counted from 0 on")
+
+    @property
+    def separator(self):
+        """The text id that ends a part; the next one asks for the length; those after it are the languages."""
+        return self.text_vocab_size
+
+    @property
+    def mask_class(self):
+        return self.codebook_size + 1
+
+    def stop_frame(self):
+        """The frame (K,) after the last one: class `codebook_size` in every codebook. Only mode ar has it."""
+        return np.full(self.n_codebooks, self.codebook_size)
+
+    def layout(self, text, codes=None, prompt=None):
+        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, K + 1), segment (S,), both int64.
+
+        A row holds a text id in its last column, or a frame in the others. The order is that of VALL-E v2: text between
+        begin and end marks, language, the frames of a prompt (text ids, codes), whose text is not used, and the frames
+        of the utterance, with a separator between these parts. Without codes the rows end where speech is to begin.
+        """
+        K, end = self.n_codebooks, self.separator
+        marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
+        text = np.concatenate([marks[0], text, marks[1], [end, end + 2 + self.language, end]])
+        nothing = np.zeros((0, K))
+        heard, said = nothing if prompt is None else prompt[1], nothing if codes is None else codes
+        if self.mode == "ar" and codes is not None:
+            said = np.concatenate([codes, self.stop_frame()[None]])
+        segment = np.repeat([TEXT, PROMPT, TEXT, AUDIO], [len(text), len(heard), prompt is not None, len(said)])
+        tokens = np.zeros((len(segment), K + 1), np.int64)
+        tokens[segment == TEXT, K] = end
+        tokens[: len(text), K] = text
+        tokens[segment == PROMPT, :K], tokens[segment == AUDIO, :K] = heard, said
+        return tokens, segment
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt."""
+        marks = (self.text_bos >= 0) + (self.text_eos >= 0)
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_frames + 1, 0)
+        return text + marks + 3 + prompt + frames + (self.mode == "ar")
+
+
+DIGITS = 5  # of a length
+
+
+def length_digits(length, gray):
+    """Lengths (N,) -> their decimal digits (N, DIGITS), the most significant one first.
+
+    With `gray` a digit counts backwards where the number before it is odd (a reflected Gray code): neighbours differ in
+    one digit, so that digits which are guessed one by one cannot turn 19 or 20 into 10 or 29.
+    """
+    upto = length[:, None] // 10 ** torch.arange(DIGITS - 1, -1, -1, device=length.device)
+    return torch.where((upto // 10 % 2 == 1) & gray, 9 - upto % 10, upto % 10)
+
+
+def read_length(digits, gray):
+    """What `length_digits` makes (N, DIGITS) -> lengths (N,)."""
+    length = torch.zeros_like(digits[:, 0])
+    for digit in digits.T:
+        length = 10 * length + torch.where((length % 2 == 1) & gray, 9 - digit, digit)
+    return length
+
+
+class LevelAttention(nn.Module):
+    """x (N, K, D) plus what the K codebooks of a frame tell each other.
+
+    VALL-E v2's variant for residual codecs, as its code had it before its author removed it for working less well: an
+    encoder and a decoder with this in the place of the feed-forward layer.
+    """
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, heads, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class AudioEncoder(nn.Module):
+    """Frames (N, K) -> (N, D): codes and their codebooks are embedded, normalised, and go through a residual
+    feed-forward layer, then the codebooks are summed by learned weights; or, with `heads`, see LevelAttention.
+
+    What becomes of a code depends on nothing but itself and its codebook. So where frames are more than classes, the
+    table is encoded, and the frames are looked up there.
+    """
+
+    def __init__(self, K, V, D, heads=0):
+        super().__init__()
+        self.codes, self.places = nn.Parameter(torch.empty(V, K, D)), nn.Parameter(torch.empty(K, D))
+        self.attention = LevelAttention(D, heads) if heads else None
+        if heads:
+            self.out = nn.Linear(D, D)
+        else:
+            self.norm, self.level_weights = nn.LayerNorm(D), nn.Parameter(torch.empty(K))
+            self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def forward(self, frames):
+        V, K, D = self.codes.shape
+        rows = frames * K + torch.arange(K, device=frames.device)  # of the table as (V * K, D)
+        few = len(frames) < V or self.attention is not None
+        x = (F.embedding(rows, self.codes.view(V * K, D)) if few else self.codes) + self.places
+        if self.attention is not None:
+            return self.out(self.attention(x).mean(1))
+        x = self.norm(x)
+        x = (x + self.mlp(x)) * self.level_weights.softmax(0)[:, None]
+        return x.sum(1) if few else F.embedding_bag(rows, x.view(V * K, D), mode="sum")
+
+
+class AudioDecoder(nn.Module):
+    """Hidden states (N, D) -> what the heads of the codebooks read: (N, K, D), or (N, D) where all read the same."""
+
+    def __init__(self, K, D, shared, heads=0):
+        super().__init__()
+
+        def level():
+            if heads:
+                return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+            return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+        self.levels = nn.ModuleList(level() for _ in range(1 if shared else K))
+        self.attention = LevelAttention(D, heads) if heads else nn.Identity()
+
+    def forward(self, x):
+        x = [level(x) for level in self.levels]
+        return x[0] if len(x) == 1 else self.attention(torch.stack(x, 1))
+
+
+class VallE(nn.Module):
+    """VALL-E v2 of e-c-k-e-r (2024-2025): all K codebooks of a frame at once, from one hidden state.
+
+    In mode nar it is a masked transformer (MaskGIT, Chang et al. 2022) that sees in both directions: it learns to fill
+    in masked frames, and speaks by filling in all of them, of which it masks the least certain again, fewer in every
+    round. How many frames there will be it says before, in digits. In mode ar row s predicts the frame of row s + 1.
+    """
+
+    reference = False  # a voice is cloned from a prompt, of which the codes are enough
+    draw = dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # as its author samples
+    RESCALE = 0.75  # share in which guided logits get back the spread they had
+    ASKED = 4  # of so many utterances one is asked for its length in training
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        K, V, D, heads = c.n_codebooks, c.codebook_size, c.backbone.d_model, 8 * c.level_attention
+        self.causal = c.mode == "ar"
+        self.text_embedding = nn.Embedding(c.text_vocab_size + 2 + c.languages, D)
+        self.prompt_encoder, self.frame_encoder = AudioEncoder(K, V, D, heads), AudioEncoder(K, V + 2, D, heads)
+        self.backbone = Transformer(c.backbone)
+        self.decoder = AudioDecoder(K, D, c.shared_heads, heads)
+        self.heads, self.head_bias = nn.Parameter(torch.empty(K, V + 1, D)), nn.Parameter(torch.empty(K, V + 1))
+        if not self.causal:
+            self.length_heads = nn.Parameter(torch.empty(DIGITS, 10, D))
+            self.length_bias = nn.Parameter(torch.empty(DIGITS, 10))
+        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
+        init_weights(self)
+        for name, p in self.named_parameters():
+            if name in ("head_bias", "length_bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("encoder.norm.weight"):
+                nn.init.constant_(p, 0.1)  # frames no louder than text, which is else not heard for a long time
+
+    def embed(self, tokens, segment):
+        """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""
+        K, device, kind, flat = self.config.n_codebooks, self.heads.device, segment.flatten(), tokens.flatten(0, 1)
+        x = self.heads.new_zeros(len(flat), self.heads.shape[-1])
+        for part, columns, encode in ((TEXT, K, self.text_embedding), (PROMPT, slice(K), self.prompt_encoder),
+                                      (AUDIO, slice(K), self.frame_encoder)):  # fmt: skip
+            rows = (kind == part).nonzero()[:, 0]
+            x = x.index_copy(0, put(rows, device), encode(put(flat[rows, columns], device)).to(x.dtype))
+        return x.view(*segment.shape, -1)
+
+    def positions(self, tokens, segment):
+        """Positions (B, S), which begin anew behind each separator; padding takes none.
+
+        With stretched_text those of the text run to the number of frames, where there are any (compare length-aware
+        rotary embeddings, LARoPE, Kim et al. 2025): a word is then looked for about where it is said.
+        """
+        used = (segment != PAD).long()
+        before = used.cumsum(1) - used
+        begins = F.pad((segment == TEXT) & (tokens[..., -1] == self.config.separator), (1, -1))
+        positions = before - torch.where(begins, before, 0).cummax(1).values
+        if self.config.stretched_text:
+            words, frames = used * (begins.cumsum(1) == 0), (segment == AUDIO).sum(1, keepdim=True)
+            stretched = positions * frames // words.sum(1, keepdim=True).clamp(min=1)
+            positions = torch.where((words > 0) & (frames > 0), stretched, positions)
+        return put(positions, self.heads.device)
+
+    def mask(self, segment):
+        """Which rows see which, (B, 1, 1 or S, S): all but padding; segmented, only parts up to their own."""
+        seen = (segment != PAD)[:, None]
+        if self.config.segmented_mask:
+            part = segment.cummax(1).values  # a prompt's separator belongs to it
+            seen = seen & (part[:, :, None] >= part[:, None])
+        return put(seen[:, None], self.heads.device)
+
+    def states(self, tokens, segment):
+        """Hidden states (B, S, D) of rows, which see each other as the mode has it."""
+        mask = None if self.causal else self.mask(segment)
+        return self.backbone(self.embed(tokens, segment), mask=mask, positions=self.positions(tokens, segment))
+
+    def logits(self, hidden):
+        """Hidden states (N, D) -> logits (N, K, V + 1)."""
+        state = self.decoder(hidden)
+        state = state if state.ndim == 3 else state[:, None].expand(-1, len(self.heads), -1)
+        return torch.einsum("nkd,kvd->nkv", state, self.heads) + self.head_bias
+
+    def masked(self, spoken):
+        """Which of the frames, spoken (B, S), are masked: drawn anew in training, always the same in evaluation."""
+        c, device = self.config, spoken.device
+        generator = None if self.training else torch.Generator(device).manual_seed(0)
+        share = c.mask_ratio
+        if self.causal:
+            share = c.frame_dropout if self.training else 0.0
+        elif share == 0:  # as many as there are in a round drawn at random
+            share = torch.cos(math.pi / 2 * torch.rand(len(spoken), 1, generator=generator, device=device))
+        return spoken & (torch.rand(spoken.shape, generator=generator, device=device) < share)
+
+    def without_text(self, tokens, segment):
+        """The segment (B, S) in which text, but not its begin and end marks, and prompt are padding."""
+        c, ids = self.config, tokens[..., -1]
+        words = (segment == TEXT) & (ids < c.separator) & (ids != c.text_bos) & (ids != c.text_eos)
+        return segment.masked_fill(words | (segment.cummax(1).values == PROMPT), PAD)
+
+    def forward(self, tokens, segment):
+        """Loss of a batch: tokens (B, S, K + 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
+
+        Predicted are masked frames (nar) or all (ar). As published, an utterance's loss is a mean over all its frames,
+        in which those that are not predicted count as 0; utterances count alike, codebooks by their level_weights.
+        """
+        c, (B, S), device = self.config, segment.shape, self.heads.device
+        K, spoken = c.n_codebooks, segment == AUDIO
+        masked, heard, drawn = self.masked(spoken), segment, torch.ones(B, K, device=segment.device)
+        if self.training and c.text_dropout:
+            dropped = torch.rand(B, 1, device=segment.device) < c.text_dropout
+            heard = torch.where(dropped, self.without_text(tokens, segment), segment)
+        if self.training and c.random_level:
+            drawn = F.one_hot(torch.randint(K, (B,), device=segment.device), K).float()
+        hidden = self.states(tokens.masked_fill(masked[..., None], c.mask_class), heard).flatten(0, 1)
+
+        rows = (spoken if self.causal else masked).flatten().nonzero()[:, 0]  # (N,) of the frames that are predicted
+        owner, frame = rows // S, tokens.flatten(0, 1)[rows, :K]
+        state = self.decoder(hidden.index_select(0, put(rows - int(self.causal), device)))
+        weight, used = 1 / spoken.sum(1)[owner], drawn[owner]
+        factor = torch.tensor([c.LEVEL_WEIGHTS[c.level_weights](k, K) for k in range(K)], device=segment.device)
+        share = factor * (weight[:, None] * used).sum(0) / (factor * drawn).sum()
+        losses, correct, each = multi_codebook_cross_entropy(
+            state, self.heads, put(frame.masked_fill(used == 0, IGNORE), device), self.head_bias,
+            codebook_weight=put(share, device), row_weight=put(weight, device), each=True,
+        )  # fmt: skip
+        loss, stats = losses.sum(), {}
+        if not self.causal:
+            length_loss, stats = self.length_loss(tokens, segment)
+            loss = loss + c.length_loss_weight * length_loss
+        with torch.no_grad():
+            n, counts = len(frame), put(used.sum(0), device)
+            stats |= {
+                "loss": (loss.detach() * n, n),
+                "c0_accuracy": (correct[:, 0].sum(), counts[0]),
+                "loss_by_codebook": (each.sum(0), counts),
+                "accuracy_by_codebook": (correct.sum(0), counts),
+            }
+            if self.causal and not self.training:
+                last = rows[(frame == c.codebook_size).all(-1)] - 1
+                best = self.logits(hidden[put(last, device)]).argmax(-1)
+                stats["stop_missed"] = ((best != c.codebook_size).all(-1).sum(), len(last))
+        return loss, stats
+
+    def length_state(self, tokens, segment):
+        """Hidden states (B, D) at the mark that asks for the length, set where the frames (one is enough) begin.
+
+        It takes a pass of its own, because whatever sees the frames can count them.
+        """
+        first = (segment == AUDIO).long().argmax(1)  # (B,)
+        S = int(first.max()) + 1
+        tokens, segment = tokens[:, :S], segment[:, :S]
+        mark = torch.arange(S, device=first.device) == first[:, None]
+        segment = segment.masked_fill(segment == AUDIO, PAD).masked_fill(mark, TEXT)
+        hidden = self.states(tokens.masked_fill(mark[..., None], self.config.separator + 1), segment)
+        return hidden[torch.arange(len(first)), put(first, hidden.device)]
+
+    def guess_length(self, state):
+        """Lengths (B,) in frames, of length_state's (B, D): the likeliest digits."""
+        logits = torch.einsum("bd,kvd->bkv", state, self.length_heads) + self.length_bias
+        return read_length(logits.argmax(-1), self.config.gray_length)
+
+    def length_loss(self, tokens, segment):
+        """Mean cross-entropy of the digits of the lengths, in training of the first few utterances; and its stats."""
+        asked = math.ceil(len(tokens) / self.ASKED) if self.training else len(tokens)
+        tokens, segment, device = tokens[:asked], segment[:asked], self.heads.device
+        state, length = self.length_state(tokens, segment), (segment == AUDIO).sum(1)
+        target = put(length_digits(length, self.config.gray_length), device)
+        loss = multi_codebook_cross_entropy(state, self.length_heads, target, self.length_bias)[0].mean()
+        with torch.no_grad():
+            error = (self.guess_length(state) - put(length, device)).abs().sum()
+        return loss, {"length_loss": (loss.detach() * asked, asked), "length_error": (error, asked)}
+
+    def rows(self, *utterance):
+        """layout, as tensors (1, S, ...) on the model's device."""
+        return (torch.from_numpy(a)[None].to(self.heads.device) for a in self.layout(*utterance))
+
+    def guided(self, logits, free):
+        """Logits (T, K, V) with text, pushed away from those without (classifier-free guidance, Ho and Salimans 2022).
+
+        Their spread over the frames comes back in part (Lin et al. 2024).
+        """
+        pushed = free + self.config.guidance * (logits - free)
+        if len(logits) == 1:
+            return pushed
+        return pushed * (self.RESCALE * logits.std(0) / pushed.std(0) + 1 - self.RESCALE)
+
+    def teacher_forced_logits(self, text, codes):
+        """Logits of an utterance's frames, from one pass as in training: (T + 1, K, V + 1) with the stop frame in mode
+        ar; (T, K, V + 1) in mode nar, where all frames are masked, and guided."""
+        tokens, segment = self.rows(text, codes)
+        spoken = segment == AUDIO
+        if self.causal:
+            return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
+        tokens = tokens.masked_fill(spoken[..., None], self.config.mask_class)
+        logits = self.logits(self.states(tokens, segment)[spoken])
+        if self.config.guidance == 1:
+            return logits
+        return self.guided(logits, self.logits(self.states(tokens, self.without_text(tokens, segment))[spoken]))
+
+    def frame_logits(self, text, codes, prompt=None):
+        """Logits (T, K, V + 1) of frames, some of which are masked, guided."""
+
+        def logits(*utterance):
+            tokens, segment = self.rows(*utterance)
+            return self.logits(self.states(tokens, segment)[segment == AUDIO])
+
+        codes = codes.cpu().numpy()
+        with_text = logits(text, codes, prompt)
+        return with_text if self.config.guidance == 1 else self.guided(with_text, logits(text[:0], codes))
+
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None):
+        """Speak text ids (n,), after an optional prompt (its text, not used; codes (T, K)): yields frames (K,) int64.
+
+        `choose(logits (..., V + 1)) -> classes (...)` picks all codes of a frame, or of all frames in a round; see
+        `sampler`. Mode nar takes the number of `frames` from outside if given, and else guesses it; `rounds`: None as
+        the config says. The generator returns True where the model ended by itself: its guess stood, or in any codebook
+        of a frame it said stop; False where max_frames or the end of its positions cut it off. Raises ValueError where
+        text and prompt leave no position to speak at.
+        """
+        taken, positions = len(self.layout(text, None, prompt)[0]), self.max_rows
+        if taken >= positions:
+            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
+        most = min(max_frames, positions - taken)
+        if self.causal:
+            return (yield from self._speak(text, prompt, most, choose))
+        return (yield from self._demask(text, prompt, most, choose, frames, rounds or self.config.rounds))
+
+    @torch.no_grad()
+    def _speak(self, text, prompt, most, choose):
+        tokens, segment = self.rows(text, None, prompt)
+        x, positions = self.embed(tokens, segment), self.positions(tokens, segment)
+        cache = self.backbone.cache(1, x.shape[1] + most)
+        for t in range(most):
+            frame = choose(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
+            if (frame == self.config.codebook_size).any():
+                return True
+            yield frame
+            x, positions = self.frame_encoder(frame[None])[None], positions.new_full((1, 1), t)
+        return False
+
+    @torch.no_grad()
+    def _demask(self, text, prompt, most, choose, frames, rounds):
+        """All frames at once. A code's score is its probability, also where it only stands in for one that is kept."""
+        c, device = self.config, self.heads.device
+        if frames is None:
+            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
+            frames = int(self.guess_length(self.length_state(tokens, segment)))
+        T = max(1, min(frames, most))
+        codes = torch.full((T, c.n_codebooks), c.mask_class, device=device)
+        score = torch.ones(codes.shape, device=device)
+        for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
+            again = max(1, min(int(math.cos(math.pi / 2 * time) * T), T - s))
+            if c.whole_frames:
+                codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
+            else:
+                codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
+            logits = self.frame_logits(text, codes, prompt)
+            # draws become less daring, the last one is none
+            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)
+            if c.top_sigma:
+                least = logits.amax(-1, keepdim=True) - c.top_sigma * logits.std(-1, keepdim=True)
+                logits = logits.masked_fill(logits < least, -math.inf)
+            score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
+            codes = torch.where(codes == c.mask_class, chosen, codes)
+        yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
+        return frames == T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what every family shares
 
 
-ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "xtts": (XTTS, XTTSConfig)}
+ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "xtts": (XTTS, XTTSConfig), "valle": (VallE, VallEConfig)}
 
 
 def build(arch, meta, options):
@@ -1427,7 +1879,7 @@ def build(arch, meta, options):
         raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names = {f.name for f in fields(config) if f.init}
-    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names}))
+    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
 
 
 def facts(meta):

@@ -76,6 +76,19 @@ text_positions = 404  # XTTS: text ids, with 2 marks around them
 code_positions = 608  # XTTS: frames, with 5 marks around them
 text_loss_weight = 0.01  # XTTS: of the text's loss beside that of the codes
 hide_text_stop = False  # XTTS: train with the mark behind the text out of sight, as XTTS-v2 was; it speaks with it
+mode = "nar"  # VALL-E: all frames at once, out of masks; ar: one after the other, as the other families do
+shared_heads = False  # VALL-E: one feed-forward layer before the heads of all codebooks, instead of one each
+level_attention = False  # VALL-E: its variant for residual codecs, a frame's codebooks attend to each other
+segmented_mask = False  # VALL-E nar: text does not see prompt and frames, nor does the prompt see the frames
+stretched_text = True  # VALL-E nar: text is numbered as if it were spoken evenly over the frames; published: False
+mask_ratio = 0.8  # VALL-E nar: share of the frames that are masked; 0: another one for each utterance
+text_dropout = 0.0  # VALL-E nar: share of the utterances without text, so that guidance can be used
+random_level = False  # VALL-E: each utterance is trained on one codebook, drawn for it, instead of on all
+length_loss_weight = 0.1  # VALL-E nar: of the loss of the lengths
+level_weights: str | None = None  # VALL-E: of the codebooks: decreasing, normal, equal; None, and below: as it has it
+rounds: int | None = None  # VALL-E nar: of demasking, when it speaks
+whole_frames: bool | None = None  # VALL-E nar: whole frames are masked again, not each codebook's codes by themselves
+guidance: float | None = None  # VALL-E nar: how far to go beyond what is likely without text; 1: to what is with it
 dropout: float | None = None  # on what each layer adds; None: as backbone and decoder say
 recompute: bool | None = None  # make activations again in backward instead of keeping them; None: likewise
 freeze: list | None = None  # regular expressions: parameters so named stay as they are; None: as the family advises
@@ -136,10 +149,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 BASE_DTYPES = ("float32", "bfloat16")
 SAME = ("arch", "backbone", "decoder", "muon", "sparse_embeddings")  # may not change in a run
+SAME += ("mode", "shared_heads", "level_attention", "segmented_mask", "stretched_text")
 SAME += ("lora_rank", "lora_alpha", "lora_rs", "lora_targets")
 SCHEDULES = ("multistep", "cosine", "linear", "constant")
 HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "loss_on", "drop_repeats")  # may change in a run
-HABITS += ("chunk_seconds", "text_loss_weight", "hide_text_stop", "dropout", "recompute")
+HABITS += ("chunk_seconds", "text_loss_weight", "hide_text_stop", "mask_ratio", "text_dropout", "level_weights")
+HABITS += ("random_level", "length_loss_weight", "rounds", "whole_frames", "guidance", "dropout", "recompute")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RUN_FILES = ("best.pt", "last.pt", "ckpt_*.pt", "metrics.jsonl", "samples/*.wav")
 
@@ -149,7 +164,8 @@ def check(cfg, world, device):
     counts = "max_iters max_tokens max_batch gradient_accumulation_steps log_interval eval_interval max_skipped"
     amounts = "learning_rate min_lr gamma weight_decay grad_clip decoder_loss_weight temperature top_k seed"
     amounts += " warmup_iters lr_decay_iters eval_iters eval_samples keep_last overfit_warning loader_workers"
-    shares = "beta1 beta2 ema dropout frame_dropout"
+    amounts += " length_loss_weight guidance"
+    shares = "beta1 beta2 ema dropout frame_dropout text_dropout"
     ranges = [(counts, lambda x: x >= 1, "at least 1"), (amounts, lambda x: 0 <= x < math.inf, "0 or more")]
     ranges += [(shares, lambda x: 0 <= x < 1, "in [0, 1)"), ("voice_prompt top_p", lambda x: 0 <= x <= 1, "in [0, 1]")]
     for keys, sound, wanted in ranges:
