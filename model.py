@@ -1123,9 +1123,10 @@ ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig)}
 
 
 def build(arch, meta, options):
-    """A fresh model for a token folder: `meta` its meta.json, `options` the run's keys.
+    """A fresh model for a token folder: `meta` its meta.json, `options` the run's keys, or an older model's config.
 
-    Each family takes the options it has. Raises ValueError for an unknown family or sizes that do not fit.
+    Each family takes the options it has; they count more than meta, whose tokenizer may have fewer ids than published
+    weights. Raises ValueError for an unknown family or sizes that do not fit.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
@@ -1136,7 +1137,7 @@ def build(arch, meta, options):
         text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
         n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
     )  # fmt: skip
-    return model(config(**{k: v for k, v in {**options, **given}.items() if k in names}))
+    return model(config(**{k: v for k, v in {**given, **options}.items() if k in names}))
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -1251,6 +1252,19 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     return model.to(device=device, dtype=dtype).eval()
 
 
+def from_pretrained(path, device="cpu", dtype=torch.float32, **changes):
+    """The model of a checkpoint, or of a file or folder as its authors published it, in eval mode.
+
+    `changes`: fields of its config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError for
+    what is damaged, unknown or does not fit.
+    """
+    import published  # it imports this file
+
+    if published.is_published(path):
+        return published.load(path, device, dtype, **changes)
+    return load_model(load_checkpoint(path), device, dtype, **changes)
+
+
 def load_weights(model, state):
     """load_state_dict, but its ValueError is one line: the first key missing, left over or of another shape."""
     own = model.state_dict()
@@ -1263,3 +1277,10 @@ def load_weights(model, state):
         if name not in own:
             raise ValueError(f"the weights hold {name}, which the model does not have")
     model.load_state_dict(state)
+
+
+if __name__ == "__main__":
+    import configurator
+    import published
+
+    configurator.run(published.main, published.__file__, ["command"])

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import budget
 import configurator
+import published
 from codec import load_codec, write_audio
 from data import Batches, TokenFiles, load_tokenizer, speaker_reference
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
@@ -51,7 +52,7 @@ from sample import Voice, pick_device
 # from where to where
 data_dir = "data/digits/tokens"  # token folder, written by prepare.py
 out_dir = "out/digits"  # for checkpoints, metrics.jsonl, loss.html, samples/
-init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or a checkpoint whose sizes and weights to start from
+init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or a checkpoint or published weights to start from
 dry_run = False  # only say what the run would take: parameters, memory, batches, hours of audio
 overwrite = False  # start over in an out_dir that holds a run, which is removed
 # model
@@ -171,9 +172,9 @@ def get_lr(step, cfg):
 
 
 def starting_point(cfg, codec, meta):
-    """The model init_from asks for, on the CPU, and the checkpoint it is from, or None.
+    """The model init_from asks for, on the CPU, and the checkpoint of ours it is from, or None.
 
-    Raises FileNotFoundError, and ValueError where the checkpoint is not of this codec, tokenizer or kind of model.
+    Raises FileNotFoundError, and ValueError where the weights are not of this codec, tokenizer or kind of model.
     """
     torch.manual_seed(cfg.seed)
     resume = cfg.init_from == "resume"
@@ -185,6 +186,9 @@ def starting_point(cfg, codec, meta):
     path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
+    habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
+    if not resume and published.is_published(path):
+        return published.start(path, cfg.arch, meta, habits), None
     checkpoint = load_checkpoint(path)
     if resume and not checkpoint["train"]:
         raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
@@ -195,7 +199,6 @@ def starting_point(cfg, codec, meta):
     for key in ("arch", "backbone", "decoder", "muon", "sparse_embeddings") if resume else ("arch",):
         if getattr(cfg, key) != (old := (checkpoint["config"] if resume else checkpoint).get(key)):
             raise ValueError(f"{key} = {getattr(cfg, key)!r}, but {path} was trained with {old!r}")
-    habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
     model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
     load_weights(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
     return model, checkpoint

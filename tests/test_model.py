@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import model as models
+import published
 from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,19 +80,13 @@ def test_transformer_equals_transformers_llama(scaled, n_kv_head, head_dim):
         initializer_range=0.2,
     )).eval()  # fmt: skip
     ours = Transformer(c).eval()
-    names = {"attn.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    names = {r"attn\.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     weights = theirs.state_dict()
-    models.load_weights(ours, {name: weights[translate(name, names)] for name in ours.state_dict()})
+    models.load_weights(ours, {name: weights[published.translate(name, names)] for name in ours.state_dict()})
     x = torch.randn(2, 100, c.d_model)
     with torch.no_grad():
         expected = theirs(inputs_embeds=x).last_hidden_state
         torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def translate(name, names):
-    for ours, theirs in names.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 KINDS = [
@@ -137,18 +132,18 @@ def test_transformer_equals_transformers_gpt2():
         layer_norm_epsilon=c.norm_eps, initializer_range=0.2,
     )).eval()  # fmt: skip
     theirs.wpe.weight.data.zero_()
-    names = {"attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
-             "attn_norm": "ln_1", "mlp_norm": "ln_2", "layers.": "h."}  # fmt: skip
+    names = {"o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj", "attn_norm": "ln_1", "mlp_norm": "ln_2",
+             "layers": "h"}  # fmt: skip
     weights, ours = theirs.state_dict(), Transformer(c).eval()
     state = {}
     for name in ours.state_dict():
         if name.startswith("norm."):
             state[name] = weights[f"ln_f.{name[5:]}"]
         elif (part := name.split(".")[-2]) in ("q_proj", "k_proj", "v_proj"):
-            whole = weights[translate(name, {"layers.": "h.", part: "c_attn"})]
+            whole = weights[published.translate(name, {"layers": "h", part: "c_attn"})]
             state[name] = whole.chunk(3, -1)["qkv".index(part[0])]
         else:
-            state[name] = weights[translate(name, names)]
+            state[name] = weights[published.translate(name, names)]
     models.load_weights(ours, {name: w.T if w.ndim == 2 else w for name, w in state.items()})  # GPT-2's are (in, out)
     x = torch.randn(2, 40, c.d_model)
     torch.testing.assert_close(ours(x), theirs(inputs_embeds=x).last_hidden_state, rtol=1e-4, atol=1e-4)
@@ -235,29 +230,6 @@ def test_presets_have_the_published_sizes():
 # CSM against others
 
 
-def half_split(weight, heads):
-    """Rows of q or k of an interleaved rotary layout, reordered for ours, as its port to transformers does."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def from_original(weights, model):
-    """Weights or gradients under the original's (torchtune's) names -> under ours."""
-    names = {"text_embedding.": "text_embeddings.", "audio_embedding.": "audio_embeddings.", "o_proj": "output_proj",
-             "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "attn_norm.weight": "sa_norm.scale",
-             "mlp_norm.weight": "mlp_norm.scale", "norm.weight": "norm.scale", "decoder_heads": "audio_head"}
-    out = {}
-    for name in model.state_dict():
-        key = "codebook0_head.weight" if name == "codebook0_head" else translate(name, names)
-        if key not in weights:
-            continue
-        value = weights[key]
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            stack = model.config.backbone if name.startswith("backbone") else model.config.decoder
-            value = half_split(value, stack.n_head if "q_proj" in name else stack.n_kv_head)
-        out[name] = value.transpose(1, 2) if name == "decoder_heads" else value
-    return out
-
-
 @pytest.fixture(scope="module")
 def golden():
     return load_file(GOLDEN / "csm_original.safetensors")
@@ -268,18 +240,10 @@ def original(golden, monkeypatch):
     """Our CSM with the weights of the golden file, which was made by the original code."""
     monkeypatch.setattr(CSMConfig, "SPARE", 0)  # its greedy decoding may choose the spare classes as well
     c = json.loads((GOLDEN / "csm_original.json").read_text())["config"]
-    scaling = [c[f"rope_{key}"] for key in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")]
-
-    def sizes(s):
-        return dict(n_layer=s["num_layers"], n_head=s["num_heads"], n_kv_head=s["num_kv_heads"],
-                    d_model=s["embed_dim"], d_ff=s["intermediate_dim"], rope_theta=c["rope_base"],
-                    rope_scaling=scaling, norm_eps=c["norm_eps"])  # fmt: skip
-
-    model = CSM(CSMConfig(c["text_vocab_size"], c["audio_num_codebooks"], c["audio_vocab_size"], sizes(c["backbone"]),
-                          sizes(c["decoder"]), stop="zeros", decoder_fraction=1.0))  # fmt: skip
+    heads = {"num_attention_heads": c["backbone"]["num_heads"]}
     weights = {k.removeprefix("weights."): v for k, v in golden.items() if k.startswith("weights.")}
-    models.load_weights(model, from_original(weights, model))
-    return model.eval()
+    layout = published.LAYOUTS[0]
+    return published.assemble(layout, weights, {**heads, "depth_decoder_config": heads}, "golden", decoder_fraction=1.0)
 
 
 def rows_of(tokens, mask):
@@ -311,11 +275,13 @@ def test_golden_states_losses_and_gradients(original, golden):
 
     loss.backward()
     expected = {k.removeprefix("grad."): v for k, v in golden.items() if k.startswith("grad.")}
-    compared = from_original(expected, original)
-    assert len(compared) == len(expected) == 7
-    for name, gradient in compared.items():
-        ours = dict(original.named_parameters())[name].grad
-        torch.testing.assert_close(ours, gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
+    compared = 0
+    for name, p in original.named_parameters():
+        (key,), make = published.csm_original(name, original.config)
+        if key in expected:
+            gradient, compared = make(expected[key]), compared + 1
+            torch.testing.assert_close(p.grad, gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
+    assert compared == len(expected) == 7
 
 
 def test_golden_row_alone(original, golden):
@@ -347,69 +313,7 @@ def test_golden_rotary(golden):
 def test_golden_permutation(golden):
     for name, heads in (("q_proj", 4), ("k_proj", 2)):
         key = f"backbone.layers.0.attn.{name}.weight"
-        assert torch.equal(half_split(golden[f"weights.{key}"], heads), golden[f"hf.{key}"])
-
-
-@pytest.fixture(scope="module")
-def port():
-    """transformers' CSM with small random weights, and ours with the same."""
-    from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
-
-    def rope(factor, original):
-        return {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": factor,
-                "high_freq_factor": 4 * factor, "original_max_position_embeddings": original}  # fmt: skip
-
-    torch.manual_seed(3)
-    K, V, T = 4, 19, 30
-    sizes = dict(intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    theirs = CsmForConditionalGeneration(CsmConfig(
-        **sizes, hidden_size=32, num_codebooks=K, vocab_size=V, text_vocab_size=T, max_position_embeddings=2048,
-        initializer_range=0.2, rope_parameters=rope(0.125, 1024), pad_token_id=0, codebook_pad_token_id=18,
-        bos_token_id=1, audio_token_id=28, audio_eos_token_id=29,
-        depth_decoder_config=dict(**sizes, hidden_size=16, num_codebooks=K, vocab_size=V, backbone_hidden_size=32,
-                                  rope_parameters=rope(1 / 512, 16), initializer_range=0.2),
-        codec_config=MimiConfig(hidden_size=16, num_filters=2, num_hidden_layers=1, num_attention_heads=1,
-                                num_key_value_heads=1, intermediate_size=8, codebook_size=8, codebook_dim=4,
-                                vector_quantization_hidden_dimension=4, upsample_groups=4).to_dict(),
-    )).eval()  # fmt: skip
-    torch.nn.init.normal_(theirs.depth_decoder.codebooks_head.weight, std=0.2)
-    stack = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, rope_scaling=(32.0, 1.0, 4.0, 8192))
-    ours = CSM(CSMConfig(T, K, V - 3, stack, {**stack, "d_model": 16}, stop="zeros", decoder_fraction=1.0))
-    names = {"text_embedding": "embed_text_tokens",
-             "audio_embedding": "backbone_model.embed_tokens.embed_audio_tokens",
-             "projection": "depth_decoder.model.inputs_embeds_projector",
-             "decoder_heads": "depth_decoder.codebooks_head.weight",
-             "codebook0_head": "lm_head.weight", "attn.": "self_attn.", "attn_norm": "input_layernorm",
-             "mlp_norm": "post_attention_layernorm"}  # fmt: skip
-    weights, mapped = theirs.state_dict(), {}
-    for name in ours.state_dict():
-        key = name.replace("backbone.", "backbone_model.", 1) if name.startswith("backbone.") else name
-        key = "depth_decoder.model." + key.removeprefix("decoder.") if name.startswith("decoder.") else key
-        value = weights[translate(key, names)]
-        mapped[name] = value.transpose(1, 2) if name == "decoder_heads" else value
-    models.load_weights(ours, mapped)
-    return theirs, ours.eval()
-
-
-def test_losses_and_logits_equal_those_of_transformers(port):
-    theirs, ours = port
-    tokens, segment = batch_of(ours, utterance(5, 9), utterance(3, 6, seed=1))
-    labels = torch.where((segment == AUDIO)[..., None], tokens[..., :4], -100)
-    embedded = theirs.embed_text_tokens(tokens[..., 4]) * (segment == TEXT)[..., None]
-    embedded = embedded + theirs.backbone_model.embed_tokens(tokens[..., :4]) * (segment == AUDIO)[..., None]
-    with torch.no_grad():
-        torch.testing.assert_close(ours.embed(tokens, segment), embedded, rtol=0, atol=1e-5)
-        expected = theirs(inputs_embeds=embedded, labels=labels)
-        loss, stats = ours(tokens, segment)
-        state = ours.backbone(ours.embed(tokens, segment))
-        torch.testing.assert_close(state @ ours.codebook0_head.T, expected.logits, rtol=1e-4, atol=1e-4)
-        kept = segment[:, 1:] == AUDIO
-        depth = ours.decoder(ours.depth_inputs(state[:, :-1][kept], tokens[:, 1:, :3][kept]))[:, 1:]
-        logits = torch.einsum("nkd,kvd->nkv", depth, ours.decoder_heads)
-        torch.testing.assert_close(logits, expected.depth_decoder_logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
-    for name, value in (("backbone_loss", expected.backbone_loss), ("decoder_loss", expected.depth_decoder_loss)):
-        torch.testing.assert_close(stats[name][0] / stats[name][1], value, rtol=1e-5, atol=1e-5)
+        assert torch.equal(published.half_split(golden[f"weights.{key}"], heads), golden[f"hf.{key}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

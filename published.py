@@ -1,0 +1,491 @@
+"""Weights as their authors published them, in and out.
+
+    from_pretrained("weights/csm-1b")                                 in model.py: a file or folder that was downloaded
+    python train.py config/csm_1b.py --init_from=weights/csm-1b       goes on from it
+    python model.py export --ckpt=out/x/best.pt --out_dir=hub/x       writes what transformers reads
+
+- What a file holds is known by the names of its tensors, never by its own; every tensor is used, or left out for a
+  reason that is stated here, and the first that is missing, unknown or of another shape is named.
+- Sizes are read off the tensors' shapes. A config.json beside them says what shapes cannot, such as numbers of heads.
+- Nothing is made twice: tensors stay in the memory-mapped file until they are needed, and the model is built without
+  memory of its own. On a CPU, weights that need no change stay there; their pages are copied when training writes them.
+- A pickle runs no code: only tensors and plain containers are read from it.
+
+A family is a section below: for each way in which it is published a `Layout`, which is also put into LAYOUTS.
+"""
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, from_pretrained, transformer_config
+
+command = ""  # export
+ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
+out_dir = ""  # folder to write config.json and model.safetensors into
+
+
+@dataclass
+class Layout:
+    """One way in which a family's weights are published.
+
+    arch: the family, as in model.ARCHS.
+    mark: a key that no other layout has. What stands before it in a file, such as "model.", is taken from all keys.
+    source(name, config) -> keys, make: the published tensors that our tensor `name` is made of, and the function that
+    makes it of them. It need not care for device, type and memory layout, and has to work on the meta device.
+    sizes(shapes, given) -> the fields of our config, as a dict. shapes: {key: shape}; given: config.json, or {}.
+    ignored: regular expression of the keys that are left out on purpose.
+    tied: {key: another}, names of one tensor, of which a file has one or both; `source` knows it by the second.
+    write_config(config) -> config.json, for a layout that `export` writes. `make` then has to be its own inverse.
+    note: what one has to know who uses such an export.
+    """
+
+    arch: str
+    mark: str
+    source: Callable
+    sizes: Callable
+    ignored: str = "(?!)"
+    tied: dict = field(default_factory=dict)
+    write_config: Callable | None = None
+    note: str = ""
+
+
+def translate(name, words):
+    """A name in others' words: {regular expression: replacement}, applied one after the other."""
+    for pattern, word in words.items():
+        name = re.sub(pattern, word, name)
+    return name
+
+
+def same(x):
+    return x
+
+
+def transpose(x):
+    return x.mT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in
+
+
+def load(path, device="cpu", dtype=torch.float32, **changes):
+    """The model of a published file (.safetensors, its .index.json, .pt, .pth, .bin) or folder, in eval mode.
+
+    Of several files in a folder safetensors count before pickles, and whole ones before shards. changes: fields of its
+    config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError with one line: for files that
+    are damaged, unknown or several, tensors that are missing, unknown or of another shape, and sizes nobody says.
+    """
+    return assemble(*find(path), device, dtype, **changes)
+
+
+def start(path, arch, meta, habits):
+    """What model.build gives, but with published sizes and weights. meta: a token folder's meta.json, which says how a
+    text begins and ends; habits: fields of the config that are not sizes, as far as the family has them.
+
+    Raises what `load` raises, and ValueError where the weights are of another family or codec than asked for, or have
+    fewer text ids than the tokenizer.
+    """
+    layout, *found = find(path)
+    if layout.arch != arch:
+        raise ValueError(f"arch = {arch!r}, but {path} is of the family {layout.arch!r}")
+    names = {f.name for f in fields(ARCHS[arch][1]) if f.init}
+    codec, tokenizer = meta["codec"], meta["tokenizer"]
+    changes = {**habits, "text_bos": tokenizer["bos_id"], "text_eos": tokenizer["eos_id"]}
+    model = assemble(layout, *found, **{key: value for key, value in changes.items() if key in names}).train()
+    c, K, V, most = model.config, codec["n_codebooks"], codec["codebook_size"], tokenizer["vocab_size"]
+    if (c.n_codebooks, c.codebook_size) != (K, V):
+        raise ValueError(f"{path} speaks in {c.n_codebooks} codebooks of {c.codebook_size}, the data in {K} of {V}: "
+                         "prepare them with the codec of these weights")  # fmt: skip
+    if most > c.text_vocab_size:
+        raise ValueError(f"{path} knows {c.text_vocab_size} text ids, the data have {most}: prepare them with the "
+                         "tokenizer of these weights")  # fmt: skip
+    return model
+
+
+def is_published(path):
+    """Whether a file or folder is anything but a checkpoint of train.py's. Raises FileNotFoundError, ValueError."""
+    if os.path.isdir(path) or is_index(path) or is_safetensors(path):
+        return True
+    content = read_pickle(path)
+    return not (isinstance(content, dict) and str(content.get("format")).startswith("parlando"))
+
+
+def find(path):
+    """Layout, tensors {key: tensor}, config.json and path of a file, or of the file in a folder that counts."""
+    for group in candidates(path) if os.path.isdir(path) else [[path]]:
+        found = [known for file in group if (known := recognise(file))]
+        if len(found) > 1:
+            raise ValueError(f"{path} holds several models: {', '.join(file for *_, file in found)}; name one of them")
+        if found:
+            return found[0]
+    raise ValueError(f"{path} holds no weights of a layout known here: there is "
+                     f"{', '.join(f'{layout.arch} with {layout.mark}' for layout in LAYOUTS)}")  # fmt: skip
+
+
+def candidates(folder):
+    """A folder's files that may hold weights, [[path]]: first those to prefer; shards stand behind their index."""
+    names = sorted(os.listdir(folder))
+    indexes = [name for name in names if is_index(name)]
+    shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
+    whole = [name for name in names if name.endswith(".safetensors") and os.path.join(folder, name) not in shards]
+    pickles = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
+    return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
+
+
+def recognise(path):
+    """What `find` gives, of one file; None where no layout has its mark among the keys."""
+    tensors, inside = read(path)
+    for layout in LAYOUTS:
+        for key in tensors:
+            if f".{key}".endswith(f".{layout.mark}"):
+                before = key.removesuffix(layout.mark)
+                config = os.path.join(os.path.dirname(path), "config.json")
+                given = {**inside, **(read_json(config) if os.path.exists(config) else {})}
+                return layout, {key.removeprefix(before): tensor for key, tensor in tensors.items()}, given, path
+    return None
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Where this is on, torch.empty, of which parameters are made, gives tensors that have a shape and no memory.
+
+    Buffers are computed as ever: rotary tables and the like are in no file.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        meta = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **{**(kwargs or {}), **meta})
+
+
+def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **changes):
+    """The model of a layout's tensors, in eval mode; arguments and errors as `find` and `load` have them."""
+    model, its_config = ARCHS[layout.arch]
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if foreign := changes.keys() - {f.name for f in fields(its_config) if f.init}:
+        name = min(foreign)
+        raise ValueError(f"{name} = {changes[name]!r}: architecture {layout.arch!r} has no such setting")
+    tensors = dict(tensors)
+    for twin, key in layout.tied.items():
+        if twin in tensors:
+            tensor = tensors.pop(twin)
+            if not torch.equal(tensors.setdefault(key, tensor), tensor):
+                raise ValueError(f"{path}: {twin} and {key} differ, but here they are one")
+    try:
+        sizes = layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
+        config = its_config(**{**sizes, **changes})
+        with WithoutMemory():
+            model = model(config)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}") from None
+    except (ValueError, TypeError, IndexError, ArithmeticError) as error:  # shapes or a config.json that cannot be
+        raise ValueError(f"{path}: " + str(error).partition("\n")[0]) from None
+    own = model.state_dict()
+    plan = {name: layout.source(name, config) for name in own}
+    check(plan, own, tensors, layout, path)
+
+    state = {}
+    for name, (keys, make) in plan.items():
+        value = make(*(tensors[key].to(device) for key in keys))
+        state[name] = value.to(dtype if own[name].is_floating_point() else own[name].dtype).contiguous()
+    model.load_state_dict(state, assign=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def check(plan, own, tensors, layout, path):
+    """Raise ValueError where the tensors are not exactly those that the plan {our name: (keys, make)} makes ours of."""
+    for name, (keys, make) in plan.items():
+        for key in keys:
+            if key not in tensors:
+                raise ValueError(f"{path} lacks {key}")
+            if own[name].is_floating_point() != tensors[key].is_floating_point():
+                raise ValueError(f"{path}: {key} is {tensors[key].dtype}: take weights that are not quantised")
+        try:
+            made = make(*(tensors[key].to("meta") for key in keys)).shape
+        except (RuntimeError, IndexError):
+            made = None
+        if made != own[name].shape:
+            there = " and ".join(f"{key} {tuple(tensors[key].shape)}" for key in keys)
+            raise ValueError(f"{path}: {there} does not give {name} {tuple(own[name].shape)}")
+    used = {key for keys, _ in plan.values() for key in keys}
+    for key in tensors:
+        if key not in used and not re.search(layout.ignored, key):
+            raise ValueError(f"{path} holds {key}, which the family {layout.arch!r} does not have")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def is_index(path):
+    return str(path).endswith(".safetensors.index.json")
+
+
+def is_safetensors(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file or folder of weights (what is on a hub has to be downloaded)")
+    with open(path, "rb") as f:
+        return f.read(9)[8:] == b"{"  # the length of its header, then the header
+
+
+def safetensors_package():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("published weights need the package safetensors: pip install safetensors") from None
+    return safetensors
+
+
+def read(path):
+    """The tensors {key: tensor} of a file, memory-mapped if its format allows it, and the config inside it, or {}."""
+    if is_index(path):
+        shards = [read(shard)[0] for shard in read_index(path)]
+        return {key: tensor for shard in shards for key, tensor in shard.items()}, {}
+    if not is_safetensors(path):
+        content = read_pickle(path)
+        config = content.get("config") if isinstance(content, dict) else None
+        return weights_in(content), config if isinstance(config, dict) else {}
+    safetensors = safetensors_package()
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            tensors, said = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error})") from None
+    return tensors, json.loads(said["config"]) if said.get("config", "").startswith("{") else {}
+
+
+def weights_in(content):
+    """The tensors {key: tensor} of a state dict, or of one inside a training script's dict; {} where there are none."""
+    if not isinstance(content, dict):
+        return {}
+    for name in ("model_state", "model", "module", "state_dict"):
+        if isinstance(content.get(name), dict):
+            return weights_in(content[name])
+    return {key: tensor for key, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+class Inert:
+    """Stands for whatever else a pickle names, such as a config class of a package that is not here."""
+
+    def __init__(self, *args):
+        pass
+
+
+def read_pickle(path):
+    """What torch.save wrote, without running code from it: classes that are none of torch's become Inert."""
+    zipped = zipfile.is_zipfile(path)
+    try:
+        strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception:  # torch.load fails in many ways on files of other kinds
+        raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code") from None
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def read_index(path):
+    """The paths of the shards that a .safetensors.index.json names."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{path} has no weight_map")
+    return sorted({os.path.join(os.path.dirname(path), shard) for shard in shards.values()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+
+def export(model, folder):
+    """Write config.json and model.safetensors, from which transformers' from_pretrained makes the same model, without
+    codec and tokenizer. Returns the layout's note.
+
+    Each is written under a partial name and renamed. Raises OSError, and ValueError for a family without such a layout
+    or a model that transformers has no words for.
+    """
+    safetensors = safetensors_package()
+    config = model.config
+    layouts = [layout for layout in LAYOUTS if layout.arch == config.arch and layout.write_config]
+    if not layouts:
+        raise ValueError(f"the family {config.arch!r} has no layout in which it is exported")
+    layout, state = layouts[0], model.state_dict()
+    with WithoutMemory():
+        plain = type(model)(config).state_dict()
+    if further := state.keys() - plain.keys():
+        raise ValueError(f"{min(further)} has no place among published weights: merge adapters first")
+    written = {**layout.write_config(config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    tensors = {}
+    for name, tensor in state.items():
+        (key,), make = layout.source(name, config)
+        tensors[key] = make(tensor).cpu().contiguous()
+    for twin, key in layout.tied.items():
+        tensors[twin] = tensors[key].clone()  # a file may not name one memory twice
+
+    os.makedirs(folder, exist_ok=True)
+    paths = [os.path.join(folder, name) for name in ("model.safetensors", "config.json")]
+    try:
+        safetensors.torch.save_file(tensors, f"{paths[0]}.partial", metadata={"format": "pt"})
+        with open(f"{paths[1]}.partial", "w", encoding="utf-8") as f:
+            json.dump(written, f, indent=2)
+        for path in paths:
+            os.replace(f"{path}.partial", path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{paths[0]} could not be written ({error})") from None
+    finally:
+        for path in paths:
+            if os.path.exists(f"{path}.partial"):
+                os.remove(f"{path}.partial")
+    return layout.note
+
+
+def main(cfg):
+    if cfg.command != "export" or not cfg.ckpt or not cfg.out_dir:
+        raise ValueError("what to write, and where? python model.py export --ckpt=out/x/best.pt --out_dir=hub/x")
+    model = from_pretrained(cfg.ckpt)
+    note = export(model, cfg.out_dir)
+    print(f"{cfg.out_dir} is written for transformers; {note}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM and Marvis: the layout of their authors (torchtune), and that of transformers
+
+ORIGINAL = {
+    "^text_embedding": "text_embeddings", "^audio_embedding": "audio_embeddings",
+    "^codebook0_head$": "codebook0_head.weight", "^decoder_heads$": "audio_head", "o_proj": "output_proj",
+    "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "attn_norm": "sa_norm", r"norm\.weight": "norm.scale",
+}  # fmt: skip
+TRANSFORMERS = {
+    "^text_embedding": "embed_text_tokens", "^audio_embedding": "depth_decoder.model.embed_tokens",
+    "^codebook0_head$": "lm_head.weight", "^decoder_heads$": "depth_decoder.codebooks_head.weight",
+    "^projection": "depth_decoder.model.inputs_embeds_projector", "^backbone": "backbone_model",
+    r"^decoder\.": "depth_decoder.model.", r"attn\.": "self_attn.", "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
+LLAMA = {
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+    "d_model": "hidden_size", "d_ff": "intermediate_size", "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ENDS = {128256: (128000, 128001), 49152: (1, 2)}  # begin and end of text, by vocabulary: Llama 3.2, SmolLM2 (Marvis)
+AUDIO_IDS = {128256: (128002, 128003)}  # text ids that stand for a frame and for the stop frame in transformers' inputs
+
+
+def half_split(weight, heads):
+    """Rows of q or k (heads * d, D) that rotate in pairs (2j, 2j + 1), reordered for our pairs (j, j + d / 2)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def csm_original(name, config):
+    make = transpose if name == "decoder_heads" else same
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        stack = config.backbone if name.startswith("backbone") else config.decoder
+        make = partial(half_split, heads=stack.n_head if "q_proj" in name else stack.n_kv_head)
+    return [translate(name, ORIGINAL)], make
+
+
+def csm_transformers(name, config):
+    return [translate(name, TRANSFORMERS)], transpose if name == "decoder_heads" else same
+
+
+def csm_sizes(words, shapes, given):
+    """Fields of CSMConfig. How many heads there are and how positions turn stands in config.json, in transformers'
+    words; without it both are those of the preset that has the same sizes otherwise. Released weights stop at zeros."""
+
+    def rows(name):
+        return shapes[translate(name, words)][0]
+
+    def stack(part, given):
+        first, attn = translate(f"{part}.layers.", words), f"{part}.layers.0.attn"
+        layers = {key.removeprefix(first).split(".")[0] for key in shapes if key.startswith(first)}
+        width, inner = rows(f"{part}.norm.weight"), rows(f"{part}.layers.0.mlp.up_proj.weight")
+        sizes = dict(n_layer=len(layers), d_model=width, d_ff=inner)
+        preset = [preset for preset in PRESETS.values() if sizes.items() <= preset.items()] or [{}]
+        said = {ours: given[theirs] for ours, theirs in LLAMA.items() if given.get(theirs) is not None}
+        said = {"rope_scaling": LLAMA3_ROPE, **preset[0], **said, **llama_rope(given), **sizes}
+        q, k, heads = rows(f"{attn}.q_proj.weight"), rows(f"{attn}.k_proj.weight"), said.get("n_head")
+        if not heads:
+            raise ValueError(f"nothing says how many heads the {part} of width {width} has: a config.json beside the "
+                             "weights has to (num_attention_heads, also inside depth_decoder_config)")  # fmt: skip
+        if q % heads or k % (q // heads):
+            raise ValueError(f"the {part} cannot have {heads} heads: its queries have width {q}, its keys {k}")
+        return {**said, "head_dim": q // heads, "n_kv_head": k // (q // heads)}
+
+    text_vocab_size = rows("text_embedding.weight")
+    text_bos, text_eos = ENDS.get(text_vocab_size, (-1, -1))
+    return {
+        "text_vocab_size": text_vocab_size, "n_codebooks": rows("decoder_heads") + 1,
+        "codebook_size": rows("codebook0_head") - CSMConfig.SPARE, "text_bos": text_bos, "text_eos": text_eos,
+        "backbone": stack("backbone", given), "decoder": stack("decoder", given.get("depth_decoder_config") or {}),
+        "stop": "zeros", **given.get("parlando", {}),
+    }  # fmt: skip
+
+
+def llama_rope(given):
+    """What config.json says of rope_theta and rope_scaling, in the newer words of transformers or in the older ones."""
+    rope = given.get("rope_parameters") or given.get("rope_scaling", {})
+    if rope == {}:
+        return {}
+    rope = rope or {"rope_type": "default"}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type = {kind!r} in config.json: it is default or llama3")
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    return {**theta, "rope_scaling": tuple(rope[word] for word in ROPE) if kind == "llama3" else None}
+
+
+def csm_config(c):
+    """config.json for transformers' CsmForConditionalGeneration. It has no word for a stop class, nor for the ends of a
+    text: these stand under "parlando"."""
+
+    def stack(s, positions):
+        known = {key: getattr(s, key) for key in (*LLAMA, "rope_scaling", "dropout", "recompute")}
+        if transformer_config(known) != s or not s.rope_theta:
+            raise ValueError("transformers' CSM is made of plain Llamas, this one has other layers")
+        said = {theirs: getattr(s, ours) for ours, theirs in LLAMA.items()}
+        said |= {"max_position_embeddings": positions, "rope_scaling": None}
+        if s.rope_scaling:  # the original context has to be below the positions: scaled down, it means the same
+            factor, low, high, original = s.rope_scaling
+            less = original
+            while less > positions / 2:
+                less //= 2
+            numbers = factor, low * less / original, high * less / original, less
+            said["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, numbers, strict=True))}
+        return {**said, "num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
+
+    audio, audio_eos = AUDIO_IDS.get(c.text_vocab_size, (None, None))
+    return {
+        "architectures": ["CsmForConditionalGeneration"], "model_type": "csm",
+        **stack(c.backbone, c.backbone.max_positions), "text_vocab_size": c.text_vocab_size,
+        "depth_decoder_config": {**stack(c.decoder, c.n_codebooks + 1), "backbone_hidden_size": c.backbone.d_model},
+        "bos_token_id": c.text_bos if c.text_bos >= 0 else None, "pad_token_id": audio, "audio_token_id": audio,
+        "audio_eos_token_id": audio_eos, "codebook_pad_token_id": c.audio_vocab_size - 1, "codebook_eos_token_id": 0,
+        "parlando": {"stop": c.stop, "text_bos": c.text_bos, "text_eos": c.text_eos},
+    }  # fmt: skip
+
+
+LAYOUTS = [
+    Layout("csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
+           ignored=r"_causal_mask$|\.kv_cache\."),  # fmt: skip
+    Layout("csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
+           ignored=r"^codec_model\.",  # Mimi, which codec.py reads
+           tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
+           write_config=csm_config,
+           note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its "
+                "place; generate stops at a frame of zeros, not at the stop class of models trained here"),
+]  # fmt: skip
