@@ -57,12 +57,11 @@ class LoRALinear(nn.Linear):
         return (y + getattr(self, f"lora_{self.active}")(x)).to(y.dtype)
 
 
-def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), base_dtype=None, name="default"):
+def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), name="default"):
     """Freeze a model and put a new adapter beside its linear layers: it is active, and alone is trained from now on.
 
     targets: regular expressions, searched in the names of nn.Linear modules and of their weights (nn.Linear itself, not
-    what derives from it). dropout: share of x that the adapter does not see in training. base_dtype: what the base is
-    cast to (its parameters; buffers stay), where float32 is too large; the adapter is float32 all the same.
+    what derives from it). dropout: share of x that the adapter does not see in training.
 
     Raises ValueError, and leaves the model alone, for numbers out of range, a name that is taken or no word, a pattern
     that finds nothing, or a weight that other modules share.
@@ -74,9 +73,12 @@ def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), base_dty
     linears = find_linears(model, targets)
     settings = dict(rank=rank, alpha=alpha, dropout=dropout, rs=rs, base=base_fingerprint(model))
     attach(model, {path: Adapter(linear, settings) for path, linear in linears.items()}, name)
-    if base_dtype:
-        for p in base_parameters(model).values():
-            p.data = p.data.to(base_dtype)
+
+
+def cast_base(model, dtype):
+    """Keep the base in this type, where float32 is too large: its parameters; buffers and adapters stay as they are."""
+    for p in base_parameters(model).values():
+        p.data = p.data.to(dtype)
 
 
 def find_linears(model, patterns):
@@ -153,7 +155,6 @@ def adapter_state(model, name="default"):
     return {**next(iter(chosen.values())).settings, "weights": weights}
 
 
-@torch.no_grad()
 def load_adapter(model, state, name="default"):
     """Add an adapter from what `adapter_state` gave, under any name; otherwise as `add_lora`.
 
@@ -166,11 +167,21 @@ def load_adapter(model, state, name="default"):
     settings, weights = {key: state[key] for key in SETTINGS}, state["weights"]
     linears = find_linears(model, [f"^{re.escape(key.rpartition('.lora_')[0])}$" for key in weights])
     chosen = {path: Adapter(linear, settings) for path, linear in linears.items()}
+    fill(chosen, weights, name)
+    attach(model, chosen, name)
+
+
+def set_adapter(model, state, name="default"):
+    """Give an adapter that is there the matrices of what `adapter_state` gave. Raises ValueError."""
+    fill(find_adapter(model, name), state["weights"], name)
+
+
+@torch.no_grad()
+def fill(chosen, weights, name):
     if {key: p.shape for key, p in matrices(chosen).items()} != {key: w.shape for key, w in weights.items()}:
         raise ValueError(f"lora: the matrices of adapter {name!r} do not fit its rank and linear layers")
     for key, p in matrices(chosen).items():
         p.copy_(weights[key])
-    attach(model, chosen, name)
 
 
 @torch.no_grad()
@@ -202,9 +213,11 @@ def base_fingerprint(model):
     """16 hex digits that change when a parameter of the base has another name, shape or value.
 
     Values are compared as bfloat16: a base is the same one in float32 and in bfloat16, but cast to float16 another one.
+    On the meta device there are no values.
     """
     digest = hashlib.sha256()
     for name, p in sorted(base_parameters(model).items()):
         digest.update(f"{name} {tuple(p.shape)}\n".encode())
-        digest.update(p.detach().to(torch.bfloat16).reshape(-1).view(torch.int16).cpu().numpy())
+        if not p.is_meta:
+            digest.update(p.detach().to(torch.bfloat16).reshape(-1).view(torch.int16).cpu().numpy())
     return digest.hexdigest()[:16]

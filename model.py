@@ -1239,6 +1239,12 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     `changes`: fields of its config to set otherwise, such as the rounds of demasking; None leaves them. Raises
     ValueError for an unknown architecture, a field that it does not have, or weights that do not fit.
     """
+    if checkpoint.get("base"):  # an adapter, active from now on, and what it is added to
+        import lora
+
+        model = from_pretrained(checkpoint["base"], device, **changes)
+        lora.load_adapter(model, checkpoint["ema"] or checkpoint["model"])
+        return model.to(dtype=dtype).eval()
     arch = checkpoint["arch"]
     if arch not in ARCHS:
         raise ValueError(f"the checkpoint is of architecture {arch!r}, this code has {', '.join(ARCHS)}")

@@ -2,7 +2,7 @@
 
     from_pretrained("weights/csm-1b")                                 in model.py: a file or folder that was downloaded
     python train.py config/csm_1b.py --init_from=weights/csm-1b       goes on from it
-    python model.py export --ckpt=out/x/best.pt --out_dir=hub/x       writes what transformers reads
+    python model.py export --ckpt=out/x/best.pt --out_dir=hub/x       writes what transformers reads, an adapter merged
 
 - What a file holds is known by the names of its tensors, never by its own; every tensor is used, or left out for a
   reason that is stated here, and the first that is missing, unknown or of another shape is named.
@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch.overrides import TorchFunctionMode
 
+import lora
 from model import ARCHS, LLAMA3_ROPE, PRESETS, TAPS, CSMConfig, from_pretrained, transformer_config
 
 command = ""  # export
@@ -357,6 +358,8 @@ def main(cfg):
     if cfg.command != "export" or not cfg.ckpt or not cfg.out_dir:
         raise ValueError("what to write, and where? python model.py export --ckpt=out/x/best.pt --out_dir=hub/x")
     model = from_pretrained(cfg.ckpt)
+    for name in lora.adapters(model):
+        lora.merge(model, name)
     note = export(model, cfg.out_dir)
     print(f"{cfg.out_dir} is written for transformers; {note}")
 

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
+import lora
 from codec import load_codec, read_audio
 from data import load_tokenizer, normalise
 from model import contract_check, load_checkpoint, load_model, sampler
@@ -50,6 +51,7 @@ stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
 dtype = "float32"  # of the weights: float32, bfloat16, float16
 codec_path = ""  # the codec's tables, where not those in the checkpoint
+adapter = ""  # another LoRA checkpoint on the same base as ckpt, to speak with in its place
 
 NEEDED = ("arch", "model_config", "model", "codec", "codec_fingerprint", "tokenizer", "meta", "probe")
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -70,7 +72,7 @@ class Voice:
         self.draw = {key: (config or {}).get(key, usual) for key, usual in model.draw.items()}
         self.prompted = (config or {}).get("voice_prompt", 1) > 0  # did it meet prompts in training?
         self.device = next(model.parameters()).device
-        self.stopped = None
+        self.stopped, self.adapted = None, {}
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32"):
@@ -92,6 +94,19 @@ class Voice:
         text, codes = (np.asarray(probe.pop(name)) for name in ("text", "codes"))
         voice.report = contract_check(model, text, codes, **probe)
         return voice
+
+    def adapt(self, path):
+        """Speak with the adapter of another LoRA checkpoint on the same base from now on.
+
+        It is read once; going back to one that was read before costs nothing. Raises ValueError or FileNotFoundError.
+        """
+        if path not in self.adapted:
+            checkpoint, name = load_checkpoint(path), f"adapter-{len(self.adapted)}"
+            if not checkpoint.get("base"):
+                raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
+            lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
+            self.adapted[path] = name
+        lora.use_adapter(self.model, self.adapted[path])
 
     def text_ids(self, text, speaker=""):
         """Ids (n,) of a text as it stands in token files. Raises ValueError for a text that is empty or has characters
@@ -298,6 +313,8 @@ def main(cfg):
     if not cfg.ckpt and not os.path.isfile(path):
         raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
     voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
+    if cfg.adapter:
+        voice.adapt(cfg.adapter)
     reference = voice.listen(cfg.reference) if cfg.reference else None
     prompt = voice.prompt(reference, cfg.reference_text, cfg.speaker)
     for line in lines:  # what can be refused is refused before the first line is spoken

@@ -32,6 +32,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from tqdm import tqdm
 
 import budget
 import configurator
+import lora
 import published
 from codec import load_codec, write_audio
 from data import Batches, TokenFiles, load_tokenizer, speaker_reference
@@ -67,6 +69,13 @@ drop_repeats = False  # Kani: leave out frames equal to the one before, as the r
 dropout: float | None = None  # on what each layer adds; None: as backbone and decoder say
 recompute: bool | None = None  # make activations again in backward instead of keeping them; None: likewise
 freeze = []  # regular expressions; parameters in whose name one of them is found stay as they are
+# LoRA: only a small addition is trained, see lora.py; checkpoints then hold it alone, and say what it is added to
+lora_rank = 0  # of the addition to each layer; 0: none, the weights themselves are trained
+lora_alpha = 32.0  # it counts alpha / rank
+lora_rs = False  # or alpha / sqrt(rank), under which large ranks learn as fast as small ones
+lora_dropout = 0.0  # share of a layer's input that it does not see
+lora_targets = [r"\.layers\."]  # regular expressions; linear layers in whose name one is found get one
+lora_base_dtype = "float32"  # of the weights that stay: bfloat16 halves them
 # batches
 max_tokens = 8192  # most rows of a micro-batch, padding included
 max_batch = 64  # most utterances of a micro-batch
@@ -114,6 +123,9 @@ seed = 1337  # of the initial weights, the order of the data, dropout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
+BASE_DTYPES = ("float32", "bfloat16")
+SAME = ("arch", "backbone", "decoder", "muon", "sparse_embeddings")  # may not change in a run
+SAME += ("lora_rank", "lora_alpha", "lora_rs", "lora_targets")
 SCHEDULES = ("multistep", "cosine", "linear", "constant")
 HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "loss_on", "drop_repeats")  # may change in a run
 HABITS += ("dropout", "recompute")
@@ -136,7 +148,7 @@ def check(cfg, world, device):
     stretch = cfg.reference_seconds
     if len(stretch) != 2 or not all(type(x) in (int, float) for x in stretch) or not 0 < stretch[0] <= stretch[1]:
         raise ValueError(f"reference_seconds = {stretch}: it is the shortest and the longest, as [3.0, 6.0]")
-    for key, allowed in (("dtype", DTYPES), ("lr_schedule", SCHEDULES)):
+    for key, allowed in (("dtype", DTYPES), ("lora_base_dtype", BASE_DTYPES), ("lr_schedule", SCHEDULES)):
         if getattr(cfg, key) not in allowed:
             raise ValueError(f"{key} = {getattr(cfg, key)!r}: it is {', '.join(allowed)}")
     if cfg.dtype == "float16" and device.type != "cuda":
@@ -178,9 +190,6 @@ def starting_point(cfg, codec, meta):
     """
     torch.manual_seed(cfg.seed)
     resume = cfg.init_from == "resume"
-    if not (resume or cfg.overwrite) and any(os.path.exists(os.path.join(cfg.out_dir, name)) for name in RUN_FILES[:2]):
-        raise ValueError(f"{cfg.out_dir} holds a run: init_from=resume goes on with it, overwrite=True removes it, or "
-                         "take another out_dir")  # fmt: skip
     if cfg.init_from == "scratch":
         return build(cfg.arch, meta, vars(cfg)), None
     path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
@@ -196,9 +205,14 @@ def starting_point(cfg, codec, meta):
         raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
     if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{path} and {cfg.data_dir} are of two tokenizers: prepare the data with the checkpoint's")
-    for key in ("arch", "backbone", "decoder", "muon", "sparse_embeddings") if resume else ("arch",):
-        if getattr(cfg, key) != (old := (checkpoint["config"] if resume else checkpoint).get(key)):
-            raise ValueError(f"{key} = {getattr(cfg, key)!r}, but {path} was trained with {old!r}")
+    for key in SAME if resume else ("arch",):
+        new = getattr(cfg, key)
+        if new != (old := (checkpoint["config"] if resume else checkpoint).get(key, new)):
+            raise ValueError(f"{key} = {new!r}, but {path} was trained with {old!r}")
+    if checkpoint.get("base"):  # an adapter: what it is added to, then itself
+        model, _ = starting_point(SimpleNamespace(**{**vars(cfg), "init_from": checkpoint["base"]}), codec, meta)
+        lora.load_adapter(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
+        return model, checkpoint
     model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
     load_weights(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
     return model, checkpoint
@@ -220,6 +234,21 @@ def freeze_parameters(model, patterns):
         raise ValueError("freeze leaves nothing to train")
 
 
+def prepare_weights(model, cfg):
+    """Decide what is trained: freeze what the config says, and give the model an adapter where it wants one."""
+    if not cfg.lora_rank:
+        if lora.adapters(model):
+            lora.merge(model)
+            model.requires_grad_(True)
+        return freeze_parameters(model, cfg.freeze)
+    if cfg.freeze:
+        raise ValueError("freeze and lora_rank: with LoRA all weights stay as they are, name layers by lora_targets")
+    if not lora.adapters(model):
+        how = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, rs=cfg.lora_rs, dropout=cfg.lora_dropout)
+        lora.add_lora(model, **how, targets=cfg.lora_targets)
+    lora.cast_base(model, DTYPES[cfg.lora_base_dtype])
+
+
 def make_optimizers(model, cfg):
     """Optimizers that share out what is trained: AdamW, and where the config says so Muon and SparseAdam.
 
@@ -229,8 +258,8 @@ def make_optimizers(model, cfg):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rate, betas = cfg.learning_rate, (cfg.beta1, cfg.beta2)
     tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    inside = [name for name, p in trained.items() if cfg.muon and ".layers." in name and p.ndim == 2]
-    inside = [trained.pop(name) for name in inside]
+    inside = [name for name, p in trained.items() if ".layers." in name and ".lora_" not in name and p.ndim == 2]
+    inside = [trained.pop(name) for name in inside if cfg.muon]
     sparse = [trained.pop(name) for name in tables if cfg.sparse_embeddings and name in trained]
     for table in tables.values():
         table.sparse = cfg.sparse_embeddings
@@ -333,8 +362,14 @@ def train(cfg, rank, world, device, received):
         tokenizer = load_tokenizer(meta["tokenizer"]["kind"], f.read())
 
     # model, optimizer, batches
+    if not (cfg.init_from == "resume" or cfg.overwrite) and any(os.path.exists(out(name)) for name in RUN_FILES[:2]):
+        raise ValueError(f"{cfg.out_dir} holds a run: init_from=resume goes on with it, overwrite=True removes it, or "
+                         "take another out_dir")  # fmt: skip
+    if cfg.lora_rank and cfg.init_from == "scratch":
+        raise ValueError("lora_rank: LoRA adds to weights that have learnt something, name them by init_from")
     model, checkpoint = starting_point(cfg, codec, meta)
-    freeze_parameters(model, cfg.freeze)
+    prepare_weights(model, cfg)
+    base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
     model, codec = model.to(device), codec.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema else None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -359,7 +394,9 @@ def train(cfg, rank, world, device, received):
         best, history, seconds = state["best"], state["history"], state["seconds"]
         skipped, in_a_row = state["skipped"].to(device)
         window = {name: pair.to(device) * master for name, pair in state["window"].items()}  # a sum over the ranks
-        if averaged:
+        if averaged and cfg.lora_rank:
+            lora.set_adapter(averaged, checkpoint["ema"] or checkpoint["model"])
+        elif averaged:
             load_weights(averaged, checkpoint["ema"] or checkpoint["model"])
         changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k) != v]
         say(f"resuming {cfg.out_dir} at iter {iter_num}" + (f", changed: {', '.join(changed)}" if changed else ""))
@@ -401,6 +438,9 @@ def train(cfg, rank, world, device, received):
         with open(out("config.json"), "w", encoding="utf-8") as f:
             json.dump(vars(cfg), f, indent=1)
 
+    def weights(model):
+        return lora.adapter_state(model) if cfg.lora_rank else model.state_dict()
+
     def save(*names):
         """Write a checkpoint under each of these names; best.pt goes without what only resuming needs."""
         totals = collect(window, world)
@@ -413,7 +453,8 @@ def train(cfg, rank, world, device, received):
         }  # fmt: skip
         checkpoint = {
             "arch": cfg.arch, "model_config": asdict(model.config), "config": vars(cfg), "iter": iter_num, "meta": meta,
-            "model": model.state_dict(), "ema": averaged.state_dict() if averaged else None,
+            "model": weights(model), "ema": weights(averaged) if averaged else None,
+            "base": base if cfg.lora_rank else None,  # what the weights, then those of an adapter, are added to
             "codec": codec.pack(), "codec_fingerprint": codec.fingerprint(),
             "tokenizer": {"kind": tokenizer.kind, "model": tokenizer.model},
             "probe": {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes), **side},
@@ -548,7 +589,7 @@ def main(cfg):
     check(cfg, world, device)
     if cfg.dry_run:
         recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
-        return budget.dry_run(cfg, recipe, lambda model: freeze_parameters(model, cfg.freeze), DTYPES[cfg.dtype])
+        return budget.dry_run(cfg, recipe, lambda model: prepare_weights(model, cfg), DTYPES[cfg.dtype])
     if device.type == "cpu":
         keep_memory()
     if world > 1:

@@ -8,7 +8,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
-from lora import LoRALinear, adapter_state, adapters, add_lora, base_fingerprint, load_adapter, merge, use_adapter
+from lora import (
+    LoRALinear,
+    adapter_state,
+    adapters,
+    add_lora,
+    base_fingerprint,
+    cast_base,
+    load_adapter,
+    merge,
+    set_adapter,
+    use_adapter,
+)
 from model import CSM, CSMConfig, contract_check, load_weights
 
 STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
@@ -167,12 +178,13 @@ def test_initialisation_equals_peft():
 # training
 
 
-@pytest.mark.parametrize("base_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_only_adapters_are_trained(base_dtype):
     model = csm()
-    add_lora(model, 2, 4, dropout=0.1, base_dtype=base_dtype)
+    add_lora(model, 2, 4, dropout=0.1)
+    cast_base(model, base_dtype)
     before, buffers = base_of(model), dict(model.named_buffers())
-    assert {tensor.dtype for tensor in before.values()} == {base_dtype or torch.float32}
+    assert {tensor.dtype for tensor in before.values()} == {base_dtype}
     assert {tensor.dtype for tensor in buffers.values()} == {torch.float32, torch.int64}  # positions stay exact
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(2):
@@ -181,7 +193,7 @@ def test_only_adapters_are_trained(base_dtype):
         optimizer.step()
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad == ("lora" in name), name
-        assert p.dtype == (torch.float32 if "lora" in name else base_dtype or torch.float32)
+        assert p.dtype == (torch.float32 if "lora" in name else base_dtype)
     assert_equal(base_of(model), before)
 
 
@@ -336,7 +348,8 @@ def test_saved_alone_and_loaded(dtype):
 
 def test_trained_on_a_bfloat16_base_and_loaded_on_float32():
     model, other = csm(), csm()
-    add_lora(model, 2, 4, base_dtype=torch.bfloat16)
+    add_lora(model, 2, 4)
+    cast_base(model, torch.bfloat16)
     load_adapter(other, adapter_state(randomise(model)))
     assert other.projection.weight.dtype == torch.float32
     assert_equal(adapter_state(other)["weights"], adapter_state(model)["weights"])
@@ -491,3 +504,15 @@ def test_refused_adapters():
     assert all(p.requires_grad for m in (other, own) for p in m.parameters()) and not adapters(own)
     load_adapter(own, state)
     refused(lambda: load_adapter(own, state), "already")
+
+
+def test_an_adapter_that_is_there_takes_other_matrices():
+    model, other = csm(), csm()
+    add_lora(model, 2, 4, targets=["attn"])
+    add_lora(other, 2, 4, targets=["attn"])
+    randomise(model)
+    set_adapter(other, adapter_state(model))
+    assert torch.equal(logits(other), logits(model))
+    add_lora(model, 3, 4, targets=["attn"], name="larger")
+    with pytest.raises(ValueError, match="the matrices of adapter 'default' do not fit"):
+        set_adapter(other, adapter_state(model, "larger"))
