@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_train import exact, same, write_tokens
 
+import budget
 import configurator
+import lora
 import model as models
 import published
 import train
@@ -23,6 +27,7 @@ from metrics import read_metrics
 from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
 from sample import Voice
 
+ROOT = Path(train.__file__).parent
 STACK = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=512, layers="caca", qk_norm=True)
 FEW = settings(max_examples=25, deadline=None)
 LOSSES = ("all", "audio", "codebook")
@@ -543,8 +548,10 @@ def test_generation_within_the_positions():
     model, (text, codes) = tiny(backbone=dict(max_positions=30)), utterance(n=5)
     frames, stopped = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3))
     assert len(frames) == (30 - 11) // 4 and stopped is False
-    with pytest.raises(ValueError, match="text and prompt take 48 rows, the model has 30 positions"):
-        next(model.generate(text, (text, codes)))
+    assert len(spoken_by(model, np.arange(20), choose=greedy)[0]) == 1  # 26 rows and one frame of 4
+    for given, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
+        with pytest.raises(ValueError, match=f"text and prompt take {rows} rows, the model has 30 positions"):
+            next(model.generate(*given))
 
 
 @torch.no_grad()
@@ -716,3 +723,16 @@ def test_dropped_repeats_stay_within_the_batch(tokens):
     batches = Batches(files, model.layout, model.length, 200, 64, voice_prompt=0.5, max_rows=model.max_rows)
     assert all(math.prod(segment.shape) <= 200 and model(tokens, segment)[0].isfinite()
                for tokens, segment in itertools.islice(iter(batches), 8))  # fmt: skip
+
+
+def test_the_lora_recipe():
+    """Its patterns find what its authors name; a dry run supposes frames of which none is dropped."""
+    cfg = configurator.configure(train.__file__, [str(ROOT / "config/kani_lora.py")])
+    meta = dict(codec=budget.PUBLISHED["nanocodec"], tokenizer=dict(vocab_size=64400, bos_id=1, eos_id=2))
+    with torch.device("meta"):
+        model = models.build("kani", meta, vars(cfg))
+    found = Counter(name.split(".")[-1] for name in lora.find_linears(model, cfg.lora_targets))
+    assert found == {"q_proj": 6, "v_proj": 6, "gate_proj": 16, "up_proj": 16, "down_proj": 16}
+    assert model.config.drop_repeats
+    (tokens, segment), seconds = budget.supposed_batch(cfg, meta, model)
+    assert tokens.shape[:2] == segment.shape == (4, model.length(40, 125)) and seconds == 40
