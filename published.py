@@ -192,8 +192,7 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
 
     state = {}
     for name, (keys, make) in plan.items():
-        value = make(*(tensors[key].to(device) for key in keys))
-        state[name] = value.to(dtype if own[name].is_floating_point() else own[name].dtype).contiguous()
+        state[name] = make(*(tensors[key].to(device) for key in keys)).contiguous()
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 

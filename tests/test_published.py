@@ -359,16 +359,18 @@ def test_pickles_run_no_code(original, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="counts memory as Linux does")
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_weights_stay_in_their_file(original, tmp_path, name):
+def test_weights_stay_in_their_file(original, tmp_path, name, monkeypatch):
     def own_memory():
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
 
     rows = torch.ones(300_000, 64)  # 77 MB
     write(tmp_path, {**original, "text_embeddings.weight": rows}, name=name)
     del rows
-    before = own_memory()
+    before, initialised = own_memory(), []
+    monkeypatch.setattr(models, "init_weights", lambda model: initialised.extend(model.parameters()))
     model = from_pretrained(tmp_path)
     assert own_memory() - before < 20
+    assert all(p.is_meta for p in initialised) and len(initialised) == len(list(model.parameters()))
     whole = (tmp_path / name).read_bytes()
     with torch.no_grad():
         model.text_embedding.weight.zero_()  # on a page of its own
