@@ -77,7 +77,8 @@ def transpose(x):
 
 
 def load(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a published file (.safetensors, its .index.json, .pt, .pth, .bin) or folder, in eval mode.
+    """The model of a published file (.safetensors or .sft, .index.json of its shards, .pt, .pth, .bin) or folder, in
+    eval mode.
 
     Of several files in a folder safetensors count before pickles, and whole ones before shards. changes: fields of its
     config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError with one line: for files that
@@ -135,7 +136,8 @@ def candidates(folder):
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if is_index(name)]
     shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
-    whole = [name for name in names if name.endswith(".safetensors") and os.path.join(folder, name) not in shards]
+    whole = [name for name in names if name.endswith((".safetensors", ".sft"))]
+    whole = [name for name in whole if os.path.join(folder, name) not in shards]
     pickles = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
     return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
 
@@ -190,9 +192,10 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
     plan = {name: layout.source(name, config) for name in own}
     check(plan, own, tensors, layout, path)
 
-    state = {}
-    for name, (keys, make) in plan.items():
-        state[name] = make(*(tensors[key].to(device) for key in keys)).contiguous()
+    def there(tensor):
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    state = {name: make(*(there(tensors[key]) for key in keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -478,13 +481,19 @@ def csm_config(c):
     }  # fmt: skip
 
 
-LAYOUTS = [
-    Layout("csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
-           ignored=r"_causal_mask$|\.kv_cache\."),  # fmt: skip
-    Layout("csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
-           ignored=r"^codec_model\.",  # Mimi, which codec.py reads
-           tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
-           write_config=csm_config,
-           note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its "
-                "place; generate stops at a frame of zeros, not at the stop class of models trained here"),
-]  # fmt: skip
+CSM_ORIGINAL = Layout(
+    "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL), ignored=r"_causal_mask$|\.kv_cache\."
+)
+CSM_TRANSFORMERS = Layout(
+    "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
+    ignored=r"^codec_model\.",  # Mimi, which codec.py reads
+    tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
+    write_config=csm_config,
+    note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its place; "
+         "generate stops at a frame of zeros, not at the stop class of models trained here",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS]
