@@ -549,9 +549,9 @@ def test_generation_within_the_positions():
     frames, stopped = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3))
     assert len(frames) == (30 - 11) // 4 and stopped is False
     assert len(spoken_by(model, np.arange(20), choose=greedy)[0]) == 1  # 26 rows and one frame of 4
-    for given, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
+    for said, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
         with pytest.raises(ValueError, match=f"text and prompt take {rows} rows, the model has 30 positions"):
-            next(model.generate(*given))
+            next(model.generate(*said))
 
 
 @torch.no_grad()
