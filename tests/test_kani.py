@@ -182,8 +182,9 @@ def test_a_folder_that_transformers_saved(port, tmp_path, age):
 
 def test_where_config_json_is_heeded(port, tmp_path):
     port[0].save_pretrained(tmp_path)
-    for change, theta in ((dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4}), 5e4),
-                          (dict(rope_parameters=None, rope_theta=3e4), 3e4), (dict(rope_theta=None, theta=2e4), 2e4)):  # fmt: skip
+    newer = dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    older = dict(rope_parameters=None, rope_theta=3e4)
+    for change, theta in ((newer, 5e4), (older, 3e4), (dict(rope_theta=None, theta=2e4), 2e4)):
         rewrite(tmp_path, lambda config, change=change: config.update(change, norm_eps=1e-3))
         backbone = models.from_pretrained(tmp_path, **OURS).config.backbone
         assert backbone.rope_theta == theta and backbone.norm_eps == 1e-3
