@@ -1,6 +1,6 @@
 """The architectures: text ids and codec frames in, a loss or new frames out.
 
-One transformer is there for every family; what a family adds is how the K codebooks of a frame are predicted. So far:
+One transformer is there for every family; what a family adds is how the K codebooks of a frame are predicted:
 
     CSM    Sesame CSM, Marvis TTS: a backbone predicts codebook 0 of the next frame, a small depth decoder runs along
            the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
@@ -11,7 +11,8 @@ One transformer is there for every family; what a family adds is how the K codeb
            rounds.
 
 Notable features:
-- pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases
+- pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases; where
+  a published model differs (LFM2, GPT-2, VALL-E), a field of its config says so
 - a static key/value cache sized up front; one code path for training, prefill and single steps
 - `layout` says how an utterance becomes rows, and both training and generation call it
 - `multi_codebook_cross_entropy` is the only loss: neither the logits nor their gradient are ever held whole
