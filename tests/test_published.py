@@ -145,6 +145,10 @@ def test_a_model_trained_here_is_the_same_in_transformers(options, tmp_path):
     again = from_pretrained(tmp_path)
     assert (again.config.stop, again.config.text_bos, again.config.text_eos) == ("class", 1, 2)
     assert_same(again.state_dict().values(), model.state_dict().values(), rtol=0, atol=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["head_dim"], config["depth_decoder_config"]["head_dim"]  # shapes say it as well
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert published.assemble(PORT, tensors, config, "weights").config == again.config
     batch = batch_of(model, utterance(5, 9, model.config.n_codebooks))
     torch.testing.assert_close(again(*batch)[0], model(*batch)[0], rtol=1e-6, atol=1e-6)
     same_outputs(port_of(tmp_path), model)
