@@ -10,6 +10,7 @@
 Letters in shapes: B batch, S rows, C columns.
 """
 
+import math
 import os
 from collections import defaultdict
 
@@ -82,7 +83,8 @@ def gigabytes(n):
 
 
 def dry_run(cfg, recipe, prepare_model, dtype):
-    """Print what the run of `cfg` will take. recipe: prepare.py's keys; prepare_model(model): freezes and the like.
+    """Print what the run of `cfg` will take. recipe: prepare.py's keys; prepare_model(model, utterances): freezes
+    and the like.
 
     Raises ValueError as the run itself would for keys that cannot be.
     """
@@ -92,7 +94,7 @@ def dry_run(cfg, recipe, prepare_model, dtype):
     rate, world = meta["codec"]["frame_rate"], int(os.environ.get("WORLD_SIZE", 1))
     with torch.device("meta"):
         model = build(cfg.arch, meta, vars(cfg)).train()
-        prepare_model(model)
+        prepare_model(model, len(files) if files else math.inf)
 
     # parameters, and what comes with them
     parts = defaultdict(lambda: np.zeros(5))  # parameters, trained; bytes of weights, gradients, optimizer

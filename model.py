@@ -1,14 +1,18 @@
 """The architectures: text ids and codec frames in, a loss or new frames out.
 
-One transformer is there for every family; what a family adds is how the K codebooks of a frame are predicted. So far:
+One transformer is there for every family; what a family adds is how the K codebooks of a frame are predicted:
 
     CSM    Sesame CSM, Marvis TTS: a backbone predicts codebook 0 of the next frame, a small depth decoder runs along
            the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
     Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, which is the
            embedding once more, predicts the next token.
+    XTTS   the GPT of XTTS-v2: K = 1. Latents read off a recording of the voice stand before text and codes.
+    VallE  VALL-E v2: all K codebooks at once from one hidden state, frame by frame or, masked, all frames in a few
+           rounds.
 
 Notable features:
-- pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases
+- pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases; where
+  a published model differs (LFM2, GPT-2, VALL-E), a field of its config says so
 - a static key/value cache sized up front; one code path for training, prefill and single steps
 - `layout` says how an utterance becomes rows, and both training and generation call it
 - `multi_codebook_cross_entropy` is the only loss: neither the logits nor their gradient are ever held whole
@@ -384,8 +388,10 @@ PRESETS = {
 }
 
 
-def transformer_config(given, **overrides):
-    """A TransformerConfig from a preset's name, a dict of its fields, or one made before. Raises ValueError."""
+def transformer_config(given, dropout=None, recompute=None, **overrides):
+    """A TransformerConfig from a preset's name, a dict of its fields, or one made before, with some fields otherwise;
+    dropout and recompute of None leave it as it is. Raises ValueError."""
+    habits = {key: value for key, value in (("dropout", dropout), ("recompute", recompute)) if value is not None}
     if isinstance(given, TransformerConfig):
         given = asdict(given)
     if isinstance(given, str):
@@ -394,7 +400,7 @@ def transformer_config(given, **overrides):
             raise ValueError(f"no transformer preset {given!r}: there are {names}, or give a dict of sizes")
         given = PRESETS[given]
     try:
-        c = TransformerConfig(**{**given, **overrides})
+        c = TransformerConfig(**{**given, **habits, **overrides})
     except TypeError as e:
         raise ValueError(f"transformer sizes {given}: {str(e).split(') ')[-1]}") from None
     c.head_dim = c.head_dim or c.d_model // c.n_head
@@ -658,8 +664,8 @@ class CSMConfig:
     SPARE = 3  # classes per codebook beyond the codes, as in the released models
 
     def __post_init__(self):
-        habits = {k: v for k, v in (("dropout", self.dropout), ("recompute", self.recompute)) if v is not None}
-        self.backbone, self.decoder = (transformer_config(given, **habits) for given in (self.backbone, self.decoder))
+        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
+        self.decoder = transformer_config(self.decoder, self.dropout, self.recompute)
         if self.stop not in ("class", "zeros"):
             raise ValueError(f"stop = {self.stop!r}: it is 'class' or 'zeros'")
         if not 0 < self.decoder_fraction <= 1:
@@ -907,8 +913,7 @@ class KaniConfig:
     CODES = 9  # from the first special token to the first code; the last three places are not used
 
     def __post_init__(self):
-        habits = {k: v for k, v in (("dropout", self.dropout), ("recompute", self.recompute)) if v is not None}
-        self.backbone = transformer_config(self.backbone, **habits)
+        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
         self.first_special = self.first_special or self.text_vocab_size + 1
         self.speech, self.end_of_speech, self.human, self.end_of_human, self.ai, self.end_of_ai = (
             self.first_special + i for i in range(6))  # fmt: skip
@@ -1116,10 +1121,752 @@ class Kani(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# XTTS
+
+
+@dataclass
+class XTTSConfig:
+    """Sizes of an XTTS, those of XTTS-v2 unless said, and how it trains. `text_bos` and `text_eos` wrap every text."""
+
+    text_vocab_size: int
+    codebook_size: int
+    backbone: TransformerConfig
+    text_bos: int
+    text_eos: int
+    n_codebooks: int = 1
+    reference_bands: int = 80  # features of a row of the reference
+    reference_rate: float = 22050 / 256  # its rows in a second
+    text_positions: int = 404
+    code_positions: int = 608
+    n_latents: int = 32
+    conditioning_layers: int = 6
+    perceiver_layers: int = 2
+    perceiver_heads: int = 8
+    chunk_seconds: float = 4.0  # see XTTS.hear
+    text_loss_weight: float = 0.01  # of the text's loss beside that of the codes
+    hide_text_stop: bool = False  # as XTTS-v2 was trained, see XTTS.forward
+    frame_dropout: float = 0.0  # share of the input codes blanked in training, so that the text has to be read
+    dropout: float | None = None  # of the backbone; None: what it says
+    recompute: bool | None = None  # gradient checkpointing, likewise
+    arch: str = field(default="xtts", init=False)
+
+    STOPS = 4  # stop codes that a recording ends with
+
+    def __post_init__(self):
+        positions = self.n_latents + self.text_positions + self.code_positions
+        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute, max_positions=positions)
+        self.start_code, self.stop_code = self.codebook_size, self.codebook_size + 1
+        if self.n_codebooks != 1:
+            raise ValueError(f"an XTTS speaks in one codebook, the codec has {self.n_codebooks}: take n_codebooks = 1")
+        if min(self.text_bos, self.text_eos) < 0:
+            raise ValueError("an XTTS needs a tokenizer that has ids for the begin and the end of a text")
+
+    @property
+    def max_frames(self):
+        return self.code_positions - 1 - self.STOPS
+
+    def stop_frame(self):
+        """The frame (1,) that ends an utterance."""
+        return np.array([self.stop_code])
+
+    def layout(self, text, codes=None, prompt=None):
+        """One utterance as rows: text ids (n,), codes (T, 1) -> tokens (S, 1), segment (S,), both int64.
+
+            text_bos  text  text_eos  start_code  codes  stop_code x 4
+            TEXT      TEXT  TEXT      PROMPT      AUDIO  AUDIO
+
+        Without codes the rows end where speech is to begin. A prompt adds no rows: what is heard of it is the
+        reference. Raises ValueError for more than there are positions.
+        """
+        frames = [] if codes is None else [*codes[:, 0], *[self.stop_code] * self.STOPS]
+        self.length(len(text), max(0, len(frames) - self.STOPS))
+        tokens = np.array([self.text_bos, *text, self.text_eos, self.start_code, *frames], np.int64)
+        return tokens[:, None], np.repeat([TEXT, PROMPT, AUDIO], [len(text) + 2, 1, len(frames)])
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """Rows that `layout` makes of so many text ids and frames (numbers or arrays). Raises ValueError as it does."""
+        for what, count, most, key in (("text ids", text, self.text_positions - 2, "text_positions"),
+                                       ("frames", frames, self.max_frames, "code_positions")):  # fmt: skip
+            if (longest := int(np.max(count, initial=0))) > most:
+                raise ValueError(f"an utterance has {longest} {what}, the model has positions for {most}: raise {key}, "
+                                 "or leave such out with prepare.py's max_seconds and max_text_tokens")
+        return text + 3 + frames + self.STOPS
+
+
+class ConditioningBlock(nn.Module):
+    """Attention over a whole recording x (B, R, D) (Tortoise, Betker 2023). It is added to x normalised, not to x."""
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm = nn.GroupNorm(math.gcd(32 if d_model > 64 else 16, d_model), d_model)  # groups as in Tortoise
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model)  # for each head its queries, keys and values
+        self.o_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        x = self.norm(x.mT).mT
+        q, k, v = self.qkv_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2).chunk(3, -1)  # (B, H, R, D / H)
+        return x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PerceiverBlock(nn.Module):
+    """Latents x (B, L, D) look at themselves and at a context (B, R, D), then go through a GEGLU."""
+
+    HEAD_DIM = 64
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        d_ff, inner = 4 * d_model * 2 // 3, n_head * self.HEAD_DIM
+        self.q_proj = nn.Linear(d_model, inner, bias=False)
+        self.kv_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(d_model, 2 * d_ff), nn.Linear(d_ff, d_model)
+
+    def forward(self, x, context):
+        qkv = self.q_proj(x), *self.kv_proj(torch.cat([x, context], 1)).chunk(2, -1)
+        y = F.scaled_dot_product_attention(*(y.unflatten(-1, (-1, self.HEAD_DIM)).transpose(1, 2) for y in qkv))
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
+        y, gate = self.up_proj(x).chunk(2, -1)
+        return x + self.down_proj(y * F.gelu(gate))
+
+
+class Conditioning(nn.Module):
+    """Features of recordings (B, R, M) -> latents (B, L, D), as many however long they are.
+
+    An encoder as Tortoise's, off which a perceiver resampler (Alayrac et al. 2022) reads.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        D, H = c.backbone.d_model, c.backbone.n_head
+        self.input = nn.Linear(c.reference_bands, D)
+        self.encoder = nn.ModuleList(ConditioningBlock(D, H) for _ in range(c.conditioning_layers))
+        self.latents = nn.Parameter(torch.empty(c.n_latents, D))
+        self.perceiver = nn.ModuleList(PerceiverBlock(D, c.perceiver_heads) for _ in range(c.perceiver_layers))
+        self.norm = nn.RMSNorm(D, 1e-12)
+
+    def encode(self, reference):
+        x = self.input(reference)
+        for block in self.encoder:
+            x = block(x)
+        return x
+
+    def forward(self, reference):
+        context = self.encode(reference)
+        x = self.latents.expand(len(context), -1, -1)
+        for block in self.perceiver:
+            x = block(x, context)
+        return self.norm(x)
+
+
+class XTTS(nn.Module):
+    """The GPT of XTTS-v2 (Casanova et al. 2024): a GPT-2 that reads a voice in 32 latents, a text, and speaks in the
+    codes of one codebook.
+
+    Row s predicts row s + 1, within the text by one head, within the codes by another. Text and codes have tables of
+    positions of their own, each counted from 0 on; the latents, which stand before them, have none.
+    """
+
+    causal = True  # frames are made one after the other
+    reference = True  # the voice is read off the features of a recording
+    draw = dict(temperature=0.75, top_k=50, top_p=0.85, repetition_penalty=5.0)  # as its authors sample
+
+    LONGEST, SHORTEST = 30.0, 0.33  # seconds of a reference that are heard, and of its last piece
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        D, V = c.backbone.d_model, c.codebook_size + 2
+        self.conditioning = Conditioning(c)
+        self.text_embedding, self.text_positions = nn.Embedding(c.text_vocab_size, D), nn.Embedding(c.text_positions, D)
+        self.code_embedding, self.code_positions = nn.Embedding(V, D), nn.Embedding(c.code_positions, D)
+        self.backbone = Transformer(c.backbone)
+        self.final_norm = nn.LayerNorm(D)  # after the backbone's own
+        self.text_head, self.code_head = nn.Linear(D, c.text_vocab_size), nn.Linear(D, V)
+        self.layout, self.length, self.max_rows = c.layout, c.length, c.text_positions + c.code_positions
+        init_weights(self)
+
+    def small_set_freeze(self, utterances):
+        """What to leave alone (patterns for `freeze`) where a trained model continues on so many utterances: from 3,000
+        on nothing; of fewer learn the tables and heads, the norms and the last two layers of the backbone.
+
+        That is the choice of public recipes for small sets of new languages (Amharic, Maltese). It is that of Artetxe
+        et al. (2020) too: a new language's words are learnt for a body that stays as it is.
+        """
+        if utterances >= 3000:
+            return []
+        lower = "|".join(map(str, range(self.config.backbone.n_layer - 2)))
+        return [r"^conditioning\.", *([rf"^backbone\.layers\.({lower})\."] if lower else [])]
+
+    def embed(self, latents, tokens, segment):
+        """latents (B, L, D), tokens (B, S, 1), segment (B, S) -> (B, L + S, D), zero for padding."""
+        device, kind, token = latents.device, segment.flatten(), tokens.flatten()
+        place = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
+        place = torch.where(segment == TEXT, place, place - (segment == TEXT).sum(1, keepdim=True)).flatten()
+        text, frames = (kind == TEXT).nonzero()[:, 0], (kind >= PROMPT).nonzero()[:, 0]
+        words = self.text_embedding(put(token[text], device)) + self.text_positions(put(place[text], device))
+        codes = self.code_embedding(put(token[frames], device))
+        if self.training and self.config.frame_dropout:
+            codes = codes * (torch.rand(len(codes), 1, device=device) >= self.config.frame_dropout)
+        codes = codes + self.code_positions(put(place[frames], device))
+        x = codes.new_zeros(len(kind), codes.shape[-1])
+        x = x.index_copy(0, put(text, device), words).index_copy(0, put(frames, device), codes)
+        return torch.cat([latents, x.view(*segment.shape, -1)], 1)
+
+    def hear(self, reference):
+        """The latents (1, L, D) of one recording, of whose features (R, M) generation takes the first 30 s.
+
+        XTTS-v2 was trained on 3 to 6 s, so it hears a longer recording in chunks of `chunk_seconds` (0: whole), and
+        takes the mean of their latents. Left out are a very short last chunk, and one of silence that only fills up.
+        """
+        c, rate = self.config, self.config.reference_rate
+        reference = torch.as_tensor(reference).to(self.conditioning.latents)[: math.ceil(self.LONGEST * rate)]
+        chunks = reference.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else len(reference))
+        chunks = [x for x in chunks if len(x) >= self.SHORTEST * rate and (x != x[0]).any()] or [reference]
+        return torch.stack([self.conditioning(x[None]) for x in chunks]).mean(0)
+
+    def forward(self, tokens, segment, reference):
+        """Loss of a batch: tokens (B, S, 1), segment (B, S), reference (B, R, M) -> scalar, and stats {name: (sum,
+        count)}.
+
+        The loss is that of the codes plus `text_loss_weight` times that of the text. "loss" counts frames, and the four
+        stops of a recording as such; `stop_missed` looks at the first of them.
+
+        XTTS-v2 was trained with the row of text_eos hidden from the rows after it, but speaks with it in sight. With
+        `hide_text_stop` that is so here too. Without, training sees what generation sees, and weights that are
+        continued learn to read that row.
+        """
+        c, device, L = self.config, self.code_head.weight.device, self.config.n_latents
+        latents = self.conditioning(put(reference, device).to(self.conditioning.latents.dtype))
+        mask = None
+        if c.hide_text_stop:
+            text = segment == TEXT
+            seen = F.pad(~text | F.pad(text[:, 1:], (0, 1)), (L, 0), value=True)
+            mask = put((seen[:, None] & seen.new_ones(2 * seen.shape[1:]).tril())[:, None], device)
+        hidden = self.backbone(self.embed(latents, tokens, segment), mask=mask)[:, L:].flatten(0, 1)
+
+        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
+        kind, token = segment.flatten(), tokens.flatten()
+        first = torch.arange(len(kind), device=kind.device) % segment.shape[1] == 0
+        words, codes = (((kind == part) & ~first).nonzero()[:, 0] for part in (TEXT, AUDIO))
+        (text_loss, text_correct), (loss, correct) = (
+            multi_codebook_cross_entropy(
+                self.final_norm(hidden.index_select(0, put(rows - 1, device))), head.weight,
+                put(token[rows, None], device), head.bias,
+            )
+            for rows, head in ((words, self.text_head), (codes, self.code_head))
+        )  # fmt: skip
+        total = loss[0] + c.text_loss_weight * text_loss[0]
+        n, m = len(codes), len(words)
+        counts = torch.full((1,), n, device=device)
+        stats = {
+            "loss": (total.detach() * n, n), "c0_accuracy": (correct[0], n),
+            "text_loss": (text_loss[0].detach() * m, m), "text_accuracy": (text_correct[0], m),
+            "loss_by_codebook": (loss.detach() * n, counts), "accuracy_by_codebook": (correct, counts),
+        }  # fmt: skip
+        if not self.training:
+            ends = codes[(token[codes] == c.stop_code) & (token[codes - 1] != c.stop_code)]
+            state = self.final_norm(hidden.index_select(0, put(ends - 1, device)))
+            stats["stop_missed"] = ((self.code_head(state).argmax(-1) != c.stop_code).sum(), len(ends))
+        return total, stats
+
+    def _states(self, text, codes, reference):
+        """Final states (T + 1, D) of the rows that predict the codes (T, 1) and the stop behind them."""
+        tokens, segment = (torch.from_numpy(a)[None] for a in self.layout(text, codes))
+        hidden = self.final_norm(self.backbone(self.embed(self.hear(reference), tokens, segment)))[0]
+        rows = (segment[0] == AUDIO).nonzero()[: len(codes) + 1, 0]
+        return hidden[rows + self.config.n_latents - 1]
+
+    def teacher_forced_logits(self, text, codes, reference):
+        """Logits (T + 1, 1, V + 2) of an utterance's codes and its stop, from one pass over the whole of it."""
+        return self.code_head(self._states(text, codes, reference))[:, None]
+
+    @torch.no_grad()
+    def latents(self, text, codes, reference):
+        """What XTTS's vocoder speaks from, for each code the state that predicted it: text ids (n,), codes (T, 1) as an
+        array or tensor, reference (R, M) -> (T, D)."""
+        return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference):
+        """Speak text ids (n,) in the voice of a recording's features (R, M): yields frames (1,) int64 as made.
+
+        `choose(logits of all classes, seen=codes spoken so far) -> class` picks every code; see `sampler`. A prompt
+        changes nothing. The generator returns True where the model ended by itself, which a start code counts as too,
+        and False where max_frames or the end of its positions cut it off. Raises ValueError for a text that is too
+        long.
+        """
+        c = self.config
+        tokens, segment = (torch.from_numpy(a)[None] for a in self.layout(text))
+        x = self.embed(self.hear(reference), tokens, segment)
+        max_frames = min(max_frames, c.max_frames)
+        cache = self.backbone.cache(1, x.shape[1] + max_frames)
+        frames = torch.zeros(max_frames, 1, dtype=torch.long, device=x.device)
+        for t in range(max_frames):
+            state = self.final_norm(self.backbone(x, cache)[0, -1])
+            code = choose(self.code_head(state), seen=frames[:t, 0])
+            if code >= c.codebook_size:
+                return True
+            frames[t] = code
+            yield frames[t]
+            x = (self.code_embedding(frames[t]) + self.code_positions.weight[t + 1])[None]
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VALL-E
+
+
+@dataclass
+class VallEConfig:
+    """Sizes of a VALL-E, how it trains and how it speaks. `text_bos` and `text_eos` (-1: none) wrap every text.
+
+    "ar" and "nar" before a field's meaning: it is for that mode alone. The published models are nar, with level_weights
+    "normal" and without stretched_text, gray_length and whole_frames; they speak with guidance 2.5 and top_sigma 1.
+    """
+
+    text_vocab_size: int
+    n_codebooks: int
+    codebook_size: int
+    backbone: TransformerConfig
+    text_bos: int = -1
+    text_eos: int = -1
+    mode: str = "nar"  # frames come all together, out of masks, in a few rounds; "ar": one after the other
+    languages: int = 1  # how many it has room for
+    language: int = 0  # that of every utterance
+    shared_heads: bool = False  # one feed-forward layer before the heads of all codebooks, instead of one each
+    level_attention: bool = False  # for residual codecs: a frame's codebooks attend to each other, see LevelAttention
+    segmented_mask: bool = False  # nar: text does not see prompt and frames, nor does the prompt see the frames
+    stretched_text: bool = True  # nar: text is numbered as if its ids were spoken evenly over the frames
+    mask_ratio: float = 0.8  # nar: share of the frames masked in training; 0: another one for each utterance
+    frame_dropout: float = 0.0  # ar: share of the input frames masked in training, so that the text has to be read
+    text_dropout: float = 0.0  # nar: share of the utterances trained without text and prompt, which guidance needs
+    level_weights: str = "decreasing"  # of the codebooks' losses: 1 / (k + 1); "normal": most in the middle; "equal"
+    random_level: bool = False  # train each utterance on one codebook, drawn for it, instead of on all
+    length_loss_weight: float = 0.1  # nar
+    gray_length: bool = True  # nar: lengths are written in a Gray code, see length_digits
+    rounds: int = 25  # nar: of demasking
+    whole_frames: bool = True  # nar: whole frames are masked again, instead of the codes of each codebook by themselves
+    guidance: float = 1.0  # nar: 0: what is likely without text, 1: with it; above, what the text makes likelier
+    top_sigma: float = 0.0  # nar: a code so many deviations below the likeliest has score 0 (top-n-sigma); 0: no limit
+    dropout: float | None = None  # of the transformer; None: what it says
+    recompute: bool | None = None  # gradient checkpointing, likewise
+    arch: str = field(default="valle", init=False)
+
+    LEVEL_WEIGHTS = {
+        "equal": lambda k, K: 1.0,
+        "decreasing": lambda k, K: 1 / (k + 1),
+        "normal": lambda k, K: 1.5 - max(k + 1, K - k) / K,
+    }
+
+    def __post_init__(self):
+        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
+        for key, known in (("mode", ("nar", "ar")), ("level_weights", self.LEVEL_WEIGHTS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} = {getattr(self, key)!r}: it is {', '.join(known)}")
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio = {self.mask_ratio} is not in [0, 1]")
+        if self.rounds < 1:
+            raise ValueError(f"rounds = {self.rounds}: it must be at least 1")
+        if not 0 <= self.language < self.languages:
+            raise ValueError(f"language = {self.language}: there are {self.languages}, counted from 0 on")
+
+    @property
+    def separator(self):
+        """The text id that ends a part; the next one asks for the length; those after it are the languages."""
+        return self.text_vocab_size
+
+    @property
+    def mask_class(self):
+        return self.codebook_size + 1
+
+    def stop_frame(self):
+        """The frame (K,) after the last one: class `codebook_size` in every codebook. Only mode ar has it."""
+        return np.full(self.n_codebooks, self.codebook_size)
+
+    def layout(self, text, codes=None, prompt=None):
+        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, K + 1), segment (S,), both int64.
+
+        A row holds a text id in its last column, or a frame in the others. The order is that of VALL-E v2: text between
+        begin and end marks, language, the frames of a prompt (text ids, codes), whose text is not used, and the frames
+        of the utterance, with a separator between these parts. Without codes the rows end where speech is to begin.
+        """
+        K, end = self.n_codebooks, self.separator
+        marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
+        text = np.concatenate([marks[0], text, marks[1], [end, end + 2 + self.language, end]])
+        nothing = np.zeros((0, K))
+        heard, said = nothing if prompt is None else prompt[1], nothing if codes is None else codes
+        if self.mode == "ar" and codes is not None:
+            said = np.concatenate([codes, self.stop_frame()[None]])
+        segment = np.repeat([TEXT, PROMPT, TEXT, AUDIO], [len(text), len(heard), prompt is not None, len(said)])
+        tokens = np.zeros((len(segment), K + 1), np.int64)
+        tokens[segment == TEXT, K] = end
+        tokens[: len(text), K] = text
+        tokens[segment == PROMPT, :K], tokens[segment == AUDIO, :K] = heard, said
+        return tokens, segment
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt."""
+        marks = (self.text_bos >= 0) + (self.text_eos >= 0)
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_frames + 1, 0)
+        return text + marks + 3 + prompt + frames + (self.mode == "ar")
+
+
+DIGITS = 5  # of a length
+
+
+def length_digits(length, gray):
+    """Lengths (N,) -> their decimal digits (N, DIGITS), the most significant one first.
+
+    With `gray` a digit counts backwards where the number before it is odd (a reflected Gray code): neighbours differ in
+    one digit, so that digits which are guessed one by one cannot turn 19 or 20 into 10 or 29.
+    """
+    upto = length[:, None] // 10 ** torch.arange(DIGITS - 1, -1, -1, device=length.device)
+    return torch.where((upto // 10 % 2 == 1) & gray, 9 - upto % 10, upto % 10)
+
+
+def read_length(digits, gray):
+    """What `length_digits` makes (N, DIGITS) -> lengths (N,)."""
+    length = torch.zeros_like(digits[:, 0])
+    for digit in digits.T:
+        length = 10 * length + torch.where((length % 2 == 1) & gray, 9 - digit, digit)
+    return length
+
+
+class LevelAttention(nn.Module):
+    """x (N, K, D) plus what the K codebooks of a frame tell each other.
+
+    VALL-E v2's variant for residual codecs, as its code had it before its author removed it for working less well: an
+    encoder and a decoder with this in the place of the feed-forward layer.
+    """
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, heads, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class AudioEncoder(nn.Module):
+    """Frames (N, K) -> (N, D): codes and their codebooks are embedded, normalised, and go through a residual
+    feed-forward layer, then the codebooks are summed by learned weights; or, with `heads`, see LevelAttention.
+
+    What becomes of a code depends on nothing but itself and its codebook. So where frames are more than classes, the
+    table is encoded, and the frames are looked up there.
+    """
+
+    def __init__(self, K, V, D, heads=0):
+        super().__init__()
+        self.codes, self.places = nn.Parameter(torch.empty(V, K, D)), nn.Parameter(torch.empty(K, D))
+        self.attention = LevelAttention(D, heads) if heads else None
+        if heads:
+            self.out = nn.Linear(D, D)
+        else:
+            self.norm, self.level_weights = nn.LayerNorm(D), nn.Parameter(torch.empty(K))
+            self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def forward(self, frames):
+        V, K, D = self.codes.shape
+        rows = frames * K + torch.arange(K, device=frames.device)  # of the table as (V * K, D)
+        few = len(frames) < V or self.attention is not None
+        x = (F.embedding(rows, self.codes.view(V * K, D)) if few else self.codes) + self.places
+        if self.attention is not None:
+            return self.out(self.attention(x).mean(1))
+        x = self.norm(x)
+        x = (x + self.mlp(x)) * self.level_weights.softmax(0)[:, None]
+        return x.sum(1) if few else F.embedding_bag(rows, x.view(V * K, D), mode="sum")
+
+
+class AudioDecoder(nn.Module):
+    """Hidden states (N, D) -> what the heads of the codebooks read: (N, K, D), or (N, D) where all read the same."""
+
+    def __init__(self, K, D, shared, heads=0):
+        super().__init__()
+
+        def level():
+            if heads:
+                return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+            return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+        self.levels = nn.ModuleList(level() for _ in range(1 if shared else K))
+        self.attention = LevelAttention(D, heads) if heads else nn.Identity()
+
+    def forward(self, x):
+        x = [level(x) for level in self.levels]
+        return x[0] if len(x) == 1 else self.attention(torch.stack(x, 1))
+
+
+class VallE(nn.Module):
+    """VALL-E v2 of e-c-k-e-r (2024-2025): all K codebooks of a frame at once, from one hidden state.
+
+    In mode nar it is a masked transformer (MaskGIT, Chang et al. 2022) that sees in both directions: it learns to fill
+    in masked frames, and speaks by filling in all of them, of which it masks the least certain again, fewer in every
+    round. How many frames there will be it says before, in digits. In mode ar row s predicts the frame of row s + 1.
+    """
+
+    reference = False  # a voice is cloned from a prompt, of which the codes are enough
+    draw = dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # as its author samples
+    RESCALE = 0.75  # share in which guided logits get back the spread they had
+    ASKED = 4  # of so many utterances one is asked for its length in training
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        K, V, D, heads = c.n_codebooks, c.codebook_size, c.backbone.d_model, 8 * c.level_attention
+        self.causal = c.mode == "ar"
+        self.text_embedding = nn.Embedding(c.text_vocab_size + 2 + c.languages, D)
+        self.prompt_encoder, self.frame_encoder = AudioEncoder(K, V, D, heads), AudioEncoder(K, V + 2, D, heads)
+        self.backbone = Transformer(c.backbone)
+        self.decoder = AudioDecoder(K, D, c.shared_heads, heads)
+        self.heads, self.head_bias = nn.Parameter(torch.empty(K, V + 1, D)), nn.Parameter(torch.empty(K, V + 1))
+        if not self.causal:
+            self.length_heads = nn.Parameter(torch.empty(DIGITS, 10, D))
+            self.length_bias = nn.Parameter(torch.empty(DIGITS, 10))
+        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
+        init_weights(self)
+        for name, p in self.named_parameters():
+            if name in ("head_bias", "length_bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("encoder.norm.weight"):
+                nn.init.constant_(p, 0.1)  # frames no louder than text, which is else not heard for a long time
+
+    def embed(self, tokens, segment):
+        """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""
+        K, device, kind, flat = self.config.n_codebooks, self.heads.device, segment.flatten(), tokens.flatten(0, 1)
+        x = self.heads.new_zeros(len(flat), self.heads.shape[-1])
+        for part, columns, encode in ((TEXT, K, self.text_embedding), (PROMPT, slice(K), self.prompt_encoder),
+                                      (AUDIO, slice(K), self.frame_encoder)):  # fmt: skip
+            rows = (kind == part).nonzero()[:, 0]
+            x = x.index_copy(0, put(rows, device), encode(put(flat[rows, columns], device)).to(x.dtype))
+        return x.view(*segment.shape, -1)
+
+    def positions(self, tokens, segment):
+        """Positions (B, S), which begin anew behind each separator; padding takes none.
+
+        With stretched_text those of the text run to the number of frames, where there are any (compare length-aware
+        rotary embeddings, LARoPE, Kim et al. 2025): a word is then looked for about where it is said.
+        """
+        used = (segment != PAD).long()
+        before = used.cumsum(1) - used
+        begins = F.pad((segment == TEXT) & (tokens[..., -1] == self.config.separator), (1, -1))
+        positions = before - torch.where(begins, before, 0).cummax(1).values
+        if self.config.stretched_text:
+            words, frames = used * (begins.cumsum(1) == 0), (segment == AUDIO).sum(1, keepdim=True)
+            stretched = positions * frames // words.sum(1, keepdim=True).clamp(min=1)
+            positions = torch.where((words > 0) & (frames > 0), stretched, positions)
+        return put(positions, self.heads.device)
+
+    def mask(self, segment):
+        """Which rows see which, (B, 1, 1 or S, S): all but padding; segmented, only parts up to their own."""
+        seen = (segment != PAD)[:, None]
+        if self.config.segmented_mask:
+            part = segment.cummax(1).values  # a prompt's separator belongs to it
+            seen = seen & (part[:, :, None] >= part[:, None])
+        return put(seen[:, None], self.heads.device)
+
+    def states(self, tokens, segment):
+        """Hidden states (B, S, D) of rows, which see each other as the mode has it."""
+        mask = None if self.causal else self.mask(segment)
+        return self.backbone(self.embed(tokens, segment), mask=mask, positions=self.positions(tokens, segment))
+
+    def logits(self, hidden):
+        """Hidden states (N, D) -> logits (N, K, V + 1)."""
+        state = self.decoder(hidden)
+        state = state if state.ndim == 3 else state[:, None].expand(-1, len(self.heads), -1)
+        return torch.einsum("nkd,kvd->nkv", state, self.heads) + self.head_bias
+
+    def masked(self, spoken):
+        """Which of the frames, spoken (B, S), are masked: drawn anew in training, always the same in evaluation."""
+        c, device = self.config, spoken.device
+        generator = None if self.training else torch.Generator(device).manual_seed(0)
+        share = c.mask_ratio
+        if self.causal:
+            share = c.frame_dropout if self.training else 0.0
+        elif share == 0:  # as many as there are in a round drawn at random
+            share = torch.cos(math.pi / 2 * torch.rand(len(spoken), 1, generator=generator, device=device))
+        return spoken & (torch.rand(spoken.shape, generator=generator, device=device) < share)
+
+    def without_text(self, tokens, segment):
+        """The segment (B, S) in which text, but not its begin and end marks, and prompt are padding."""
+        c, ids = self.config, tokens[..., -1]
+        words = (segment == TEXT) & (ids < c.separator) & (ids != c.text_bos) & (ids != c.text_eos)
+        return segment.masked_fill(words | (segment.cummax(1).values == PROMPT), PAD)
+
+    def forward(self, tokens, segment):
+        """Loss of a batch: tokens (B, S, K + 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
+
+        Predicted are masked frames (nar) or all (ar). As published, an utterance's loss is a mean over all its frames,
+        in which those that are not predicted count as 0; utterances count alike, codebooks by their level_weights.
+        """
+        c, (B, S), device = self.config, segment.shape, self.heads.device
+        K, spoken = c.n_codebooks, segment == AUDIO
+        masked, heard, drawn = self.masked(spoken), segment, torch.ones(B, K, device=segment.device)
+        if self.training and c.text_dropout:
+            dropped = torch.rand(B, 1, device=segment.device) < c.text_dropout
+            heard = torch.where(dropped, self.without_text(tokens, segment), segment)
+        if self.training and c.random_level:
+            drawn = F.one_hot(torch.randint(K, (B,), device=segment.device), K).float()
+        hidden = self.states(tokens.masked_fill(masked[..., None], c.mask_class), heard).flatten(0, 1)
+
+        rows = (spoken if self.causal else masked).flatten().nonzero()[:, 0]  # (N,) of the frames that are predicted
+        owner, frame = rows // S, tokens.flatten(0, 1)[rows, :K]
+        state = self.decoder(hidden.index_select(0, put(rows - int(self.causal), device)))
+        weight, used = 1 / spoken.sum(1)[owner], drawn[owner]
+        factor = torch.tensor([c.LEVEL_WEIGHTS[c.level_weights](k, K) for k in range(K)], device=segment.device)
+        share = factor * (weight[:, None] * used).sum(0) / (factor * drawn).sum()
+        losses, correct, each = multi_codebook_cross_entropy(
+            state, self.heads, put(frame.masked_fill(used == 0, IGNORE), device), self.head_bias,
+            codebook_weight=put(share, device), row_weight=put(weight, device), each=True,
+        )  # fmt: skip
+        loss, stats = losses.sum(), {}
+        if not self.causal:
+            length_loss, stats = self.length_loss(tokens, segment)
+            loss = loss + c.length_loss_weight * length_loss
+        with torch.no_grad():
+            n, counts = len(frame), put(used.sum(0), device)
+            stats |= {
+                "loss": (loss.detach() * n, n),
+                "c0_accuracy": (correct[:, 0].sum(), counts[0]),
+                "loss_by_codebook": (each.sum(0), counts),
+                "accuracy_by_codebook": (correct.sum(0), counts),
+            }
+            if self.causal and not self.training:
+                last = rows[(frame == c.codebook_size).all(-1)] - 1
+                best = self.logits(hidden[put(last, device)]).argmax(-1)
+                stats["stop_missed"] = ((best != c.codebook_size).all(-1).sum(), len(last))
+        return loss, stats
+
+    def length_state(self, tokens, segment):
+        """Hidden states (B, D) at the mark that asks for the length, set where the frames (one is enough) begin.
+
+        It takes a pass of its own, because whatever sees the frames can count them.
+        """
+        first = (segment == AUDIO).long().argmax(1)  # (B,)
+        S = int(first.max()) + 1
+        tokens, segment = tokens[:, :S], segment[:, :S]
+        mark = torch.arange(S, device=first.device) == first[:, None]
+        segment = segment.masked_fill(segment == AUDIO, PAD).masked_fill(mark, TEXT)
+        hidden = self.states(tokens.masked_fill(mark[..., None], self.config.separator + 1), segment)
+        return hidden[torch.arange(len(first)), put(first, hidden.device)]
+
+    def guess_length(self, state):
+        """Lengths (B,) in frames, of length_state's (B, D): the likeliest digits."""
+        logits = torch.einsum("bd,kvd->bkv", state, self.length_heads) + self.length_bias
+        return read_length(logits.argmax(-1), self.config.gray_length)
+
+    def length_loss(self, tokens, segment):
+        """Mean cross-entropy of the digits of the lengths, in training of the first few utterances; and its stats."""
+        asked = math.ceil(len(tokens) / self.ASKED) if self.training else len(tokens)
+        tokens, segment, device = tokens[:asked], segment[:asked], self.heads.device
+        state, length = self.length_state(tokens, segment), (segment == AUDIO).sum(1)
+        target = put(length_digits(length, self.config.gray_length), device)
+        loss = multi_codebook_cross_entropy(state, self.length_heads, target, self.length_bias)[0].mean()
+        with torch.no_grad():
+            error = (self.guess_length(state) - put(length, device)).abs().sum()
+        return loss, {"length_loss": (loss.detach() * asked, asked), "length_error": (error, asked)}
+
+    def rows(self, *utterance):
+        """layout, as tensors (1, S, ...) on the model's device."""
+        return (torch.from_numpy(a)[None].to(self.heads.device) for a in self.layout(*utterance))
+
+    def guided(self, logits, free):
+        """Logits (T, K, V) with text, pushed away from those without (classifier-free guidance, Ho and Salimans 2022).
+
+        Their spread over the frames comes back in part (Lin et al. 2024).
+        """
+        pushed = free + self.config.guidance * (logits - free)
+        if len(logits) == 1:
+            return pushed
+        return pushed * (self.RESCALE * logits.std(0) / pushed.std(0) + 1 - self.RESCALE)
+
+    def teacher_forced_logits(self, text, codes):
+        """Logits of an utterance's frames, from one pass as in training: (T + 1, K, V + 1) with the stop frame in mode
+        ar; (T, K, V + 1) in mode nar, where all frames are masked, and guided."""
+        tokens, segment = self.rows(text, codes)
+        spoken = segment == AUDIO
+        if self.causal:
+            return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
+        tokens = tokens.masked_fill(spoken[..., None], self.config.mask_class)
+        logits = self.logits(self.states(tokens, segment)[spoken])
+        if self.config.guidance == 1:
+            return logits
+        return self.guided(logits, self.logits(self.states(tokens, self.without_text(tokens, segment))[spoken]))
+
+    def frame_logits(self, text, codes, prompt=None):
+        """Logits (T, K, V + 1) of frames, some of which are masked, guided."""
+
+        def logits(*utterance):
+            tokens, segment = self.rows(*utterance)
+            return self.logits(self.states(tokens, segment)[segment == AUDIO])
+
+        codes = codes.cpu().numpy()
+        with_text = logits(text, codes, prompt)
+        return with_text if self.config.guidance == 1 else self.guided(with_text, logits(text[:0], codes))
+
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None):
+        """Speak text ids (n,), after an optional prompt (its text, not used; codes (T, K)): yields frames (K,) int64.
+
+        `choose(logits (..., V + 1)) -> classes (...)` picks all codes of a frame, or of all frames in a round; see
+        `sampler`. Mode nar takes the number of `frames` from outside if given, and else guesses it; `rounds`: None as
+        the config says. The generator returns True where the model ended by itself: its guess stood, or in any codebook
+        of a frame it said stop; False where max_frames or the end of its positions cut it off. Raises ValueError where
+        text and prompt leave no position to speak at.
+        """
+        taken, positions = len(self.layout(text, None, prompt)[0]), self.max_rows
+        if taken >= positions:
+            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
+        most = min(max_frames, positions - taken)
+        if self.causal:
+            return (yield from self._speak(text, prompt, most, choose))
+        return (yield from self._demask(text, prompt, most, choose, frames, rounds or self.config.rounds))
+
+    @torch.no_grad()
+    def _speak(self, text, prompt, most, choose):
+        tokens, segment = self.rows(text, None, prompt)
+        x, positions = self.embed(tokens, segment), self.positions(tokens, segment)
+        cache = self.backbone.cache(1, x.shape[1] + most)
+        for t in range(most):
+            frame = choose(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
+            if (frame == self.config.codebook_size).any():
+                return True
+            yield frame
+            x, positions = self.frame_encoder(frame[None])[None], positions.new_full((1, 1), t)
+        return False
+
+    @torch.no_grad()
+    def _demask(self, text, prompt, most, choose, frames, rounds):
+        """All frames at once. A code's score is its probability, also where it only stands in for one that is kept."""
+        c, device = self.config, self.heads.device
+        if frames is None:
+            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
+            frames = int(self.guess_length(self.length_state(tokens, segment)))
+        T = max(1, min(frames, most))
+        codes = torch.full((T, c.n_codebooks), c.mask_class, device=device)
+        score = torch.ones(codes.shape, device=device)
+        for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
+            again = max(1, min(int(math.cos(math.pi / 2 * time) * T), T - s))
+            if c.whole_frames:
+                codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
+            else:
+                codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
+            logits = self.frame_logits(text, codes, prompt)
+            # draws become less daring, the last one is none
+            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)
+            if c.top_sigma:
+                least = logits.amax(-1, keepdim=True) - c.top_sigma * logits.std(-1, keepdim=True)
+                logits = logits.masked_fill(logits < least, -math.inf)
+            score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
+            codes = torch.where(codes == c.mask_class, chosen, codes)
+        yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
+        return frames == T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what every family shares
 
 
-ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig)}
+ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "xtts": (XTTS, XTTSConfig), "valle": (VallE, VallEConfig)}
 
 
 def build(arch, meta, options):
@@ -1132,12 +1879,20 @@ def build(arch, meta, options):
         raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names = {f.name for f in fields(config) if f.init}
+    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
+
+
+def facts(meta):
+    """What a token folder's meta.json says of a model that is to learn from it: fields of configs, as a dict."""
     codec, tokenizer = meta["codec"], meta["tokenizer"]
-    given = dict(
+    known = dict(
         text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
         n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
     )  # fmt: skip
-    return model(config(**{k: v for k, v in {**given, **options}.items() if k in names}))
+    if reference := codec.get("reference"):
+        rate = codec["frame_rate"] * reference["rows_per_frame"]
+        known |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
+    return known
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):

@@ -19,14 +19,24 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 import lora
-from model import ARCHS, LLAMA3_ROPE, PRESETS, TAPS, CSMConfig, from_pretrained, transformer_config
+from model import (
+    ARCHS,
+    LLAMA3_ROPE,
+    PRESETS,
+    TAPS,
+    CSMConfig,
+    PerceiverBlock,
+    facts,
+    from_pretrained,
+    transformer_config,
+)
 
 command = ""  # export
 ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
@@ -44,6 +54,7 @@ class Layout:
     sizes(shapes, given) -> the fields of our config, as a dict. shapes: {key: shape}; given: config.json, or {}.
     ignored: regular expression of the keys that are left out on purpose.
     tied: {key: another}, names of one tensor, of which a file has one or both; `source` knows it by the second.
+    tables: names of our tensors with a row for each text id, of which a tokenizer may have more than the weights.
     write_config(config) -> config.json, for a layout that `export` writes. `make` then has to be its own inverse.
     note: what one has to know who uses such an export.
     """
@@ -54,6 +65,7 @@ class Layout:
     sizes: Callable
     ignored: str = "(?!)"
     tied: dict = field(default_factory=dict)
+    tables: tuple = ()
     write_config: Callable | None = None
     note: str = ""
 
@@ -78,7 +90,8 @@ def transpose(x):
 
 
 def load(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a published file (.safetensors, its .index.json, .pt, .pth, .bin) or folder, in eval mode.
+    """The model of a published file (.safetensors or .sft, .index.json of its shards, .pt, .pth, .bin) or folder, in
+    eval mode.
 
     Of several files in a folder safetensors count before pickles, and whole ones before shards. changes: fields of its
     config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError with one line: for files that
@@ -87,28 +100,51 @@ def load(path, device="cpu", dtype=torch.float32, **changes):
     return assemble(*find(path), device, dtype, **changes)
 
 
-def start(path, arch, meta, habits):
+def start(path, arch, meta, habits, say=print):
     """What model.build gives, but with published sizes and weights. meta: a token folder's meta.json, which says how a
-    text begins and ends; habits: fields of the config that are not sizes, as far as the family has them.
+    text begins and ends; habits: fields of the config that are not sizes, as far as the family has them; say: told of a
+    vocabulary that grows with the tokenizer's.
 
-    Raises what `load` raises, and ValueError where the weights are of another family or codec than asked for, or have
-    fewer text ids than the tokenizer.
+    Raises what `load` raises, and ValueError where the weights are of another family, codec or reference than asked
+    for, or have fewer text ids than the tokenizer; or more, if their vocabulary is one that grows.
     """
     layout, *found = find(path)
     if layout.arch != arch:
         raise ValueError(f"arch = {arch!r}, but {path} is of the family {layout.arch!r}")
     names = {f.name for f in fields(ARCHS[arch][1]) if f.init}
-    codec, tokenizer = meta["codec"], meta["tokenizer"]
-    changes = {**habits, "text_bos": tokenizer["bos_id"], "text_eos": tokenizer["eos_id"]}
+    own = facts(meta)
+    changes = {**habits, **{key: own[key] for key in ("text_bos", "text_eos", "reference_rate") if key in own}}
     model = assemble(layout, *found, **{key: value for key, value in changes.items() if key in names}).train()
-    c, K, V, most = model.config, codec["n_codebooks"], codec["codebook_size"], tokenizer["vocab_size"]
+    c, K, V, most = model.config, own["n_codebooks"], own["codebook_size"], own["text_vocab_size"]
     if (c.n_codebooks, c.codebook_size) != (K, V):
         raise ValueError(f"{path} speaks in {c.n_codebooks} codebooks of {c.codebook_size}, the data in {K} of {V}: "
                          "prepare them with the codec of these weights")  # fmt: skip
-    if most > c.text_vocab_size:
+    if model.reference and own.get("reference_bands", c.reference_bands) != c.reference_bands:
+        raise ValueError(f"{path} reads {c.reference_bands} features of a recording, the data have "
+                         f"{own['reference_bands']}: prepare them with the codec of these weights")  # fmt: skip
+    more = most - c.text_vocab_size
+    if more < 0 if layout.tables else more > 0:
         raise ValueError(f"{path} knows {c.text_vocab_size} text ids, the data have {most}: prepare them with the "
-                         "tokenizer of these weights")  # fmt: skip
-    return model
+                         f"tokenizer of these weights{', or one that extends it' if layout.tables else ''}")
+    if more <= 0:
+        return model
+    say(f"{path}: {more:,} text ids more than its {c.text_vocab_size:,}, which begin as the mean of the others and a "
+        "little noise")  # fmt: skip
+    return grow(model, layout.tables, most)
+
+
+def grow(model, tables, size):
+    """A model with `size` text ids from one that has fewer. What its tables lack are rows of their mean, with which an
+    id is at first as likely as others are on average (Hewitt 2021), and a hundredth of their deviation."""
+    state = model.state_dict()
+    for name in tables:
+        old = state[name]
+        noise = torch.randn(size - len(old), *old.shape[1:])
+        state[name] = torch.cat([old, old.mean(0) + 0.01 * old.std(0) * noise])
+    with WithoutMemory():
+        larger = type(model)(replace(model.config, text_vocab_size=size))
+    larger.load_state_dict(state, assign=True)
+    return larger
 
 
 def is_published(path):
@@ -136,7 +172,8 @@ def candidates(folder):
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if is_index(name)]
     shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
-    whole = [name for name in names if name.endswith(".safetensors") and os.path.join(folder, name) not in shards]
+    whole = [name for name in names if name.endswith((".safetensors", ".sft"))]
+    whole = [name for name in whole if os.path.join(folder, name) not in shards]
     pickles = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
     return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
 
@@ -191,10 +228,10 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
     plan = {name: layout.source(name, config) for name in own}
     check(plan, own, tensors, layout, path)
 
-    state = {}
-    for name, (keys, make) in plan.items():
-        value = make(*(tensors[key].to(device) for key in keys))
-        state[name] = value.to(dtype if own[name].is_floating_point() else own[name].dtype).contiguous()
+    def there(tensor):
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    state = {name: make(*(there(tensors[key]) for key in keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -482,6 +519,19 @@ def csm_config(c):
     }  # fmt: skip
 
 
+CSM_ORIGINAL = Layout(
+    "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL), ignored=r"_causal_mask$|\.kv_cache\."
+)
+CSM_TRANSFORMERS = Layout(
+    "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
+    ignored=r"^codec_model\.",  # Mimi, which codec.py reads
+    tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
+    write_config=csm_config,
+    note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its place; "
+         "generate stops at a frame of zeros, not at the stop class of models trained here",
+)  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kani: an Lfm2ForCausalLM of transformers
 
@@ -542,15 +592,80 @@ def kani_config(c):
     }  # fmt: skip
 
 
-LAYOUTS = [
-    Layout("csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
-           ignored=r"_causal_mask$|\.kv_cache\."),  # fmt: skip
-    Layout("csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
-           ignored=r"^codec_model\.",  # Mimi, which codec.py reads
-           tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
-           write_config=csm_config,
-           note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its "
-                "place; generate stops at a frame of zeros, not at the stop class of models trained here"),
-    Layout("kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes,
-           tied={"lm_head.weight": "model.embed_tokens.weight"}, write_config=kani_config),  # fmt: skip
-]  # fmt: skip
+KANI_LFM2 = Layout(
+    "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes, tied={"lm_head.weight": "model.embed_tokens.weight"},
+    write_config=kani_config,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# XTTS-v2: model.pth, or what its training script writes. Codec, vocoder and speaker encoder are codec.py's affair
+
+XTTS = {
+    "^text_positions": "text_pos_embedding.emb", "^code_positions": "mel_pos_embedding.emb", "^code_": "mel_",
+    r"^backbone\.layers": "gpt.h", r"^backbone\.norm": "gpt.ln_f", "attn_norm": "ln_1", "mlp_norm": "ln_2",
+    r"attn\.[qkv]_proj": "attn.c_attn", r"attn\.o_proj": "attn.c_proj", r"mlp\.up_proj": "mlp.c_fc",
+    r"mlp\.down_proj": "mlp.c_proj", r"^conditioning\.input": "conditioning_encoder.init",
+    r"^conditioning\.encoder": "conditioning_encoder.attn", "qkv_proj": "qkv", r"(encoder.*)o_proj": r"\1proj_out",
+    r"^conditioning\.norm\.weight": "conditioning_perceiver.norm.gamma",
+    r"^conditioning\.perceiver": "conditioning_perceiver.layers", r"^conditioning\.": "conditioning_perceiver.",
+    "q_proj": "0.to_q", "kv_proj": "0.to_kv", "o_proj": "0.to_out", "up_proj": "1.0", "down_proj": "1.2",
+}  # fmt: skip
+
+
+def third(x, part):
+    """Queries, keys or values (0, 1, 2) out of a weight (D, 3 D) or bias (3 D) of all."""
+    return x.mT.chunk(3)[part] if x.ndim == 2 else x.chunk(3)[part]
+
+
+def squeeze(x):
+    """A convolution over single rows, (O, I, 1), as a linear layer."""
+    return x[..., 0]
+
+
+def xtts(name, config):
+    make = same
+    if part := re.search(r"^backbone.*\.([qkv])_proj", name):
+        make = partial(third, part="qkv".index(part[1]))
+    elif re.search(r"^backbone.*_proj\.weight", name):
+        make = transpose
+    elif re.search(r"^conditioning\.(input|encoder.*_proj)\.weight", name):
+        make = squeeze
+    return [translate(name, XTTS)], make
+
+
+def xtts_sizes(shapes, given):
+    """Fields of XTTSConfig. Numbers of heads and the marks of a text stand in config.json, if anywhere; without it they
+    are XTTS-v2's."""
+    said = given.get("model_args") or {}
+
+    def count(stem):
+        return len({key.removeprefix(stem).split(".")[0] for key in shapes if key.startswith(stem)})
+
+    (ids, width), heads = shapes["text_embedding.weight"], said.get("gpt_n_heads")
+    heads = heads or width // 64
+    stack = dict(n_layer=count("gpt.h."), n_head=heads, n_kv_head=heads, d_model=width)
+    return {
+        "text_vocab_size": ids, "codebook_size": shapes["mel_embedding.weight"][0] - 2,
+        "text_bos": said.get("gpt_start_text_token") or 261, "text_eos": said.get("gpt_stop_text_token") or 0,
+        "backbone": {**PRESETS["gpt2-xtts"], **stack, "d_ff": shapes["gpt.h.0.mlp.c_fc.weight"][1]},
+        "reference_bands": shapes["conditioning_encoder.init.weight"][1],
+        "text_positions": shapes["text_pos_embedding.emb.weight"][0],
+        "code_positions": shapes["mel_pos_embedding.emb.weight"][0],
+        "n_latents": shapes["conditioning_perceiver.latents"][0],
+        "conditioning_layers": count("conditioning_encoder.attn."),
+        "perceiver_layers": count("conditioning_perceiver.layers."),
+        "perceiver_heads": shapes["conditioning_perceiver.layers.0.0.to_q.weight"][0] // PerceiverBlock.HEAD_DIM,
+    }  # fmt: skip
+
+
+XTTS_V2 = Layout(
+    "xtts", "mel_head.weight", xtts, xtts_sizes,
+    ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
+    tables=("text_embedding.weight", "text_head.weight", "text_head.bias"),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2]

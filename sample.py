@@ -45,6 +45,8 @@ temperature: float | None = None  # 0: always the likeliest code; None, here and
 top_k: int | None = None  # draw among so many of the likeliest codes; 0: all
 top_p: float | None = None  # draw among the likeliest codes that make up this share of the probability
 repetition_penalty: float | None = None  # makes codes spoken before less likely; 1: does not
+rounds: int | None = None  # of demasking, for models that fill in all frames at once (VALL-E nar)
+guidance: float | None = None  # how far they go beyond what is likely without the text; 1: to what is with it
 seed = 1337
 cap_seconds = 0.0  # longest utterance; 0: follows the text, three times what as much took in training, and a second
 stream = False  # write audio while it is generated
@@ -75,8 +77,9 @@ class Voice:
         self.stopped, self.adapted = None, {}
 
     @classmethod
-    def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32"):
-        """The voice of a checkpoint whose contract holds; `report` says how well. Raises ValueError or OSError."""
+    def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
+        """The voice of a checkpoint whose contract holds; `report` says how well. `changes`: fields of the model's
+        config to set otherwise, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype = {dtype!r}: it is float32, bfloat16 or float16")
         device, checkpoint = pick_device(device), load_checkpoint(path)
@@ -87,7 +90,7 @@ class Voice:
             raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
                              f"learnt the codes of {checkpoint['codec_fingerprint']}")  # fmt: skip
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
-        model = load_model(checkpoint, device, getattr(torch, dtype))
+        model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
         config, references = checkpoint.get("config"), checkpoint.get("references")
         voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], config, references)
         probe = dict(checkpoint["probe"])
@@ -312,7 +315,7 @@ def main(cfg):
     path = cfg.ckpt or os.path.join(cfg.out_dir, "best.pt")
     if not cfg.ckpt and not os.path.isfile(path):
         raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
-    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
+    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype, rounds=cfg.rounds, guidance=cfg.guidance)
     if cfg.adapter:
         voice.adapt(cfg.adapter)
     reference = voice.listen(cfg.reference) if cfg.reference else None

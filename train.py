@@ -31,6 +31,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,9 +67,32 @@ decoder_loss_weight = 1.0  # of the depth decoder's loss beside the backbone's
 frame_dropout = 0.0  # share of the input frames blanked, so that the text has to be read
 loss_on = "all"  # Kani: the tokens that are learnt: all, audio, or codebook: audio, each among its own codebook's codes
 drop_repeats = False  # Kani: leave out frames equal to the one before, as the released models do; it loses timing
+n_latents = 32  # XTTS: what is read off a recording of the voice
+conditioning_layers = 6  # XTTS: of the encoder that listens to it
+perceiver_layers = 2  # XTTS: of what reads the latents off that
+perceiver_heads = 8  # XTTS: of its attention
+chunk_seconds = 4.0  # XTTS: a longer recording is heard in chunks, and the mean of their latents taken; 0: whole
+text_positions = 404  # XTTS: text ids, with 2 marks around them
+code_positions = 608  # XTTS: frames, with 5 marks around them
+text_loss_weight = 0.01  # XTTS: of the text's loss beside that of the codes
+hide_text_stop = False  # XTTS: train with the mark behind the text out of sight, as XTTS-v2 was; it speaks with it
+mode = "nar"  # VALL-E: all frames at once, out of masks; ar: one after the other, as the other families do
+shared_heads = False  # VALL-E: one feed-forward layer before the heads of all codebooks, instead of one each
+level_attention = False  # VALL-E: its variant for residual codecs, a frame's codebooks attend to each other
+segmented_mask = False  # VALL-E nar: text does not see prompt and frames, nor does the prompt see the frames
+stretched_text = True  # VALL-E nar: text is numbered as if it were spoken evenly over the frames; published: False
+mask_ratio = 0.8  # VALL-E nar: share of the frames that are masked; 0: another one for each utterance
+text_dropout = 0.0  # VALL-E nar: share of the utterances without text, so that guidance can be used
+random_level = False  # VALL-E: each utterance is trained on one codebook, drawn for it, instead of on all
+length_loss_weight = 0.1  # VALL-E nar: of the loss of the lengths
+level_weights: str | None = None  # VALL-E: of the codebooks: decreasing, normal, equal; None, and below: as it has it
+rounds: int | None = None  # VALL-E nar: of demasking, when it speaks
+whole_frames: bool | None = None  # VALL-E nar: whole frames are masked again, not each codebook's codes by themselves
+guidance: float | None = None  # VALL-E nar: how far to go beyond what is likely without text; 1: to what is with it
 dropout: float | None = None  # on what each layer adds; None: as backbone and decoder say
 recompute: bool | None = None  # make activations again in backward instead of keeping them; None: likewise
-freeze = []  # regular expressions; parameters in whose name one of them is found stay as they are
+freeze: list | None = None  # regular expressions: parameters so named stay as they are; None: as the family advises
+# where few utterances continue trained weights (XTTS: under 3,000), else nothing
 # LoRA: only a small addition is trained, see lora.py; checkpoints then hold it alone, and say what it is added to
 lora_rank = 0  # of the addition to each layer; 0: none, the weights themselves are trained
 lora_alpha = 32.0  # it counts alpha / rank
@@ -125,10 +149,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 BASE_DTYPES = ("float32", "bfloat16")
 SAME = ("arch", "backbone", "decoder", "muon", "sparse_embeddings")  # may not change in a run
+SAME += ("mode", "shared_heads", "level_attention", "segmented_mask", "stretched_text")
 SAME += ("lora_rank", "lora_alpha", "lora_rs", "lora_targets")
 SCHEDULES = ("multistep", "cosine", "linear", "constant")
 HABITS = ("decoder_fraction", "decoder_loss_weight", "frame_dropout", "loss_on", "drop_repeats")  # may change in a run
-HABITS += ("dropout", "recompute")
+HABITS += ("chunk_seconds", "text_loss_weight", "hide_text_stop", "mask_ratio", "text_dropout", "level_weights")
+HABITS += ("random_level", "length_loss_weight", "rounds", "whole_frames", "guidance", "dropout", "recompute")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RUN_FILES = ("best.pt", "last.pt", "ckpt_*.pt", "metrics.jsonl", "samples/*.wav")
 
@@ -138,7 +164,8 @@ def check(cfg, world, device):
     counts = "max_iters max_tokens max_batch gradient_accumulation_steps log_interval eval_interval max_skipped"
     amounts = "learning_rate min_lr gamma weight_decay grad_clip decoder_loss_weight temperature top_k seed"
     amounts += " warmup_iters lr_decay_iters eval_iters eval_samples keep_last overfit_warning loader_workers"
-    shares = "beta1 beta2 ema dropout frame_dropout"
+    amounts += " length_loss_weight guidance"
+    shares = "beta1 beta2 ema dropout frame_dropout text_dropout"
     ranges = [(counts, lambda x: x >= 1, "at least 1"), (amounts, lambda x: 0 <= x < math.inf, "0 or more")]
     ranges += [(shares, lambda x: 0 <= x < 1, "in [0, 1)"), ("voice_prompt top_p", lambda x: 0 <= x <= 1, "in [0, 1]")]
     for keys, sound, wanted in ranges:
@@ -183,7 +210,7 @@ def get_lr(step, cfg):
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
-def starting_point(cfg, codec, meta):
+def starting_point(cfg, codec, meta, say=print):
     """The model init_from asks for, on the CPU, and the checkpoint of ours it is from, or None.
 
     Raises FileNotFoundError, and ValueError where the weights are not of this codec, tokenizer or kind of model.
@@ -197,7 +224,7 @@ def starting_point(cfg, codec, meta):
         raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
     habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
     if not resume and published.is_published(path):
-        return published.start(path, cfg.arch, meta, habits), None
+        return published.start(path, cfg.arch, meta, habits, say), None
     checkpoint = load_checkpoint(path)
     if resume and not checkpoint["train"]:
         raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
@@ -210,7 +237,7 @@ def starting_point(cfg, codec, meta):
         if new != (old := (checkpoint["config"] if resume else checkpoint).get(key, new)):
             raise ValueError(f"{key} = {new!r}, but {path} was trained with {old!r}")
     if checkpoint.get("base"):  # an adapter: what it is added to, then itself
-        model, _ = starting_point(SimpleNamespace(**{**vars(cfg), "init_from": checkpoint["base"]}), codec, meta)
+        model, _ = starting_point(SimpleNamespace(**{**vars(cfg), "init_from": checkpoint["base"]}), codec, meta, say)
         lora.load_adapter(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
         return model, checkpoint
     model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
@@ -234,12 +261,20 @@ def freeze_parameters(model, patterns):
         raise ValueError("freeze leaves nothing to train")
 
 
-def prepare_weights(model, cfg):
-    """Decide what is trained: freeze what the config says, and give the model an adapter where it wants one."""
+def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
+    """Decide what is trained: freeze what the config says, or the family advises where so many utterances continue
+    trained weights, which a resumed run keeps to; and give the model an adapter where the config wants one."""
     if not cfg.lora_rank:
         if lora.adapters(model):
             lora.merge(model)
             model.requires_grad_(True)
+        if checkpoint and cfg.init_from == "resume":
+            cfg.freeze = checkpoint["config"]["freeze"] if cfg.freeze is None else cfg.freeze
+        elif cfg.freeze is None and cfg.init_from != "scratch" and hasattr(model, "small_set_freeze"):
+            cfg.freeze = model.small_set_freeze(utterances)
+            if cfg.freeze:
+                say(f"{utterances:,} utterances are few to go on with: freeze={cfg.freeze!r}; --freeze=[] trains all")
+        cfg.freeze = cfg.freeze or []
         return freeze_parameters(model, cfg.freeze)
     if cfg.freeze:
         raise ValueError("freeze and lora_rank: with LoRA all weights stay as they are, name layers by lora_targets")
@@ -367,8 +402,8 @@ def train(cfg, rank, world, device, received):
                          "take another out_dir")  # fmt: skip
     if cfg.lora_rank and cfg.init_from == "scratch":
         raise ValueError("lora_rank: LoRA adds to weights that have learnt something, name them by init_from")
-    model, checkpoint = starting_point(cfg, codec, meta)
-    prepare_weights(model, cfg)
+    model, checkpoint = starting_point(cfg, codec, meta, say)
+    prepare_weights(model, len(files), cfg, checkpoint, say)
     base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
     model, codec = model.to(device), codec.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema else None
@@ -589,7 +624,7 @@ def main(cfg):
     check(cfg, world, device)
     if cfg.dry_run:
         recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
-        return budget.dry_run(cfg, recipe, lambda model: prepare_weights(model, cfg), DTYPES[cfg.dtype])
+        return budget.dry_run(cfg, recipe, partial(prepare_weights, cfg=cfg), DTYPES[cfg.dtype])
     if device.type == "cpu":
         keep_memory()
     if world > 1:

@@ -7,22 +7,22 @@
 # prepare.py
 sources = "data/digits"
 heldout = "data/digits/heldout.txt"
-data_dir = "data/digits/tokens_kani"
+data_dir = "data/digits/tokens_2x2048"
 text_format = "{speaker}: {text}"  # as KaniTTS has it
 vocab_size = 400
 codec = "mel"
-codec_args = {"n_codebooks": 2, "codebook_size": 1024, "sample_rate": 16000, "frame_rate": 12.5}  # 25 tokens a second
+codec_args = {"n_codebooks": 2, "codebook_size": 2048, "sample_rate": 16000, "frame_rate": 12.5}  # 25 tokens a second
 fit_seconds = 1200.0
 
-# train.py: a backbone of 1.1M parameters, an embedding of 0.3M
+# train.py: a backbone of 1.1M parameters, an embedding of 0.6M
 out_dir = "out/digits_kani"
 arch = "kani"
 backbone = "lfm2-1M"
 loss_on = "codebook"
-frame_dropout = 0.3  # some of what was said is hidden, so that the next word can only come from the text
+frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text
 max_tokens = 3000
-max_batch = 64
-max_iters = 2000
+max_batch = 32
+max_iters = 2500
 learning_rate = 3e-3
 muon = True
 min_lr = 1.5e-4

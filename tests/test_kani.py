@@ -182,11 +182,9 @@ def test_a_folder_that_transformers_saved(port, tmp_path, age):
 
 def test_where_config_json_is_heeded(port, tmp_path):
     port[0].save_pretrained(tmp_path)
-    for change, theta in (
-        (dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4}), 5e4),
-        (dict(rope_parameters=None, rope_theta=3e4), 3e4),
-        (dict(rope_theta=None, theta=2e4), 2e4),
-    ):
+    newer = dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    older = dict(rope_parameters=None, rope_theta=3e4)
+    for change, theta in ((newer, 5e4), (older, 3e4), (dict(rope_theta=None, theta=2e4), 2e4)):
         rewrite(tmp_path, lambda config, change=change: config.update(change, norm_eps=1e-3))
         backbone = models.from_pretrained(tmp_path, **OURS).config.backbone
         assert backbone.rope_theta == theta and backbone.norm_eps == 1e-3
@@ -552,9 +550,9 @@ def test_generation_within_the_positions():
     frames, stopped = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3))
     assert len(frames) == (30 - 11) // 4 and stopped is False
     assert len(spoken_by(model, np.arange(20), choose=greedy)[0]) == 1  # 26 rows and one frame of 4
-    for asked, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
+    for said, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
         with pytest.raises(ValueError, match=f"text and prompt take {rows} rows, the model has 30 positions"):
-            next(model.generate(*asked))
+            next(model.generate(*said))
 
 
 @torch.no_grad()

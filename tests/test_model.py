@@ -242,8 +242,8 @@ def original(golden, monkeypatch):
     c = json.loads((GOLDEN / "csm_original.json").read_text())["config"]
     heads = {"num_attention_heads": c["backbone"]["num_heads"]}
     weights = {k.removeprefix("weights."): v for k, v in golden.items() if k.startswith("weights.")}
-    layout = published.LAYOUTS[0]
-    return published.assemble(layout, weights, {**heads, "depth_decoder_config": heads}, "golden", decoder_fraction=1.0)
+    given = {**heads, "depth_decoder_config": heads}
+    return published.assemble(published.CSM_ORIGINAL, weights, given, "golden", decoder_fraction=1.0)
 
 
 def rows_of(tokens, mask):

@@ -6,17 +6,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import configurator
+import lora
+import published
 import train
 from codec import load_codec
 from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
 from metrics import read_metrics
-from model import build, load_checkpoint, load_model
+from model import build, from_pretrained, load_checkpoint, load_model
 from sample import Voice
 
 ROOT = Path(train.__file__).parent
@@ -109,6 +112,97 @@ def at_batch(monkeypatch, number, act):
             yield batch
 
     monkeypatch.setattr(Batches, "__iter__", watched)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+LORA = ["--lora_rank=2", "--lora_alpha=4", "--lora_dropout=0.2", "--lora_rs=True", "--lora_targets=['attn', 'mlp']",
+        "--learning_rate=0.01"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tokens, tmp_path_factory):
+    out = tmp_path_factory.mktemp("base")
+    run(tokens, out, "--max_iters=4")
+    return str(out / "best.pt")
+
+
+@pytest.mark.parametrize("more", [[], ["--ema=0.5", "--muon=True", "--lora_base_dtype=bfloat16", "--keep_last=3"]])
+def test_lora_goes_on_bit_for_bit_and_is_saved_alone(tokens, base, tmp_path, more):
+    flags = [f"--init_from={base}", *LORA, *more]
+    whole, lines = run(tokens, tmp_path / "whole", *flags, "--max_iters=8")
+    run(tokens, tmp_path / "parts", *flags, "--max_iters=4", "--lr_decay_iters=8")
+    parts, again = run(tokens, tmp_path / "parts", "--init_from=resume", *LORA, *more, "--max_iters=8")
+    same(whole, parts)
+    assert exact(lines) == exact(again) and parts["base"] == base
+    best = load_checkpoint(tmp_path / "whole" / "best.pt")
+    weights = best["model"]["weights"]
+    assert weights and all("lora" in name for name in weights)
+    model = load_model(best)  # what it is added to is found by its path
+    frozen = load_checkpoint(base)["model"]
+    for name, p in model.state_dict().items():
+        if "lora" not in name:
+            kept = frozen[name].to(torch.bfloat16 if "bfloat16" in str(more) else p.dtype)
+            assert torch.equal(p.to(kept.dtype), kept)
+    assert any(weight.any() for name, weight in weights.items() if name.endswith("lora_b"))
+
+
+def test_an_adapter_is_merged_into_what_is_trained_further_or_trained_further_itself(tokens, base, tmp_path):
+    run(tokens, tmp_path / "a", f"--init_from={base}", *LORA, "--max_iters=4")
+    adapted = str(tmp_path / "a" / "best.pt")
+    merged, _ = run(tokens, tmp_path / "b", f"--init_from={adapted}", "--max_iters=1", "--learning_rate=0.0")
+    assert merged["base"] is None
+    expected = load_model(load_checkpoint(adapted))
+    lora.merge(expected)
+    for name, p in expected.state_dict().items():
+        torch.testing.assert_close(merged["model"][name], p)
+    further, _ = run(tokens, tmp_path / "c", f"--init_from={adapted}", *LORA, "--max_iters=1", "--learning_rate=0.0")
+    assert further["base"] == base
+    same(further["model"], load_checkpoint(adapted)["model"])
+
+
+def test_an_export_holds_the_adapter(tokens, base, tmp_path):
+    run(tokens, tmp_path / "a", f"--init_from={base}", *LORA, "--max_iters=4")
+    ckpt, hub = str(tmp_path / "a" / "best.pt"), str(tmp_path / "hub")
+    published.main(SimpleNamespace(command="export", ckpt=ckpt, out_dir=hub))
+    expected, found = load_model(load_checkpoint(ckpt)), from_pretrained(hub)
+    lora.merge(expected)
+    bare = from_pretrained(base).parameters()
+    assert any(not torch.equal(p, q) for p, q in zip(found.parameters(), bare, strict=True))
+    for name, p in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], p)
+
+
+def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
+    paths = []
+    for seed in (1, 2):
+        run(tokens, tmp_path / str(seed), f"--init_from={base}", *LORA, "--max_iters=8", f"--seed={seed}")
+        paths.append(str(tmp_path / str(seed) / "last.pt"))
+
+    def heard(voice):
+        return [frame.tolist() for frame in voice.frames("one two", temperature=0, cap_seconds=3)]
+
+    alone = [heard(Voice.from_checkpoint(path, "cpu")) for path in paths]
+    voice = Voice.from_checkpoint(paths[0], "cpu")
+    voice.adapt(paths[1])
+    second = heard(voice)
+    voice.adapt(paths[0])
+    assert [heard(voice), second] == alone
+    with pytest.raises(ValueError, match="holds no adapter, but a whole model"):
+        voice.adapt(base)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lora_rank=2"], "name them by init_from"),
+    (["--init_from={base}", "--lora_rank=2", "--freeze=['backbone']"], "freeze and lora_rank"),
+    (["--init_from={base}", "--lora_rank=2", "--lora_targets=['nowhere']"], "'nowhere' finds no nn.Linear"),
+    (["--init_from={base}", "--lora_rank=2", "--lora_base_dtype=float16"], "it is float32, bfloat16"),
+])  # fmt: skip
+def test_lora_refuses(tokens, base, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(tokens, tmp_path / "out", *(flag.format(base=base) for flag in flags))
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""Strings of digits, as config/digits.py has them, read aloud by an XTTS: one code a frame, the voice off a recording.
+
+    python data/digits/prepare.py && python prepare.py config/digits_xtts.py && python train.py config/digits_xtts.py
+    python sample.py config/digits_xtts.py --text "three one four"
+"""
+
+# prepare.py
+sources = "data/digits"
+heldout = "data/digits/heldout.txt"
+data_dir = "data/digits/tokens_xtts"
+text_format = "[{speaker}] {text}"  # the space makes every word, the first too, one and the same token
+vocab_size = 400
+codec = "mel"
+codec_args = {"n_codebooks": 1, "codebook_size": 1024, "sample_rate": 16000, "frame_rate": 20, "n_mels": 40}
+fit_seconds = 1200.0
+references = True  # 200 bytes a frame
+
+# train.py: a GPT-2 of 0.8M parameters, and 0.3M that listen
+out_dir = "out/digits_xtts"
+arch = "xtts"
+backbone = "gpt2-1M"
+n_latents = 4
+conditioning_layers = 1
+perceiver_layers = 1
+perceiver_heads = 2
+text_positions = 64
+code_positions = 256
+reference_seconds = [0.5, 1.0]
+voice_prompt = 1.0  # the voice off another recording of the speaker: all frames of one so short are to be learnt from
+frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text
+max_tokens = 3000
+max_batch = 64
+max_iters = 2500
+learning_rate = 3e-3
+muon = True
+min_lr = 1.5e-4
+warmup_iters = 100
+eval_interval = 500
+
+# sample.py, and the samples spoken at each evaluation
+temperature = 0.0  # always the likeliest code: so small a model says it most clearly so
+repetition_penalty = 1.0

@@ -1,0 +1,60 @@
+"""XTTS-v2 learns Amharic, a language and a script it does not know, from recordings of one's own.
+
+    python prepare.py config/xtts_amharic.py --sources=my/metadata.csv
+    python train.py config/xtts_amharic.py
+    python sample.py config/xtts_amharic.py --text "..." --reference me.wav
+
+Text goes in as it is written, in pieces learnt from it (BPE), without a step from letters to sounds. The weights, the
+vocabulary and the codec come from coqui/XTTS-v2 on the hub: model.pth, config.json, vocab.json, dvae.pth,
+mel_stats.pth. Numbers marked "XTTS" stand in its training recipe (TTS/recipes/ljspeech/xtts_v2 and the data set beside
+its trainer), those marked "XTTS_V2" in train.py of gokhaneraslan/XTTS_V2, those marked "Amharic" in the analysis of
+BPE training and utils/ of Diakonrobel/Amharic_XTTS-V2_TTS, those marked "new languages" in the guide of
+nguyenhoanganh2002/XTTSv2-Finetuning-for-New-Languages.
+"""
+
+# prepare.py
+sources = "amharic/metadata.csv"
+data_dir = "data/amharic/tokens"
+codec = "xtts"  # one codebook of 1,024 at 21.5 frames/s
+codec_path = "weights/xtts-v2"
+references = True  # XTTS reads the voice off a recording
+tokenizer = "weights/xtts-v2/vocab.json"
+extend_vocab = 2000  # new languages; the letters of the script are about 500 of them
+vocab_size = 8681  # 6,681 of XTTS and those; only a dry run without data needs it here
+text_format = "[am]{text}"  # XTTS: the language in brackets
+lowercase = True  # XTTS; Ethiopic has no case, foreign words do
+min_seconds = 0.5  # XTTS: shorter recordings are left out
+max_seconds = 11.6  # XTTS: max_wav_length, 255,995 samples at 22,050 Hz
+max_text_tokens = 200  # XTTS: max_text_length
+val_fraction = 0.1  # XTTS_V2: eval_split_size
+
+# train.py
+init_from = "weights/xtts-v2"
+out_dir = "out/xtts_amharic"
+arch = "xtts"
+backbone = "gpt2-xtts"  # XTTS
+dropout = 0.1  # XTTS: GPT-2's own
+freeze = None  # Amharic: under 3,000 utterances learn the last two layers and the text's tables; above, everything
+text_loss_weight = 0.01  # XTTS: gpt_loss_text_ce_weight
+reference_seconds = [3.0, 6.0]  # XTTS: min_conditioning_length and max_conditioning_length
+voice_prompt = 0.0  # XTTS: what is heard is a stretch of the utterance itself, on whose codes no loss falls
+max_batch = 4  # XTTS_V2, Amharic
+max_tokens = 2048  # room for four of the longest: 250 codes, 200 text ids and marks
+gradient_accumulation_steps = 128  # XTTS_V2, Amharic; XTTS advises 252 utterances a step or more
+learning_rate = 5e-6  # XTTS
+beta1, beta2 = 0.9, 0.96  # XTTS
+weight_decay = 1e-2  # XTTS: on matrices only
+grad_clip = 0.0  # XTTS: its trainer's default
+lr_schedule = "multistep"  # XTTS: MultiStepLR
+milestones = [50000, 150000, 300000]  # Amharic; XTTS has 18 times as many. No small set gets there
+gamma = 0.5  # XTTS
+warmup_iters = 0  # XTTS: none
+max_iters = 600  # XTTS_V2: 100 epochs, here of 3,000 utterances; best.pt is that of the lowest held-out loss
+eval_interval = 25  # four epochs of as many
+dtype = "float32"  # XTTS: mixed_precision is off
+
+# sample.py: XTTS, the defaults in its config.json
+temperature = 0.75
+top_k = 50
+top_p = 0.85
+repetition_penalty = 5.0
