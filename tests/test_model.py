@@ -603,10 +603,14 @@ class WrongOffset(CSM):
         return super().embed(tokens, segment)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("broken", [ShiftedLayout, ForgetfulCache, StaleDepth, WrongOffset])
-def test_contract_check_refuses(broken):
+def test_contract_check_refuses(broken, fresh):
+    model = tiny(broken)
+    if fresh:  # before it has learnt anything, too, when all its logits are near 0
+        models.init_weights(model)
     with pytest.raises(ValueError, match="check failed: generation and teacher forcing differ") as error:
-        contract_check(tiny(broken), *utterance(7, 12))
+        contract_check(model, *utterance(7, 12))
     assert "\n" not in str(error.value)
 
 
