@@ -187,7 +187,7 @@ class Voice:
         Where two blocks meet, their phases may differ: the new one slides by up to 5 ms to where its waveform fits (as
         in WSOLA, Verhelst and Roelands 1993), and is faded in over 10 ms.
         """
-        if self.codec.streams:
+        if getattr(self.codec, "streams", False):
             frames, size = iter(frames), max(1, round(0.08 * self.codec.frame_rate))
             blocks = iter(lambda: list(itertools.islice(frames, size)), [])
             codes = (torch.stack(block, 1)[None].to(self.device) for block in blocks)

@@ -608,7 +608,7 @@ def test_pickles_run_no_code(published, tmp_path):
         info = tarfile.TarInfo("model_weights.ckpt")
         info.size = len(packed.getvalue())
         archive.addfile(info, io.BytesIO(packed.getvalue()))
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"x": Evil(mark)}))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"x": Evil(mark)}, protocol=2))
     for name, file in (("dac", "weights.pth"), ("nanocodec", "evil.nemo"), ("dac", "plain.pth")):
         with pytest.raises(ValueError, match=f"{file}: not readable as weights") as info:
             load_codec(name, tmp_path / file)
