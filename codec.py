@@ -7,22 +7,33 @@ Notable features:
 - `mel` needs no weights from anywhere: patches of mel spectrogram, decorrelated by PCA, quantised by residual k-means
   fitted on the data at hand, decoded by mel inversion and fast Griffin-Lim
 - codes are exact: `mel` encodes in float64, so that neither other recordings in the batch nor padding change them
+- the codecs of the published models in plain torch: layers that they share, then each as the table of its architecture
+- every layer streams: what it needs of the signal before stays in a Flow, so a file in pieces is the whole file
+- padding ends where a row ends, so that a batch gives each row the codes that it gets alone
+- weights are read, never run: pickles may hold tensors only, archives are not unpacked
 - band-limited resampling between any two rates
 
 B: batch   N: samples   T: frames   K: codebooks   V: entries of a codebook   M: mel bands   F: FFT bins
 S: steps (spectra) in a frame   P = S * M: numbers in a patch   D: principal components kept of them
+C: channels   L: steps of a layer's signal
 """
 
 import argparse
 import hashlib
+import html
 import inspect
 import io
 import json
 import math
 import os
+import re
 import sys
+import tarfile
 import wave
-from functools import lru_cache
+import zipfile
+from functools import lru_cache, partial
+from glob import escape, glob
+from urllib.parse import quote
 
 import numpy as np
 import soundfile
@@ -34,24 +45,31 @@ from torch import nn
 
 
 @lru_cache(maxsize=16)
-def sinc_filters(up, down, zeros=48, beta=9.0, block=256):
+def sinc_filters(up, down, zeros=48, rolloff=0.96, beta=9.0, block=256):
     """What turns every `down` samples into `up`: [(first input sample, matrix (inputs, at most `block` outputs)), ...].
-    A matrix holds Kaiser-windowed sincs, `zeros` zero crossings to each side, shifted from output to output."""
-    cutoff = min(1.0, up / down) * 0.96  # of the input's Nyquist frequency; the rest is the filter's slope
+    A matrix holds Kaiser-windowed sincs, `zeros` zero crossings to each side, shifted from output to output. Where beta
+    is 0 the window is Hann's, and sums are left as they are, as in torchaudio."""
+    cutoff = min(1.0, up / down) * rolloff  # of the input's Nyquist frequency; the rest is the filter's slope
     width = math.ceil(zeros / cutoff)
     filters = []
     for outputs in torch.arange(up, dtype=torch.float64).split(block):
         at = outputs * down / up  # in input samples
         first, last = math.floor(at[0]) - width + 1, math.floor(at[-1]) + width
         t = torch.arange(first, last + 1, dtype=torch.float64)[:, None] - at
-        sinc = torch.sinc(cutoff * t) * torch.special.i0(beta * (1 - (t / width) ** 2).clamp(min=0).sqrt())
-        sinc *= t.abs() < width
-        filters.append((first, (sinc / sinc.sum(0)).float()))
+        if beta:
+            sinc = torch.sinc(cutoff * t) * torch.special.i0(beta * (1 - (t / width) ** 2).clamp(min=0).sqrt())
+            sinc *= t.abs() < width
+            sinc /= sinc.sum(0)
+        else:
+            window = (math.pi / 2 * (cutoff * t / zeros).clamp(-1, 1)).cos().square()
+            sinc = cutoff * torch.sinc(cutoff * t) * window
+        filters.append((first, sinc.float()))
     return filters
 
 
-def resample(wav, from_rate, to_rate):
-    """Band-limited change of sample rate: wav (..., N) -> (..., ceil(N * to_rate / from_rate))."""
+def resample(wav, from_rate, to_rate, **filter):
+    """Band-limited change of sample rate: wav (..., N) -> (..., ceil(N * to_rate / from_rate)). `filter`: see
+    sinc_filters."""
     if from_rate == to_rate or wav.shape[-1] == 0:
         return wav
     up, down = to_rate // math.gcd(from_rate, to_rate), from_rate // math.gcd(from_rate, to_rate)
@@ -59,7 +77,7 @@ def resample(wav, from_rate, to_rate):
     many = max(1, 128 // up)  # periods at once, for a matrix worth multiplying with
     up, down = up * many, down * many
     periods = -(-n_out // up)
-    filters = sinc_filters(up, down)
+    filters = sinc_filters(up, down, **filter)
     left, right = -filters[0][0], periods * down + filters[-1][0] + len(filters[-1][1]) - wav.shape[-1]
     wav = nn.functional.pad(wav, (left, max(0, right)))
     out = [wav[..., first + left :].unfold(-1, len(matrix), down)[..., :periods, :] @ matrix.to(wav)
@@ -116,11 +134,12 @@ class Codec(nn.Module):
         decode(codes (B, K, T)) -> wav (B, T * samples_per_frame)
 
     wav is float32 in [-1, 1] and T = frames(N). `lengths` (B,) says how many samples of each row are its own: the first
-    frames(length) codes of a row are what it would get alone. A codec that must be fitted also has `fitted` and
-    fit(wavs, seed). Some have reference(wav (B, N)) -> (B, T * r, M), features of a recording off which a model reads
-    its voice, r rows a frame. `options` are the arguments it was made with, its state dict holds its tables."""
+    frames(length) codes of a row are what it would get alone. A codec that must be fitted says in `fitted` whether it
+    is, and has fit(wavs, seed). One that `streams` has decode_stream(pieces of codes), which yields pieces of wav. Some
+    have reference(wav (B, N)) -> (B, T * r, M), features of a recording off which a model reads its voice, r rows a
+    frame. `options` are the arguments it was made with, its state dict holds its tables."""
 
-    name = None
+    name, fitted, streams = None, True, False
 
     def __init__(self, **options):
         super().__init__()
@@ -135,12 +154,26 @@ class Codec(nn.Module):
         tables = {name: table.detach().cpu().clone() for name, table in self.state_dict().items()}
         return {"name": self.name, "options": dict(self.options), "tables": tables}
 
+    @classmethod
+    def unpack(cls, pack, where):
+        """The codec of a `pack()`. `where` it is from names it in the ValueError raised where it holds other tables."""
+        codec = cls(**pack["options"])
+        try:
+            codec.load_state_dict(pack["tables"])
+        except (KeyError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{where}: its tables are not those of {cls.name} with its options") from error
+        codec.fitted = True
+        return codec
+
     def fingerprint(self):
         """16 hex digits that change when the name, an option, or any number in the tables does."""
+        return self.digest(self.state_dict())
+
+    def digest(self, tables):
         digest = hashlib.sha256(json.dumps([self.name, self.options], sort_keys=True).encode())
-        for name, table in sorted(self.pack()["tables"].items()):
+        for name, table in sorted(tables.items()):
             digest.update(f"{name}{tuple(table.shape)}{table.dtype}".encode())
-            digest.update(table.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(table.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def save(self, folder):
@@ -153,23 +186,45 @@ class Codec(nn.Module):
         os.replace(f"{path}.partial", path)
 
 
+def need_waves(wav):
+    if wav.ndim != 2 or not wav.numel():
+        raise ValueError(f"encode takes waveforms of shape (B, N), none of them empty, not {tuple(wav.shape)}")
+
+
 # -----------------------------------------------------------------------------
 # mel: patches of mel spectrogram, residual k-means, Griffin-Lim
 
 
-def mel_filters(n_mels, n_fft, sample_rate):
-    """Triangular filters evenly spaced on the mel scale: (n_fft // 2 + 1, n_mels), each of peak 1."""
-    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+def mel_filters(n_mels, n_fft, sample_rate, highest=None, area=False):
+    """Triangular filters evenly spaced on the mel scale, up to `highest` Hz or half the sample rate:
+    (n_fft // 2 + 1, n_mels), each of peak 1, or of area 1 Hz."""
+    top = 2595 * math.log10(1 + (highest or sample_rate / 2) / 700)
     edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, dtype=torch.float64) / 2595) - 1)
     hz = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
     rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rise, fall).clamp(min=0).float()
+    filters = torch.minimum(rise, fall).clamp(min=0)
+    return (filters * 2 / (edges[2:] - edges[:-2]) if area else filters).float()
 
 
-def nearest(x, codebook):
-    """The index of the codebook entry nearest to each vector: x (n, D), codebook (V, D) -> (n,)."""
-    return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)
+def squares(x, codebook):
+    """Squared distances of vectors (n, D) from the entries of a codebook (V, D): (n, V)."""
+    return x.square().sum(1, keepdim=True) - 2 * x @ codebook.T + codebook.square().sum(1)
+
+
+def quantise(x, codebooks, distance=squares):
+    """Vectors (n, D) -> codes (n, K): each of the codebooks (K, V, D) codes what those before it left over (residual
+    vector quantisation, as in SoundStream, Zeghidour et al. 2021)."""
+    codes = []
+    for codebook in codebooks:
+        codes.append(distance(x, codebook).argmin(1))
+        x = x - codebook[codes[-1]]
+    return torch.stack(codes, 1)
+
+
+def dequantise(codes, codebooks):
+    """Codes (..., K) -> vectors (..., D). There may be more codebooks than codes."""
+    return sum(codebook[index] for codebook, index in zip(codebooks, codes.unbind(-1), strict=False))
 
 
 def kmeans(x, size, generator, rounds=20):
@@ -182,7 +237,7 @@ def kmeans(x, size, generator, rounds=20):
 
     codebook = draw(size)
     for _ in range(rounds):
-        index = nearest(x, codebook)
+        index = squares(x, codebook).argmin(1)
         count = torch.bincount(index, minlength=size)
         codebook = torch.zeros_like(codebook).index_add_(0, index, x) / count.clamp(min=1)[:, None]
         codebook[count == 0] = draw(int((count == 0).sum()))
@@ -195,7 +250,7 @@ class Mel(Codec):
     analysis    magnitude spectra, M mel bands, cube root (about how loudness grows, so that loud and quiet recordings
                 are coded alike); a frame is a patch of S spectra; PCA turns it into D numbers, largest variance first
     codebooks   codebook 0 holds k-means centroids of these vectors, each further codebook the centroids of what those
-                before it left over (residual vector quantisation, as in SoundStream, Zeghidour et al. 2021)
+                before it left over
     synthesis   the centroids of a frame add up; a linear map from a frame and its two neighbours to the patch undoes
                 the PCA and smooths what quantisation roughened; then magnitudes that explain the mel bands, and phases
                 that agree with each other (fast Griffin-Lim: Perraudin, Balazs and Soendergaard 2013)"""
@@ -285,10 +340,11 @@ class Mel(Codec):
         rest = patch @ self.analysis
         for codebook in self.codebooks:
             codebook.copy_(kmeans(rest, self.codebook_size, generator))
-            rest = rest - codebook[nearest(rest, codebook)]
+            rest = rest - codebook[squares(rest, codebook).argmin(1)]
 
         # Ridge regression of patches on quantised patches and their neighbours, drawn towards undoing the PCA.
-        near = self.dequantise(self.quantise((x @ self.analysis).flatten(0, 1))).view(len(x), -1).double()  # (n, 3 D)
+        near = dequantise(quantise((x @ self.analysis).flatten(0, 1), self.codebooks), self.codebooks)
+        near = near.view(len(x), -1).double()  # (n, 3 D)
         undo = self.analysis.T.double()
         undo = torch.cat([0 * undo, undo, 0 * undo])  # (3 D, P)
         gram = near.T @ near
@@ -299,78 +355,1052 @@ class Mel(Codec):
         self.to(device)
         return self
 
-    def quantise(self, x):
-        """Vectors (n, D) -> codes (n, K)."""
-        codes = []
-        for codebook in self.codebooks.to(x):
-            codes.append(nearest(x, codebook))
-            x = x - codebook[codes[-1]]
-        return torch.stack(codes, 1)
-
-    def dequantise(self, codes):
-        """Codes (..., K) -> vectors (..., D)."""
-        return sum(codebook[codes[..., k]] for k, codebook in enumerate(self.codebooks))
-
     @torch.no_grad()
     def encode(self, wav, lengths=None):
         self.need_tables()
-        if wav.ndim != 2 or not wav.numel():
-            raise ValueError(f"encode takes waveforms of shape (B, N), none of them empty, not {tuple(wav.shape)}")
+        need_waves(wav)
         codes = []
         for bands in self.bands(wav, lengths):
             patches = bands.reshape(len(wav), -1, len(self.mean))  # (B, t, P)
             x = (patches - self.mean) @ self.analysis.double()
-            codes.append(self.quantise(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+            codes.append(quantise(x.flatten(0, 1), self.codebooks.to(x)).unflatten(0, x.shape[:2]))
         return torch.cat(codes, 1).transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, codes):
         self.need_tables()
-        x = self.dequantise(codes.transpose(1, 2)).transpose(1, 2)  # (B, D, T)
+        x = dequantise(codes.transpose(1, 2), self.codebooks).transpose(1, 2)  # (B, D, T)
         patches = nn.functional.conv1d(nn.functional.pad(x, (1, 1), mode="replicate"), self.synthesis).transpose(1, 2)
         bands = (patches + self.mean).clamp(min=0.01).pow(3)
-        return self.griffin_lim(self.magnitudes(bands.reshape(len(codes), -1, self.filters.shape[1])))
+        x = magnitudes(bands.reshape(len(codes), -1, self.filters.shape[1]), self.filters)
+        return griffin_lim(x, self.window, 3 * self.hop // 2)
 
     def need_tables(self):
         if not self.fitted:
             raise ValueError("the mel codec has no tables yet: fit it on recordings, or load it with a path")
 
-    def magnitudes(self, bands, rounds=30):
-        """Mel bands (B, n, M) -> magnitudes (B, n, F) that explain them: multiplicative updates keep these positive."""
-        x = bands @ (self.filters / self.filters.sum(0).clamp(min=1e-9)).T + 1e-9
-        for _ in range(rounds):
-            x = x * (bands @ self.filters.T) / (x @ self.filters @ self.filters.T + 1e-9)
+
+def magnitudes(bands, filters, rounds=30):
+    """Mel bands (B, n, M) -> magnitudes (B, n, F) that explain them: multiplicative updates keep these positive."""
+    x = bands @ (filters / filters.sum(0).clamp(min=1e-9)).T + 1e-9
+    for _ in range(rounds):
+        x = x * (bands @ filters.T) / (x @ filters @ filters.T + 1e-9)
+    return x
+
+
+def griffin_lim(magnitudes, window, edge, rounds=32, momentum=0.99):
+    """Magnitudes (B, n, F) of spectra a quarter of the window apart -> wav (B, n * hop) that has about these, `edge`
+    samples after the start of the first window."""
+    n, f, hop = *magnitudes.shape[1:], len(window) // 4
+
+    def overlap_add(x):  # (B, n, 4 * hop) -> (B, (n + 3) * hop)
+        out = x.new_zeros(len(x), n + 3, hop)
+        for i, quarter in enumerate((x * window).unflatten(2, (4, hop)).unbind(2)):
+            out[:, i : i + n] += quarter
+        return out.flatten(1)
+
+    weight = overlap_add(window.expand(1, n, -1)).clamp(min=1e-3)
+    phase = 2 * math.pi * torch.rand(n, f, generator=torch.Generator().manual_seed(0)).to(magnitudes)
+    phase, before = torch.polar(torch.ones_like(phase), phase), 0
+    for _ in range(rounds):
+        wav = overlap_add(torch.fft.irfft(magnitudes * phase, n=4 * hop)) / weight
+        spectra = torch.fft.rfft(wav.unfold(-1, 4 * hop, hop) * window)
+        phase = spectra - momentum / (1 + momentum) * before
+        phase, before = phase / phase.abs().clamp(min=1e-9), spectra
+    wav = overlap_add(torch.fft.irfft(magnitudes * phase, n=4 * hop)) / weight
+    return wav[:, edge : edge + n * hop].clamp(-1, 1)
+
+
+# -----------------------------------------------------------------------------
+# layers of the published codecs
+
+
+class Flow:
+    """What goes through a network beside the signal: `memory`, what each layer keeps of it for the piece that follows,
+    `lengths` (B,), where each row ends at the layer that is reached (None: where the tensor does), and `voice`."""
+
+    def __init__(self, voice=None):
+        self.memory, self.lengths, self.voice = {}, None, voice
+
+
+def pad(x, left, right, edge, lengths=None):
+    """x (B, C, L) -> (B, C, left + L + right). edge: "constant" (zeros), "replicate", or "reflect", which appends zeros
+    to a row as short as what is to be mirrored. `lengths` (B,): the padding on the right begins where a row ends."""
+    n, most = x.shape[2], max(left, right)
+    if lengths is None:
+        short = max(0, most + 1 - n) if edge == "reflect" else 0
+        return nn.functional.pad(nn.functional.pad(x, (0, short)), (left, right), edge)[..., : left + n + right]
+    ends, at = lengths[:, None], torch.arange(-left, n + right, device=x.device)[None]
+    if edge == "constant":
+        return nn.functional.pad(x * (at[:, left : left + n] < ends)[:, None], (left, right))
+    if edge == "replicate":
+        at = at.clamp(min=0).minimum(ends - 1)
+    else:
+        last = ends.clamp(min=most + 1) - 1
+        at = last - (last - at.abs()).abs()
+    own = (at >= 0) & (at < ends)
+    return x.gather(2, at.clamp(0, n - 1)[:, None].expand(-1, x.shape[1], -1)) * own[:, None]
+
+
+class Conv(nn.Conv1d):
+    """L steps -> ceil(L / stride). It pads both sides alike; a causal one pads the left, and the right only where the
+    signal ends within a stride: every piece but the last must be a multiple of it."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, bias=True, causal=False, edge="constant"):
+        super().__init__(c_in, c_out, kernel, stride, dilation=dilation, bias=bias)
+        self.causal, self.edge, self.reach = causal, edge, (kernel - 1) * dilation + 1 - stride
+
+    def forward(self, x, flow):
+        n, stride, lengths = x.shape[2], self.stride[0], flow.lengths
+        left, right = (self.reach, -n % stride) if self.causal else [(self.reach + 1) // 2] * 2
+        before = flow.memory.get(self)
+        if before is not None:
+            x, left, lengths = torch.cat([before, x], 2), 0, None if lengths is None else lengths + self.reach
+        if self.reach:
+            x = pad(x, left, right, self.edge, lengths)
+        if self.reach and self.causal:
+            flow.memory[self] = x[..., n : n + self.reach].clone()
+        if lengths is not None:
+            flow.lengths = -(-flow.lengths // stride)
+        return super().forward(x)
+
+
+class Transposed(nn.ConvTranspose1d):
+    """L steps -> L * stride, with a kernel of two strides. A causal one looks at no step to come."""
+
+    def __init__(self, c_in, c_out, stride, groups=1, bias=True, causal=False, rest=0):
+        trim = {} if causal else {"padding": (stride + 1) // 2, "output_padding": rest}
+        super().__init__(c_in, c_out, 2 * stride, stride, groups=groups, bias=bias, **trim)
+        self.causal = causal
+
+    def forward(self, x, flow):
+        if not self.causal:
+            return super().forward(x)
+        n, before = x.shape[2], flow.memory.get(self, x[..., :0])
+        flow.memory[self] = x[..., -1:].clone()
+        x = super().forward(torch.cat([before, x], 2))
+        return x[..., before.shape[2] * self.stride[0] :][..., : n * self.stride[0]]
+
+
+class Snake(nn.Module):
+    """x + sin(a x)^2 / a, a learnt for each channel (Ziyin, Hartwig and Ueda 2020)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, c, 1))
+
+    def forward(self, x, flow=None):
+        return (self.alpha * x).sin_().square_().mul_(1 / (self.alpha + 1e-9)).add_(x)
+
+
+class HalfSnake(Snake):
+    """Snake for the first half of the channels, leaky ReLU for the others."""
+
+    def __init__(self, c):
+        super().__init__(c // 2)
+
+    def forward(self, x, flow=None):
+        half = self.alpha.shape[1]
+        return torch.cat([super().forward(x[:, :half]), nn.functional.leaky_relu(x[:, half:])], 1)
+
+
+class Chain(nn.Sequential):
+    """Layers in a row: those of this file are called with the flow, torch's own without."""
+
+    def forward(self, x, flow):
+        for layer in self:
+            x = layer(x) if type(layer).__module__.startswith("torch.") else layer(x, flow)
         return x
 
-    def griffin_lim(self, magnitudes, rounds=32, momentum=0.99):
-        """Magnitudes (B, n, F) -> wav (B, n * hop) whose spectra have about these magnitudes."""
-        n, f = magnitudes.shape[1:]
 
-        def overlap_add(x):  # (B, n, n_fft) -> (B, (n + 3) * hop)
-            out = x.new_zeros(len(x), n + 3, self.hop)
-            for i, quarter in enumerate((x * self.window).unflatten(2, (4, self.hop)).unbind(2)):
-                out[:, i : i + n] += quarter
-            return out.flatten(1)
+class Residual(Chain):
+    """A chain whose answer is added to what it was asked."""
 
-        weight = overlap_add(self.window.expand(1, n, -1)).clamp(min=1e-3)
-        phase = 2 * math.pi * torch.rand(n, f, generator=torch.Generator().manual_seed(0)).to(magnitudes)
-        phase, before = torch.polar(torch.ones_like(phase), phase), 0
-        for _ in range(rounds):
-            wav = overlap_add(torch.fft.irfft(magnitudes * phase, n=self.n_fft)) / weight
-            spectra = self.spectra(wav)
-            phase = spectra - momentum / (1 + momentum) * before
-            phase, before = phase / phase.abs().clamp(min=1e-9), spectra
-        wav = overlap_add(torch.fft.irfft(magnitudes * phase, n=self.n_fft)) / weight
-        edge = 3 * self.hop // 2
-        return wav[:, edge : edge + n * self.hop].clamp(-1, 1)
+    def forward(self, x, flow):
+        return x + super().forward(x, flow)
+
+
+class Sum(nn.ModuleList):
+    """Layers side by side, all asked the same: their answers added up, times `share`."""
+
+    def __init__(self, layers, share=1):
+        super().__init__(layers)
+        self.share = share
+
+    def forward(self, x, flow):
+        return sum(layer(x, flow) for layer in self) * self.share
+
+
+class LSTM(nn.LSTM):
+    """Two layers, and what goes into them added to what comes out."""
+
+    def __init__(self, c):
+        super().__init__(c, c, num_layers=2)
+
+    def forward(self, x, flow):
+        x = x.permute(2, 0, 1)
+        y, flow.memory[self] = super().forward(x, flow.memory.get(self))
+        return (x + y).permute(1, 2, 0)
+
+
+class Layer(nn.Module):
+    """A layer of Mimi's transformers: attention and feed-forward, each normed before and scaled after."""
+
+    def __init__(self, width, heads, window):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.in_proj, self.out_proj = (nn.Linear(width, n * width, bias=False) for n in (3, 1))
+        self.linear1, self.linear2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((width,), 0.01)) for _ in range(2))
+
+    def forward(self, x, flow, turn, mask):
+        q, k, v = self.in_proj(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = turn(q), turn(k)  # (B, heads, L, width / heads)
+        if self in flow.memory:
+            k, v = (torch.cat(pair, 2) for pair in zip(flow.memory[self], (k, v), strict=True))
+        flow.memory[self] = k[:, :, 1 - self.window :], v[:, :, 1 - self.window :]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        x = x + self.scale1 * self.out_proj(y.transpose(1, 2).flatten(2))
+        return x + self.scale2 * self.linear2(nn.functional.gelu(self.linear1(self.norm2(x))))
+
+
+class Transformer(nn.ModuleList):
+    """Causal attention to the last `window` steps, rotary positions, heads of 64: (B, C, L) -> the same."""
+
+    def __init__(self, width, layers, window):
+        self.half = min(width, 64) // 2
+        super().__init__(Layer(width, width // (2 * self.half), window) for _ in range(layers))
+        self.window = window
+
+    def forward(self, x, flow):
+        n, seen = x.shape[2], flow.memory.get(self, 0)
+        flow.memory[self] = seen + n
+        at = torch.arange(max(0, seen - self.window + 1), seen + n, device=x.device)
+        distance = at[-n:, None] - at
+        mask = (distance >= 0) & (distance < self.window)
+        angle = at[-n:, None] / 10000 ** (torch.arange(self.half, device=x.device) / self.half)
+        cos, sin = angle.cos(), angle.sin()
+
+        def turn(x):
+            a, b = x.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        x = x.transpose(1, 2)
+        for layer in self:
+            x = layer(x, flow, turn, mask)
+        return x.transpose(1, 2)
+
+
+class RVQ(nn.Module):
+    """K codebooks of V vectors (D,) for a signal (B, C, T), which is projected to D channels where C differs."""
+
+    def __init__(self, n_codebooks, codebook_size, dims, width, distance=squares):
+        super().__init__()
+        self.distance = distance
+        self.register_buffer("codebooks", torch.zeros(n_codebooks, codebook_size, dims))
+        self.input_proj, self.output_proj = nn.Identity(), nn.Identity()
+        if width != dims:
+            self.input_proj = nn.Conv1d(width, dims, 1, bias=False)
+            self.output_proj = nn.Conv1d(dims, width, 1, bias=False)
+
+    def encode(self, x):
+        """x (B, C, T) -> codes (B, K, T)."""
+        x = self.input_proj(x).transpose(1, 2)
+        codes = quantise(x.flatten(0, 1), self.codebooks, self.distance)
+        return codes.unflatten(0, x.shape[:2]).transpose(1, 2)
+
+    def decode(self, codes):
+        """Codes (B, K, T) -> x (B, C, T)."""
+        return self.output_proj(dequantise(codes.transpose(1, 2), self.codebooks).transpose(1, 2))
+
+
+# -----------------------------------------------------------------------------
+# weights
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file, mapped into memory."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+    data, tensors = np.memmap(path, np.uint8, "c"), {}
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            tensor = torch.from_numpy(data[start + first : start + last])
+            tensors[name] = tensor.view(types[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def from_nemo(path):
+    """The pickle in a NeMo archive, in memory: nothing is unpacked, so no name in it can lead anywhere."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and os.path.basename(member.name) == "model_weights.ckpt":
+                return io.BytesIO(archive.extractfile(member).read())
+    raise ValueError("no model_weights.ckpt in it")
+
+
+class Inert(dict):
+    """Stands in for the configuration objects in checkpoints of coqui-TTS, which are not asked for."""
+
+
+def read_weights(path):
+    """{name: tensor} of a file of weights. Of a pickle only tensors and plain containers are read, no code is run.
+    Raises ValueError."""
+    try:
+        if path.endswith(".safetensors"):
+            return read_safetensors(path)
+        file, mapped = (from_nemo(path), False) if path.endswith(".nemo") else (path, zipfile.is_zipfile(path))
+        strange = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+        with torch.serialization.safe_globals([(Inert, name) for name in strange if name.startswith("TTS.")]):
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if isinstance(weights, torch.Tensor):
+            return {os.path.basename(path).removesuffix(".pth"): weights}
+        return weights.get("state_dict", weights.get("model", weights))
+    except Exception as error:  # readers fail in many ways on files of other kinds
+        raise ValueError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from error
+
+
+def tidy(weights):
+    """Weights in float32, and weight normalisation in the older of its two spellings."""
+    pattern = re.compile(r"parametrizations\.weight\.original([01])")
+    return {pattern.sub(lambda m: f"weight_{'gv'[int(m[1])]}", name): x.float() if x.is_floating_point() else x
+            for name, x in weights.items()}  # fmt: skip
+
+
+def rename(weights, *names):
+    """Weights under our names: for each (pattern, replacement) in turn, what matches is replaced; replacement None: the
+    weights that match are not needed."""
+    renamed = {}
+    for name, weight in weights.items():
+        for pattern, to in names:
+            if to is not None:
+                name = re.sub(pattern, to, name)
+            elif re.search(pattern, name):
+                break
+        else:
+            renamed[name] = weight
+    return renamed
+
+
+def fold(weights):
+    """Directions v and magnitudes g (weight normalisation, Salimans and Kingma 2016) made one weight, v * g / ||v||."""
+    folded = {name: x for name, x in weights.items() if not name.endswith(("weight_g", "weight_v"))}
+    for name, v in weights.items():
+        if name.endswith("weight_v"):
+            folded[name[:-2]] = torch._weight_norm(v, weights[f"{name[:-1]}g"], 0)
+    return folded
+
+
+def strides(weights, prefix):
+    """The strides of the convolutions below a prefix, in order: their kernels are two strides, all others are odd."""
+    kernels = {name: x.shape[2] for name, x in weights.items() if name.startswith(prefix) and x.ndim == 3}
+    even = [name for name, kernel in kernels.items() if kernel % 2 == 0]
+    return [kernels[name] // 2 for name in sorted(even, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])]
+
+
+def hub_folders(repository):
+    """Where the hub's cache folder has a repository, newest first."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    snapshots = glob(os.path.join(escape(cache), f"models--{repository.replace('/', '--')}", "snapshots", "*"))
+    return sorted(snapshots, key=os.path.getmtime, reverse=True)
+
+
+# -----------------------------------------------------------------------------
+# what the published codecs share
+
+
+class Network(Codec):
+    """A codec with published weights. It says how a piece of a waveform becomes codes and a piece of codes a waveform,
+
+        analyse(wav (B, N), flow) -> codes (B, K, T)          synthesise(codes (B, K, T), flow) -> wav (B, N)
+
+    and here long files become pieces. A half that is causal carries on from piece to piece; another is given
+    `encoder_context` or `decoder_context` frames to both sides, and what these become is dropped.
+
+    download: what to ask the hub for, repository first. files: what its weights may be called, best first, as patterns
+    that must all be there. convert(raw, n_codebooks): published tensors by name -> (state dict, what its shapes say of
+    the codec's options)."""
+
+    download, files = "", ("model*.safetensors",)
+    encoder_context, decoder_context = 0, 0
+    at_once = 10  # seconds of audio in a piece on a CPU
+    lookahead = 1  # frames that a stream begins with
+
+    def __init__(self, options, sample_rate, samples_per_frame, n_codebooks, codebook_size):
+        super().__init__(**{key: value for key, value in options.items() if key not in ("self", "__class__")})
+        self.sample_rate, self.samples_per_frame = sample_rate, samples_per_frame
+        self.frame_rate = sample_rate / samples_per_frame
+        self.n_codebooks, self.codebook_size = n_codebooks, codebook_size
+        self.weights = self.published = None  # where they are, and their fingerprint
+
+    @property
+    def streams(self):
+        return self.decoder_context == 0
+
+    def pieces(self, n, x, context):
+        """Spans of n frames to work on one by one, for a batch x: (start, end, first, last), where the frames first ..
+        last are asked for, and start .. end needed for that."""
+        seconds = self.at_once * (1 if x.device.type == "cpu" else 16) / len(x)
+        step = max(self.lookahead, int(seconds * self.frame_rate))
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            yield max(0, first - context), min(n, last + context), first, last
+
+    @torch.no_grad()
+    def encode(self, wav, lengths=None):
+        need_waves(wav)
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=wav.device)
+            lengths = None if bool((lengths == wav.shape[1]).all()) else lengths
+        flow, codes, size = Flow(), [], self.samples_per_frame
+        for start, end, first, last in self.pieces(self.frames(wav.shape[1]), wav, self.encoder_context):
+            piece = wav[:, start * size : end * size]
+            if lengths is not None:
+                flow.lengths = (lengths - start * size).clamp(1, piece.shape[1])
+                piece = piece * (torch.arange(piece.shape[1], device=wav.device) < flow.lengths[:, None])
+            codes.append(self.analyse(piece, flow)[..., first - start : last - start])
+        return torch.cat(codes, 2)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        self.need_codes(codes)
+        flow, wavs, size = Flow(), [], self.samples_per_frame
+        for start, end, first, last in self.pieces(codes.shape[2], codes, self.decoder_context):
+            wav = self.synthesise(codes[..., start:end], flow)
+            wavs.append(wav[:, (first - start) * size : (last - start) * size])
+        return torch.cat(wavs, 1)
+
+    @torch.no_grad()
+    def encode_stream(self, wavs):
+        """Pieces of a waveform (B, n), of any length, as they come -> pieces of codes (B, K, t), as soon as a frame is
+        whole; the last, which may be part silence, when there are no more. Together what `encode` gives."""
+        flow = Flow()
+        for wav in regroup(wavs, self.samples_per_frame, self.lookahead):
+            yield self.analyse(wav, flow)
+
+    @torch.no_grad()
+    def decode_stream(self, codes):
+        """Pieces of codes (B, K, t) as they come -> pieces of waveform (B, n). Together what `decode` gives."""
+        flow = Flow()
+        for piece in regroup(codes, 1, self.lookahead):
+            self.need_codes(piece)
+            yield self.synthesise(piece, flow)
+
+    def whole(self, wav, flow):
+        """wav (B, N) with silence after it, up to the end of its last frame."""
+        if flow.lengths is not None:
+            flow.lengths = -(-flow.lengths // self.samples_per_frame) * self.samples_per_frame
+        return nn.functional.pad(wav, (0, -wav.shape[1] % self.samples_per_frame))
+
+    def need_codes(self, codes):
+        if codes.ndim != 3 or not codes.numel() or codes.shape[1] > self.n_codebooks:
+            raise ValueError(f"decode takes codes of shape (B, {self.n_codebooks}, T), not {tuple(codes.shape)}")
+
+    @classmethod
+    def find(cls, path):
+        """The files of the weights: `path` itself, or in that folder, or (None) in the hub's cache folder."""
+        if path is not None and os.path.isfile(path):
+            return [os.fspath(path)]
+        folders = hub_folders(cls.download.split()[0]) if path is None else [os.fspath(path)]
+        missing = cls.files[-1].split()[0]
+        for folder in folders:
+            for patterns in cls.files:
+                found = {name: sorted(glob(os.path.join(escape(folder), name))) for name in patterns.split()}
+                if all(found.values()):
+                    return sum(found.values(), [])
+                missing = min(found, key=lambda name: len(found[name]))
+        place = "the hub's cache folder" if path is None else path
+        raise FileNotFoundError(f"{place}: no {missing}, of the weights of {cls.name}: `hf download {cls.download}`")
+
+    @classmethod
+    def load(cls, path=None, **options):
+        """The codec with the weights at `path` (see find). Raises FileNotFoundError or ValueError, one line."""
+        files = cls.find(path)
+        where = files[0] if len(files) == 1 else os.path.dirname(files[0])
+        raw = {name: weight for file in files for name, weight in read_weights(file).items()}
+        try:
+            weights, sizes = cls.convert(tidy(raw), options.get("n_codebooks"))
+        except LookupError as error:
+            raise ValueError(f"{where}: not the weights of {cls.name}, they lack {error.args[0]}") from None
+        codec = cls(**{**sizes, **options})
+        codec.weights, codec.published = os.path.abspath(where), codec.digest(weights)  # folding may round anyhow
+        try:
+            missing, unknown = codec.load_state_dict(fold(weights), strict=False)
+        except RuntimeError as error:
+            says = str(error).splitlines()[1].strip()
+            raise ValueError(f"{where}: not weights of the sizes of {cls.name}, {says}") from None
+        if missing or unknown:
+            says = f"lack {missing[0]}" if missing else f"have {unknown[0]}, which it has not"
+            raise ValueError(f"{where}: not the weights of {cls.name}, they {says}")
+        return codec.eval().requires_grad_(False)
+
+    def fingerprint(self):
+        return self.published or super().fingerprint()
+
+    def pack(self):
+        """Where the weights are and how to know them again, as a plain dict: they stay where they were found."""
+        known = {"weights": self.weights, "fingerprint": self.fingerprint()}
+        return {"name": self.name, "options": dict(self.options), **known}
+
+    @classmethod
+    def unpack(cls, pack, where):
+        """The codec of a `pack()`: its weights where they were, or else in the hub's cache folder."""
+        try:
+            codec = cls.load(pack["weights"] if os.path.exists(pack["weights"]) else None, **pack["options"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{where}: {pack['weights']} is gone, and in {error}") from None
+        if codec.fingerprint() != pack["fingerprint"]:
+            raise ValueError(f"{codec.weights}: not the weights that the codes of {where} were made with")
+        return codec
+
+
+def regroup(pieces, unit, least):
+    """Pieces cut anew along their last axis: whole units, at first at least so many, and at last what is left."""
+    held = None
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], -1)
+        if (whole := held.shape[-1] // unit * unit) >= least * unit:
+            yield held[..., :whole]
+            held, least = held[..., whole:], 1
+    if held is not None and held.shape[-1]:
+        yield held
+
+
+def enough(wanted, there, usual=None):
+    """How many codebooks to use: the number wanted, the usual one, or all that are there."""
+    if not there:
+        raise LookupError("codebooks")
+    n = min(usual or there, there) if wanted is None else wanted
+    if not 1 <= n <= there:
+        raise ValueError(f"n_codebooks = {n}, but the weights have {there}")
+    return n
+
+
+CONTAINERS = (r"\.(layers|model|conv|convtr|lstm|transformer|vq|net|quantizers)(?=\.)", "")  # modules around modules
+
+
+# -----------------------------------------------------------------------------
+# Mimi and EnCodec
+
+
+def seanet(width, c, strides, last, conv, residual, middle=None):
+    """The convolutions of SEANet (Tagliasacchi et al. 2020), an encoder and the decoder that mirrors it. Each stride is
+    a stage that doubles the channels c; `middle` stands between the stages and the code."""
+    encoder, decoder = [conv(1, c, 7)], [nn.ELU(), conv(c, 1, last)]
+    for stride in strides:
+        encoder += [residual(c), nn.ELU(), conv(c, 2 * c, 2 * stride, stride)]
+        decoder = [nn.ELU(), Transposed(2 * c, c, stride, causal=True), residual(c), *decoder]
+        c *= 2
+    encoder += [middle(c)] if middle else []
+    decoder = [middle(c), *decoder] if middle else decoder
+    return Chain(*encoder, nn.ELU(), conv(c, width, last)), Chain(conv(width, c, 7), *decoder)
+
+
+class Mimi(Network):
+    """Mimi (Moshi, Defossez et al. 2024): 24 kHz, 12.5 frames/s, up to 32 codebooks of 2048 entries, all causal.
+
+    encoder      conv 1 -> 64; strides 4, 5, 6, 8: residual unit, ELU, conv that doubles the channels; ELU, conv -> 512
+    transformer  8 layers at 25 steps/s; conv of stride 2
+    codebooks    a semantic one, and 31 acoustic ones that code the same 512 numbers anew, each in 256 of its own
+    decoder      all this mirrored"""
+
+    name, download = "mimi", "kyutai/mimi model.safetensors"
+    files = ("tokenizer-*.safetensors", "model*.safetensors")
+    names = (
+        (r"^codec_model\.", ""), CONTAINERS, (r"\.block(?=\.)", ""),
+        (r"quantizer\.(semantic_residual_vector_quantizer|rvq_first)", "quantizer.0"),
+        (r"quantizer\.(acoustic_residual_vector_quantizer|rvq_rest)", "quantizer.1"),
+        (r"codebook\._?initialized", None),
+        (r"_?codebook\.(embed|embedding)_sum", "sum"), (r"_?codebook\.cluster_usage", "usage"),
+        (r"self_attn\.", ""), (r"\bo_proj", "out_proj"), (r"\b(in|out)_proj(s\.0\.|_)weight", r"\1_proj.weight"),
+        (r"mlp\.fc", "linear"), (r"input_layernorm", "norm1"), (r"post_attention_layernorm", "norm2"),
+        (r"(self_attn_layer_scale|layer_scale_1)\.scale", "scale1"),
+        (r"(mlp_layer_scale|layer_scale_2)\.scale", "scale2"),
+    )  # fmt: skip
+
+    def __init__(self, n_codebooks=32, codebook_size=2048, dims=256, width=512, channels=64, strides=(4, 5, 6, 8),
+                 layers=8, window=250):  # fmt: skip
+        super().__init__(locals(), 24000, 2 * math.prod(strides), n_codebooks, codebook_size)
+        conv = partial(Conv, causal=True)
+
+        def residual(c):
+            return Residual(nn.ELU(), conv(c, c // 2, 3), nn.ELU(), conv(c // 2, c, 1))
+
+        self.encoder, self.decoder = seanet(width, channels, strides, 3, conv, residual)
+        self.encoder_transformer, self.decoder_transformer = (Transformer(width, layers, window) for _ in range(2))
+        self.downsample = conv(width, width, 4, 2, bias=False, edge="replicate")
+        self.upsample = Transposed(width, width, 2, groups=width, bias=False, causal=True)
+        books = (1, n_codebooks - 1)[:n_codebooks]
+        self.quantizer = nn.ModuleList(RVQ(n, codebook_size, dims, width, torch.cdist) for n in books)
+
+    def analyse(self, wav, flow):
+        x = self.encoder_transformer(self.encoder(wav[:, None], flow), flow)
+        x = self.downsample(x, flow)
+        return torch.cat([quantizer.encode(x) for quantizer in self.quantizer], 1)
+
+    def synthesise(self, codes, flow):
+        parts = zip(self.quantizer, (codes[:, :1], codes[:, 1:]), strict=False)
+        x = sum(quantizer.decode(part) for quantizer, part in parts if part.shape[1])
+        x = self.decoder_transformer(self.upsample(x, flow), flow)
+        return self.decoder(x, flow)[:, 0]
+
+    @classmethod
+    def convert(cls, raw, n_codebooks=None):
+        """Of transformers' layout or moshi's; of CSM, which holds a Mimi as its codec_model, only that."""
+        w = rename({name: x for name, x in raw.items() if name.startswith("codec_model.")} or raw, *cls.names)
+        n = enough(n_codebooks, sum(name.endswith("usage") for name in w))
+        for i, k in enumerate((1, n - 1)[:n]):
+            sums, usages = (torch.stack([w[f"quantizer.{i}.{j}.{x}"] for j in range(k)]) for x in ("sum", "usage"))
+            w[f"quantizer.{i}.codebooks"] = sums / usages.clamp(min=1e-5)[..., None]
+        w = rename(w, (r"quantizer\.\d\.\d", None), (r"quantizer\.1" if n == 1 else "^$", None))
+        for name in [name for name in w if name.endswith("in_proj.weight")]:  # moshi turns pairs, transformers halves
+            pairs = w[name].unflatten(0, (3, -1, 32, 2))
+            w[name] = torch.cat([pairs[:2].transpose(2, 3).flatten(0, 3), pairs[2].flatten(0, 2)])
+        for name in [name for name in w if name.endswith("q_proj.weight")]:
+            qkv = [w.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+            w[name.replace("q_proj", "in_proj")] = torch.cat(qkv)
+        _, size, dims = w["quantizer.0.codebooks"].shape
+        return w, dict(
+            n_codebooks=n, codebook_size=size, dims=dims, width=len(w["downsample.weight"]),
+            channels=len(w["encoder.0.bias"]), strides=strides(w, "encoder."),
+            layers=sum(bool(re.fullmatch(r"encoder_transformer\.\d+\.scale1", name)) for name in w),
+        )  # fmt: skip
+
+
+class EnCodec(Network):
+    """EnCodec (Defossez et al. 2022): 24 kHz, 75 frames/s, up to 32 codebooks of 1024 entries, all causal.
+
+    encoder    conv 1 -> 32; strides 2, 4, 5, 8: residual unit, ELU, conv that doubles the channels; LSTM, ELU,
+               conv -> 128
+    codebooks  of 128 numbers each; 8 of them are 6 kbit/s
+    decoder    all this mirrored"""
+
+    name, download = "encodec", "facebook/encodec_24khz model.safetensors"
+    lookahead = 7  # the first frames are mirrored before the first
+    names = (CONTAINERS, (r"\.block(?=\.)", ".0"), (r"\.shortcut(?=\.)", ".1"),
+             (r"codebook\.(inited|cluster_size|embed_avg)", None), (r"_?codebook\.embed", "embed"))  # fmt: skip
+
+    def __init__(self, n_codebooks=8, codebook_size=1024, width=128, channels=32, strides=(2, 4, 5, 8)):
+        super().__init__(locals(), 24000, math.prod(strides), n_codebooks, codebook_size)
+        conv = partial(Conv, causal=True, edge="reflect")
+
+        def residual(c):
+            return Sum([Chain(nn.ELU(), conv(c, c // 2, 3), nn.ELU(), conv(c // 2, c, 1)), conv(c, c, 1)])
+
+        self.encoder, self.decoder = seanet(width, channels, strides, 7, conv, residual, middle=LSTM)
+        self.quantizer = RVQ(n_codebooks, codebook_size, width, width)
+
+    def analyse(self, wav, flow):
+        return self.quantizer.encode(self.encoder(wav[:, None], flow))
+
+    def synthesise(self, codes, flow):
+        return self.decoder(self.quantizer.decode(codes), flow)[:, 0]
+
+    @classmethod
+    def convert(cls, raw, n_codebooks=None):
+        """Of transformers' layout or the original."""
+        w = rename(raw, *cls.names)
+        n = enough(n_codebooks, sum(name.endswith("embed") for name in w), usual=8)
+        books = torch.stack([w[f"quantizer.{i}.embed"] for i in range(n)])
+        w = {**rename(w, (r"quantizer\.\d", None)), "quantizer.codebooks": books}
+        return w, dict(n_codebooks=n, codebook_size=books.shape[1], width=books.shape[2],
+                       channels=len(w["encoder.0.bias"]), strides=strides(w, "encoder."))  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# DAC
+
+
+class Level(nn.Module):
+    """A codebook of DAC: entries of few numbers, found by their angle, for what the levels before left of a signal."""
+
+    def __init__(self, width, codebook_size, dims):
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Conv1d(width, dims, 1), nn.Conv1d(dims, width, 1)
+        self.codebook = nn.Embedding(codebook_size, dims)
+
+    def encode(self, x):
+        """x (B, C, T) -> codes (B, T)."""
+        x = nn.functional.normalize(self.in_proj(x).transpose(1, 2), dim=2)
+        entries = nn.functional.normalize(self.codebook.weight)
+        return squares(x.flatten(0, 1), entries).argmin(1).view(x.shape[:2])
+
+    def decode(self, codes):
+        """Codes (B, T) -> x (B, C, T)."""
+        return self.out_proj(self.codebook(codes).transpose(1, 2))
+
+
+class DAC(Network):
+    """DAC (Kumar et al. 2023): 44.1 kHz, 86 frames/s, 9 codebooks of 1024 entries; or 24 kHz, 75 frames/s, up to 32.
+
+    encoder    conv 1 -> 64; strides 2, 4, 8, 8 (24 kHz: 2, 4, 5, 8): three residual units of dilations 1, 3, 9, snake,
+               conv that doubles the channels; snake, conv
+    codebooks  of 8 numbers each
+    decoder    conv -> 1536; all this mirrored, half the channels at each stride; tanh"""
+
+    name, download = "dac", "descript/dac_44khz model.safetensors"
+    encoder_context = decoder_context = 16
+    rates = {(512, 9): 44100, (320, 32): 24000, (320, 12): 16000}  # of the published, by frame and codebooks
+
+    def __init__(self, sample_rate=44100, n_codebooks=9, codebook_size=1024, dims=8, channels=64, decoder_channels=1536,
+                 strides=(2, 4, 8, 8)):  # fmt: skip
+        super().__init__(locals(), sample_rate, math.prod(strides), n_codebooks, codebook_size)
+
+        def units(c):
+            return [Residual(Snake(c), Conv(c, c, 7, dilation=d), Snake(c), Conv(c, c, 1)) for d in (1, 3, 9)]
+
+        encoder, c = [Conv(1, channels, 7)], channels
+        for stride in strides:
+            encoder.append(Chain(*units(c), Snake(c), Conv(c, 2 * c, 2 * stride, stride)))
+            c *= 2
+        self.encoder = Chain(*encoder, Snake(c), Conv(c, c, 3))
+        self.quantizer = nn.ModuleList(Level(c, codebook_size, dims) for _ in range(n_codebooks))
+        decoder, c = [Conv(c, decoder_channels, 7)], decoder_channels
+        for stride in reversed(strides):
+            decoder.append(Chain(Snake(c), Transposed(c, c // 2, stride), *units(c // 2)))
+            c //= 2
+        self.decoder = Chain(*decoder, Snake(c), Conv(c, 1, 7), nn.Tanh())
+
+    def analyse(self, wav, flow):
+        x, codes = self.encoder(self.whole(wav, flow)[:, None], flow), []
+        for level in self.quantizer:
+            codes.append(level.encode(x))
+            x = x - level.decode(codes[-1])
+        return torch.stack(codes, 1)
+
+    def synthesise(self, codes, flow):
+        x = sum(level.decode(code) for level, code in zip(self.quantizer, codes.unbind(1), strict=False))
+        wav = self.decoder(x, flow)[:, 0]  # some samples short, where a stride is odd
+        return nn.functional.pad(wav, (0, codes.shape[2] * self.samples_per_frame - wav.shape[1]))
+
+    @classmethod
+    def convert(cls, raw, n_codebooks=None):
+        """Of transformers' layout, or the original, in which all layers are numbered as they are here."""
+        end = 1 + len({name.split(".")[2] for name in raw if name.startswith("encoder.block.")})
+        names = (
+            (r"coder\.conv1", "coder.0"), (r"coder\.snake1", f"coder.{end}"), (r"coder\.conv2", f"coder.{end + 1}"),
+            (r"coder\.block\.(\d+)", lambda m: f"coder.{int(m[1]) + 1}"),
+            (r"(encoder\.\d+)\.res_unit(\d)", lambda m: f"{m[1]}.{int(m[2]) - 1}"),
+            (r"(decoder\.\d+)\.res_unit(\d)", lambda m: f"{m[1]}.{int(m[2]) + 1}"),
+            (r"(\d+\.\d+)\.snake1", r"\1.0"), (r"(\d+\.\d+)\.conv1", r"\1.1"),
+            (r"(\d+\.\d+)\.snake2", r"\1.2"), (r"(\d+\.\d+)\.conv2", r"\1.3"),
+            (r"(encoder\.\d+)\.snake1", r"\1.3"), (r"(encoder\.\d+)\.conv1", r"\1.4"),
+            (r"(decoder\.\d+)\.snake1", r"\1.0"), (r"(decoder\.\d+)\.conv_t1", r"\1.1"),
+        )  # fmt: skip
+        w = rename(raw, *names if "encoder.conv1.bias" in raw else [(r"\.block(?=\.)", "")], CONTAINERS)
+        there = sum(name.endswith("codebook.weight") for name in w)
+        n, hop = enough(n_codebooks, there), strides(w, "encoder.")
+        size, dims = w["quantizer.0.codebook.weight"].shape
+        w = {name: x for name, x in w.items() if not name.startswith("quantizer") or int(name.split(".")[1]) < n}
+        return w, dict(
+            sample_rate=cls.rates.get((math.prod(hop), there), 44100), n_codebooks=n, codebook_size=size, dims=dims,
+            channels=len(w["encoder.0.bias"]), decoder_channels=len(w["decoder.0.bias"]), strides=hop,
+        )  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# HiFi-GAN: the NeMo codecs, and what speaks for XTTS
+
+
+def leaky(c, slope=0.01):
+    return nn.LeakyReLU(slope)
+
+
+def fusion(c, act, conv):
+    """HiFi-GAN's fusion of receptive fields (Kong, Kim and Bae 2020): the mean of three chains of residual units."""
+    def branch(kernel):
+        return Chain(*(Residual(act(c), conv(c, c, kernel, dilation=d), act(c), conv(c, c, kernel)) for d in (1, 3, 5)))
+
+    return Sum([branch(kernel) for kernel in (3, 7, 11)], share=1 / 3)
+
+
+def hifigan(first, c, strides, act, conv, up, *last):
+    """HiFi-GAN's generator: `first` gives c channels, each stride halves them, `last` makes a waveform of these."""
+    stages = [Chain(act(c >> i), up(c >> i, c >> i + 1, stride), fusion(c >> i + 1, act, conv))
+              for i, stride in enumerate(strides)]  # fmt: skip
+    return Chain(first, Chain(*stages), *last)
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation (Mentzer et al. 2023): each number of the latent is bounded and rounded to one of so
+    many levels, and those of a codebook are the digits of its code."""
+
+    def __init__(self, levels):
+        super().__init__()
+        levels = torch.tensor(levels)[:, None]  # (d, 1)
+        bound, offset = (levels - 1) / 2 * (1 - 1e-3), 0.5 * (levels % 2 == 0)
+        base = torch.cat([torch.ones_like(levels[:1]), levels[:-1].cumprod(0)])
+        tables = {"levels": levels, "bound": bound, "offset": offset, "shift": (offset / bound).tan(), "base": base}
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def encode(self, x):
+        """x (B, K * d, T) -> codes (B, K, T)."""
+        x = x.unflatten(1, (-1, len(self.levels)))
+        digits = (self.bound * (x + self.shift).tanh() - self.offset).round() + self.levels // 2
+        return (digits * self.base).sum(2).long()
+
+    def decode(self, codes):
+        """Codes (B, K, T) -> x (B, K * d, T) in [-1, 1]."""
+        middle = self.levels // 2
+        return ((codes[:, :, None] // self.base % self.levels - middle) / middle).flatten(1, 2)
+
+
+class NanoCodec(Network):
+    """NVIDIA's NanoCodec (Casanova et al. 2025): 22.05 kHz, 12.5 frames/s, 4 codebooks of 9 x 8 x 8 x 7 = 4032 codes.
+
+    encoder    conv 1 -> 24; strides 2, 3, 6, 7, 7: fusion, leaky ReLU, conv that doubles the channels; leaky ReLU,
+               conv -> 16
+    codebooks  of 4 numbers each, rounded
+    decoder    causal. conv -> 864; strides 7, 7, 6, 3, 2: half snake, transposed conv of two channels to each, fusion;
+               half snake, conv, cut at 1"""
+
+    name, download = "nanocodec", "nvidia/nemo-nano-codec-22khz-0.6kbps-12.5fps"
+    files, at_once = ("*.nemo",), 40
+    sample_rate, causal, edge = 22050, True, "replicate"
+    names = (
+        (r"^(?!audio_encoder|audio_decoder|vector_quantizer)", None),  # discriminators and losses
+        (r"vector_quantizer.*dim_base_index", None), (r"^audio_", ""), (r"\.(conv|activation|snake_act)(?=\.)", ""),
+        (r"pre_conv", "0"), (r"post_activation", "2"), (r"post_conv", "3"),
+        (r"encoder\.res_layers\.(\d)", r"encoder.1.\1.0"), (r"down_sample_conv_layers\.(\d)", r"1.\1.2"),
+        (r"\.activations\.(\d)", r".1.\1.0"), (r"up_sample_conv_layers\.(\d)", r"1.\1.1"),
+        (r"decoder\.res_layers\.(\d)", r"decoder.1.\1.2"), (r"\.res_blocks\.(\d)", r".\1"),
+        (r"input_activation", "0"), (r"input_conv", "1"), (r"skip_activation", "2"), (r"skip_conv", "3"),
+    )  # fmt: skip
+
+    def __init__(self, n_codebooks=4, levels=(9, 8, 8, 7), channels=24, decoder_channels=864, strides=(2, 3, 6, 7, 7)):
+        super().__init__(locals(), self.sample_rate, math.prod(strides), n_codebooks, math.prod(levels))
+        width, n, c = n_codebooks * len(levels), len(strides), decoder_channels
+        reach = 62 * sum(math.prod(strides[:i]) for i in range(n))  # samples, of the fusions and strides to each side
+        self.encoder_context = 4 + math.ceil(reach / self.samples_per_frame)
+        self.decoder_context = 0 if self.causal else self.encoder_context
+        conv = partial(Conv, edge=self.edge)
+        stages = [Chain(fusion(channels << i, leaky, conv), leaky(channels << i),
+                        conv(channels << i, channels << i + 1, 2 * stride, stride))
+                  for i, stride in enumerate(strides)]  # fmt: skip
+        self.encoder = Chain(conv(1, channels, 7), Chain(*stages), leaky(channels << n), conv(channels << n, width, 7))
+        self.quantizer = FSQ(levels)
+        conv = partial(Conv, causal=True) if self.causal else conv
+
+        def up(c_in, c_out, stride):
+            return Transposed(c_in, c_out, stride, c_out if self.causal else 1, causal=self.causal, rest=stride % 2)
+
+        last = HalfSnake(c >> n), conv(c >> n, 1, 3), nn.Hardtanh()
+        self.decoder = hifigan(conv(width, c, 7), c, strides[::-1], HalfSnake, conv, up, *last)
+
+    def analyse(self, wav, flow):
+        return self.quantizer.encode(self.encoder(self.whole(wav, flow)[:, None], flow))
+
+    def synthesise(self, codes, flow):
+        return self.decoder(self.quantizer.decode(codes), flow)[:, 0]
+
+    @classmethod
+    def convert(cls, raw, n_codebooks=None):
+        w = rename(raw, *cls.names)
+        levels = [w.pop(name).flatten().tolist() for name in list(w) if name.startswith("vector_quantizer")]
+        return w, dict(n_codebooks=len(levels), levels=levels[0], channels=len(w["encoder.0.bias"]),
+                       decoder_channels=len(w["decoder.0.bias"]), strides=strides(w, "encoder."))  # fmt: skip
+
+
+class AudioCodec44k(NanoCodec):
+    """NVIDIA's audio-codec-44khz: 44.1 kHz, 86 frames/s, 8 codebooks of 8 x 5 x 5 x 5 = 1000 codes; not causal.
+
+    As above with strides 2, 4, 8, 8, 48 channels in the encoder and 768 in the decoder, where convs see them all."""
+
+    name, download = "audiocodec44k", "nvidia/audio-codec-44khz"
+    sample_rate, causal, edge = 44100, False, "reflect"
+
+    def __init__(self, n_codebooks=8, levels=(8, 5, 5, 5), channels=48, decoder_channels=768, strides=(2, 4, 8, 8)):
+        super().__init__(n_codebooks, levels, channels, decoder_channels, strides)
+
+
+# -----------------------------------------------------------------------------
+# XTTS
+
+
+class Condition(nn.Conv1d):
+    """Adds to each step what a 1x1 convolution makes of the voice."""
+
+    def forward(self, x, flow):
+        return x + super().forward(flow.voice)
+
+
+class Doubled(Conv):
+    """Each step twice, then a convolution."""
+
+    def forward(self, x, flow):
+        return super().forward(x.repeat_interleave(2, dim=2), flow)
+
+
+def power(wav, n_fft, hop, window, lengths=None):
+    """wav (B, N) -> squared magnitudes (B, F, 1 + N // hop) of spectra around every hop-th sample."""
+    wav = pad(wav[:, None], n_fft // 2, n_fft // 2, "reflect", lengths)[:, 0]
+    return torch.stft(wav, n_fft, hop, len(window), window, center=False, return_complex=True).abs().square()
+
+
+class Excited(nn.Module):
+    """A unit of the speaker encoder: two convolutions, and squeeze and excitation (Hu, Shen and Sun 2018)."""
+
+    def __init__(self, c_in, c, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
+        self.se = nn.Sequential(nn.Linear(c, c // 8), nn.ReLU(), nn.Linear(c // 8, c), nn.Sigmoid())
+        self.downsample = nn.Sequential()
+        if stride > 1 or c_in != c:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), nn.BatchNorm2d(c))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x).relu())))
+        return (y * self.se(y.mean((2, 3)))[:, :, None, None] + self.downsample(x)).relu()
+
+
+class SpeakerEncoder(nn.Module):
+    """A residual network with attentive statistics over time (Heo et al. 2020): wav (B, N) at 16 kHz -> (B, width)."""
+
+    def __init__(self, units, attention, width):
+        super().__init__()
+        c, layers = units[0][0], []
+        self.conv1, self.bn1 = nn.Conv2d(1, c, 3, padding=1), nn.BatchNorm2d(c)
+        for i, (c_out, n) in enumerate(units):
+            rest = [Excited(c_out, c_out) for _ in range(n - 1)]
+            layers.append(nn.Sequential(Excited(c, c_out, min(2, i + 1)), *rest))
+            c = c_out
+        self.layers = nn.Sequential(*layers)
+        self.attention = nn.Sequential(nn.Conv1d(8 * c, attention, 1), nn.ReLU(), nn.BatchNorm1d(attention),
+                                       nn.Conv1d(attention, 8 * c, 1), nn.Softmax(2))  # fmt: skip
+        self.fc = nn.Linear(16 * c, width)
+        self.register_buffer("filters", mel_filters(64, 512, 16000), persistent=False)
+        self.register_buffer("window", torch.hamming_window(400), persistent=False)
+
+    def forward(self, wav):
+        before = nn.functional.pad(wav[:, None], (1, 0), "reflect")[:, 0, :-1]
+        bands = self.filters.T @ power(wav - 0.97 * before, 512, 160, self.window)
+        x = nn.functional.instance_norm((bands + 1e-6).log())
+        x = self.layers(self.bn1(self.conv1(x[:, None]).relu())).flatten(1, 2)  # (B, 8 C, t)
+        weight = self.attention(x)
+        mean = (x * weight).sum(2)
+        deviation = ((x.square() * weight).sum(2) - mean.square()).clamp(min=1e-5).sqrt()
+        return self.fc(torch.cat([mean, deviation], 1))
+
+
+class XTTS(Network):
+    """What XTTS (Casanova et al. 2024) speaks in: 22.05 kHz, 21.5 frames/s, one codebook of 1024 entries.
+
+    encoder    80 log-mel bands at a hop of 256, each divided by its usual size; conv -> 512 and -> 1024, both of stride
+               2; three residual units; conv -> 512
+    codebook   of 512 numbers
+    decoder    all this mirrored
+    vocoder    HiFi-GAN that speaks the GPT's hidden states (B, T, 1024) in a voice (B, 512): strides 8, 8, 2, 2
+    speaker    a recording -> its voice
+
+    The system speaks by `vocode`. Codes alone give mel bands, and `decode` what Griffin-Lim makes of these."""
+
+    name, download = "xtts", "coqui/XTTS-v2 dvae.pth mel_stats.pth model.pth"
+    files, at_once = ("dvae.pth mel_stats.pth model.pth",), 60
+    encoder_context = decoder_context = 16
+    vocoder_rate = 24000
+    names = (
+        (r"^(xtts\.)?hifigan_decoder\.waveform_decoder\.", "vocoder."),
+        (r"^(xtts\.)?hifigan_decoder\.speaker_encoder\.", "speaker."),
+        (r"^(?!mel_stats|encoder|decoder|codebook\.embed$|vocoder|speaker)", None),  # the GPT, what only training needs
+        (r"torch_spec|num_batches_tracked", None), (r"\.(net|conv)(?=\.)", ""), (r"\.se\.fc\.", ".se."),
+        (r"conv_pre", "0.0"), (r"cond_layer", "0.1"), (r"conv_post", "3"),
+        (r"ups\.(\d)", r"1.\1.1.0"), (r"conds\.(\d)", r"1.\1.1.1"),
+        (r"resblocks\.(\d+)", lambda m: f"1.{int(m[1]) // 3}.2.{int(m[1]) % 3}"),
+        (r"convs1\.(\d)", r"\1.1"), (r"convs2\.(\d)", r"\1.3"),
+        (r"speaker\.layer(\d)", lambda m: f"speaker.layers.{int(m[1]) - 1}"),
+    )  # fmt: skip
+
+    def __init__(self, codebook_size=1024, dims=512, hidden=512, latents=1024, voice=512, channels=512,
+                 strides=(8, 8, 2, 2), units=((32, 3), (64, 4), (128, 6), (256, 3)), attention=128,
+                 width=512):  # fmt: skip
+        super().__init__(locals(), 22050, 1024, 1, codebook_size)
+
+        def unit(c):
+            return Residual(Conv(c, c, 3), nn.ReLU(), Conv(c, c, 3), nn.ReLU(), Conv(c, c, 1))
+
+        def up(c_in, c_out, stride):
+            return Chain(Transposed(c_in, c_out, stride), Condition(voice, c_out, 1))
+
+        c = 2 * hidden
+        self.encoder = Chain(
+            Chain(Conv(80, hidden, 3, 2), nn.ReLU()), Chain(Conv(hidden, c, 3, 2), nn.ReLU()),
+            unit(c), unit(c), unit(c), Conv(c, dims, 1),
+        )  # fmt: skip
+        self.quantizer = RVQ(1, codebook_size, dims, dims)
+        self.decoder = Chain(
+            Conv(dims, c, 1), unit(c), unit(c), unit(c),
+            Chain(Doubled(c, c, 3), nn.ReLU()), Chain(Doubled(c, hidden, 3), nn.ReLU()), Conv(hidden, 80, 1),
+        )  # fmt: skip
+        first = Chain(Conv(latents, channels, 7), Condition(voice, channels, 1))
+        last = nn.LeakyReLU(0.01), Conv(channels >> len(strides), 1, 7, bias=False), nn.Tanh()
+        self.vocoder = hifigan(first, channels, strides, partial(leaky, slope=0.1), Conv, up, *last)
+        self.speaker = SpeakerEncoder(units, attention, width)
+        self.register_buffer("mel_stats", torch.ones(80))
+        self.register_buffer("window", torch.hann_window(1024), persistent=False)
+        for n_fft in (1024, 2048):
+            filters = mel_filters(80, n_fft, 22050, highest=8000, area=True)
+            self.register_buffer(f"filters{n_fft}", filters, persistent=False)
+
+    def mel(self, wav, n_fft, lengths=None):
+        """wav (B, N) -> log-mel bands (B, 80, 1 + N // 256)."""
+        bands = getattr(self, f"filters{n_fft}").T @ power(wav, n_fft, 256, self.window, lengths)
+        return bands.clamp(min=1e-5).log() / self.mel_stats[:, None]
+
+    @torch.no_grad()
+    def reference(self, wav):
+        """What the GPT reads a voice off, four rows a frame: wav (B, N) -> (B, 4 T, 80)."""
+        return self.mel(self.whole(wav, Flow()), 2048)[..., :-1].transpose(1, 2)
+
+    @torch.no_grad()
+    def embed(self, wav):
+        """wav (B, N) -> the voice in it, (B, 512), of length 1."""
+        wav = resample(wav, self.sample_rate, 16000, zeros=6, rolloff=0.99, beta=0)
+        return nn.functional.normalize(self.speaker(wav), dim=1)
+
+    @torch.no_grad()
+    def vocode(self, latents, voice):
+        """The GPT's hidden states (B, T, C), one a frame, in a voice (B, 512) -> wav (B, n) at `vocoder_rate`."""
+        x = nn.functional.interpolate(latents.transpose(1, 2), scale_factor=4, mode="linear")
+        x = nn.functional.interpolate(x, scale_factor=self.vocoder_rate / self.sample_rate, mode="linear")
+        return self.vocoder(x, Flow(voice[:, :, None]))[:, 0]
+
+    def analyse(self, wav, flow):
+        x = self.mel(wav, 1024, flow.lengths)
+        flow.lengths = None if flow.lengths is None else 1 + flow.lengths // 256
+        return self.quantizer.encode(self.encoder(x, flow))[..., : self.frames(wav.shape[1])]
+
+    def synthesise(self, codes, flow):
+        x = self.decoder(self.quantizer.decode(codes), flow) * self.mel_stats[:, None]
+        x = magnitudes(x.exp().transpose(1, 2), self.filters1024).sqrt()
+        return griffin_lim(x, self.window, edge=512)
+
+    @classmethod
+    def convert(cls, raw, n_codebooks=None):
+        w = rename(raw, *cls.names)
+        books = w["quantizer.codebooks"] = w.pop("codebook.embed").T[None]
+        norms = [f"speaker.layers.{i}.{{}}.bn1.bias" for i in range(4)]
+        return w, dict(
+            codebook_size=books.shape[1], dims=books.shape[2], hidden=len(w["encoder.0.0.bias"]),
+            latents=w["vocoder.0.0.weight"].shape[1], voice=w["vocoder.0.1.weight"].shape[1],
+            channels=len(w["vocoder.0.0.bias"]), strides=strides(w, "vocoder."),
+            units=[(len(w[norm.format(0)]), sum(norm.format(j) in w for j in range(99))) for norm in norms],
+            attention=len(w["speaker.attention.0.bias"]), width=len(w["speaker.fc.bias"]),
+        )  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
 # by name
 
 
-CODECS = {"mel": Mel}
-PUBLISHED = {  # the codecs of the published models, as far as the sizes of a model and its batches need them
+CODECS = {codec.name: codec for codec in (Mel, Mimi, EnCodec, DAC, NanoCodec, AudioCodec44k, XTTS)}
+PUBLISHED = {  # their sizes, for models and batches that are planned without them
     name: dict(zip(("sample_rate", "frame_rate", "n_codebooks", "codebook_size"), numbers, strict=True))
     for name, numbers in {
         "mimi": (24000, 12.5, 32, 2048),
@@ -385,38 +1415,94 @@ PUBLISHED["xtts"]["reference"] = {"rows_per_frame": 4, "silence": [0.0] * 80}
 
 
 def load_codec(name, path=None, **options):
-    """The codec called `name`. `path`: its tables, as a codec.pt, the folder that holds one, or the dict of `pack()`;
-    without it `mel` comes unfitted. `options` are the codec's own. Raises ValueError or FileNotFoundError, one line."""
+    """The codec called `name`, ready to use.
+
+    `path`: a codec.pt, the folder that holds one, or the dict of `pack()`; for a published codec also the file or
+    folder of its weights, as its authors published them. Without it `mel` comes unfitted, and the others from the hub's
+    cache folder: nothing is fetched. `options` are the codec's own. Raises ValueError or FileNotFoundError, one line.
+    """
     if name not in CODECS:
         raise ValueError(f"no codec is called {name!r}; there are: {', '.join(CODECS)}")
-    known = inspect.signature(CODECS[name]).parameters
+    cls = CODECS[name]
+    published, known = issubclass(cls, Network), inspect.signature(cls).parameters
     if unknown := set(options) - set(known):
         raise ValueError(f"the codec {name} has no option {min(unknown)!r}; it has: {', '.join(known)}")
     if path is None:
-        return CODECS[name](**options)
+        return cls.load(**options) if published else cls(**options)
     pack, where = path, "the pack"
     if not isinstance(path, dict):
-        where = os.path.join(path, "codec.pt") if os.path.isdir(path) else path
-        if not os.path.isfile(where):
-            raise FileNotFoundError(f"{where}: no such codec table")
-        try:
-            pack = torch.load(where, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load fails in many ways on files of other kinds
-            raise ValueError(f"{where}: not a codec table") from error
-    if not isinstance(pack, dict) or set(pack) != {"name", "options", "tables"}:
+        where = os.path.join(path, "codec.pt") if os.path.isdir(path) else os.fspath(path)
+        if published and not (os.path.basename(where) == "codec.pt" and os.path.isfile(where)):
+            return cls.load(path, **options)
+        pack = read_pack(where)
+    if not isinstance(pack, dict) or not {"name", "options"} < set(pack):
         raise ValueError(f"{where}: not a codec table")
     if pack["name"] != name:
         raise ValueError(f"{where}: holds the tables of {pack['name']!r}, not of {name!r}")
     for key, value in options.items():
         if pack["options"][key] != value:
             raise ValueError(f"{where}: made with {key} = {pack['options'][key]}, not {value}")
-    codec = CODECS[name](**pack["options"])
+    return cls.unpack(pack, where)
+
+
+def read_pack(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such codec table")
     try:
-        codec.load_state_dict(pack["tables"])
-    except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"{where}: its tables are not those of {name} with its options") from error
-    codec.fitted = True
-    return codec
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on files of other kinds
+        raise ValueError(f"{path}: not a codec table") from error
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ border-bottom: 1px solid #ccc; padding: 0.4rem; text-align: right }}
+td:first-child, th:first-child {{ text-align: left }}
+</style>
+<h1>{title}</h1>
+<p>The recording, and what each codec keeps of it.</p>
+<table>
+<tr><th>codec<th>kHz<th>codes<th>frames/s<th>bit/s<th>
+{rows}
+</table>
+"""
+
+
+def round_trip(codec, source, target):
+    """The recording `source` through the codec and back, into the wav file `target`. Returns what there is to tell."""
+    wav = read_audio(source, codec.sample_rate)
+    if not codec.fitted:
+        print(f"no --codec_path: fitting {codec.name} on {source} itself")
+        codec.fit([wav])
+    codes = codec.encode(wav[None])
+    write_audio(target, codec.decode(codes)[0, : len(wav)], codec.sample_rate)
+    n, bits = codec.n_codebooks, codec.n_codebooks * math.log2(codec.codebook_size) * codec.frame_rate
+    print(f"{codec.name}: {codes.shape[2]} frames of {n} codes, {codec.frame_rate:g} frames/s, {bits:.0f} bit/s")
+    rate, codes = f"{codec.sample_rate / 1000:g}", f"{n} x {codec.codebook_size}"
+    return codec.name, rate, codes, f"{codec.frame_rate:.4g}", f"{bits:.0f}"
+
+
+def compare(source, target):
+    """Round trips of a recording through each codec that is present, and a page to hear them side by side."""
+    stem, end = os.path.splitext(target)
+    write_audio(f"{stem}.recording{end}", read_audio(source, 44100), 44100)
+    rows = [("recording", "", "", "", "")]
+    for name in CODECS:
+        try:
+            rows.append(round_trip(load_codec(name), source, f"{stem}.{name}{end}"))
+        except FileNotFoundError as error:
+            print(error)
+    files = [quote(os.path.basename(f"{stem}.{row[0]}{end}")) for row in rows]
+    cells = [[*row, f'<audio controls src="{file}"></audio>'] for row, file in zip(rows, files, strict=True)]
+    rows = "\n".join("<tr><td>" + "<td>".join(row) for row in cells)
+    with open(f"{stem}.html.partial", "w", encoding="utf-8") as page:
+        page.write(PAGE.format(title=html.escape(os.path.basename(source)), rows=rows))
+    os.replace(f"{stem}.html.partial", f"{stem}.html")
+    print(f"{stem}.html: to listen to them")
 
 
 def main():
@@ -424,20 +1510,18 @@ def main():
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.add_argument("input", help="what soundfile reads: wav, flac, ogg, mp3, ...")
     parser.add_argument("output", help="a wav file")
-    parser.add_argument("--codec", default="mel", help=f"one of: {', '.join(CODECS)} (default: mel)")
-    parser.add_argument("--codec_path", help="a fitted codec.pt, or the folder that holds it")
+    names = f"one of: {', '.join(CODECS)} (default: mel); all: one file for each that is here, and a page to compare"
+    parser.add_argument("--codec", default="mel", help=names)
+    parser.add_argument("--codec_path", help="its tables or weights (a file, or the folder that holds them)")
     options = lambda text: dict(json.loads(text))  # noqa: E731
     parser.add_argument("--codec_args", type=options, default={}, help="its options, such as '{\"frame_rate\": 20}'")
     args = parser.parse_args()
-    codec = load_codec(args.codec, args.codec_path, **args.codec_args)
-    wav = read_audio(args.input, codec.sample_rate)
-    if not getattr(codec, "fitted", True):
-        print(f"no --codec_path: fitting {codec.name} on {args.input} itself")
-        codec.fit([wav])
-    codes = codec.encode(wav[None])
-    write_audio(args.output, codec.decode(codes)[0, : len(wav)], codec.sample_rate)
-    n, bits = codec.n_codebooks, codec.n_codebooks * math.log2(codec.codebook_size) * codec.frame_rate
-    print(f"{codec.name}: {codes.shape[2]} frames of {n} codes, {codec.frame_rate:g} frames/s, {bits:.0f} bit/s")
+    if args.codec != "all":
+        round_trip(load_codec(args.codec, args.codec_path, **args.codec_args), args.input, args.output)
+    elif args.codec_path or args.codec_args:
+        raise ValueError("--codec_path and --codec_args are for one codec, not for --codec=all")
+    else:
+        compare(args.input, args.output)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class Voice:
         device, checkpoint = pick_device(device), load_checkpoint(path)
         if missing := [key for key in NEEDED if checkpoint.get(key) is None]:
             raise ValueError(f"{path} cannot speak, it lacks {', '.join(missing)}: train.py writes whole ones")
-        codec = load_codec(checkpoint["codec"]["name"], codec_path or checkpoint["codec"])
+        pack = checkpoint["codec"]
+        codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
         if codec.fingerprint() != checkpoint["codec_fingerprint"]:
             raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
                              f"learnt the codes of {checkpoint['codec_fingerprint']}")  # fmt: skip
@@ -199,10 +200,17 @@ class Voice:
     def join(self, frames, block=0.4, context=0.4, ahead=0.15):
         """Frames as they come -> pieces of wav (n,) as soon as they are certain; T frames' worth of samples in all.
 
-        A decoder that is not causal needs neighbours: each block of `block` seconds is decoded with `context` seconds
-        before and `ahead` seconds after it. Where two blocks meet, their phases may differ: the new one slides by up to
-        5 ms to where its waveform fits (as in WSOLA, Verhelst and Roelands 1993), and is faded in over 10 ms.
+        A causal decoder goes on from frame to frame, 80 ms at a time where frames are shorter. Any other needs
+        neighbours: each block of `block` seconds is decoded with `context` seconds before and `ahead` seconds after it.
+        Where two blocks meet, their phases may differ: the new one slides by up to 5 ms to where its waveform fits (as
+        in WSOLA, Verhelst and Roelands 1993), and is faded in over 10 ms.
         """
+        if getattr(self.codec, "streams", False):
+            frames, size = iter(frames), max(1, round(0.08 * self.codec.frame_rate))
+            blocks = iter(lambda: list(itertools.islice(frames, size)), [])
+            codes = (torch.stack(block, 1)[None].to(self.device) for block in blocks)
+            yield from (wav[0].float().cpu() for wav in self.codec.decode_stream(codes))
+            return
         rate, frame_rate = self.codec.sample_rate, self.codec.frame_rate
         block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
         size, reach, fade = round(rate / frame_rate), rate // 200, rate // 100  # in samples: a frame, 5 ms, 10 ms
