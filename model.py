@@ -1470,6 +1470,8 @@ class VallEConfig:
             raise ValueError(f"rounds = {self.rounds}: it must be at least 1")
         if not 0 <= self.language < self.languages:
             raise ValueError(f"language = {self.language}: there are {self.languages}, counted from 0 on")
+        if self.level_attention and self.shared_heads:
+            raise ValueError("level_attention is between the heads' own layers: it cannot go with shared_heads")
 
     @property
     def separator(self):
@@ -1651,7 +1653,7 @@ class VallE(nn.Module):
         before = used.cumsum(1) - used
         begins = F.pad((segment == TEXT) & (tokens[..., -1] == self.config.separator), (1, -1))
         positions = before - torch.where(begins, before, 0).cummax(1).values
-        if self.config.stretched_text:
+        if self.config.stretched_text and not self.causal:
             words, frames = used * (begins.cumsum(1) == 0), (segment == AUDIO).sum(1, keepdim=True)
             stretched = positions * frames // words.sum(1, keepdim=True).clamp(min=1)
             positions = torch.where((words > 0) & (frames > 0), stretched, positions)
@@ -1778,7 +1780,8 @@ class VallE(nn.Module):
         pushed = free + self.config.guidance * (logits - free)
         if len(logits) == 1:
             return pushed
-        return pushed * (self.RESCALE * logits.std(0) / pushed.std(0) + 1 - self.RESCALE)
+        spread = (logits.std(0) / pushed.std(0)).nan_to_num(1.0, 1.0)  # 1 where frames do not differ
+        return pushed * (self.RESCALE * spread + 1 - self.RESCALE)
 
     def teacher_forced_logits(self, text, codes):
         """Logits of an utterance's frames, from one pass as in training: (T + 1, K, V + 1) with the stop frame in mode

@@ -80,7 +80,7 @@ def transpose(x):
 
 
 def load(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a published file (.safetensors, its .index.json, .pt, .pth, .bin) or folder, in eval mode.
+    """The model of a published file (.safetensors, .sft, their .index.json, .pt, .pth, .bin) or folder, in eval mode.
 
     Of several files in a folder safetensors count before pickles, and whole ones before shards. changes: fields of its
     config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError with one line: for files that
@@ -161,7 +161,8 @@ def candidates(folder):
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if is_index(name)]
     shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
-    whole = [name for name in names if name.endswith(".safetensors") and os.path.join(folder, name) not in shards]
+    whole = [name for name in names if name.endswith((".safetensors", ".sft"))]
+    whole = [name for name in whole if os.path.join(folder, name) not in shards]
     pickles = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
     return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
 
@@ -568,6 +569,59 @@ def xtts_sizes(shapes, given):
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# VALL-E v2: fp32.sft or fp32.pth. Text as it is written, other tasks than speech and tones are left out: the author's
+# own speech comes from phonemes, without a mark of the task or tone
+
+VALLE = {
+    "^prompt_encoder": "proms_emb", "^frame_encoder": "resps_emb", r"emb\.mlp": "emb.proj", "places$": "pos_embedding",
+    r"^decoder\.levels": "audio_decoder.head", "^backbone": "model", r"attn\.": "self_attn.",
+    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def valle(name, config):
+    levels = range(config.n_codebooks)
+    if name == "text_embedding.weight":
+        keys = ["phn_emb.weight", "sep", "len_emb", "langs_emb.weight"]
+        return keys, lambda *tables: torch.cat([x if x.ndim == 2 else x[None] for x in tables])
+    if name.endswith(".codes"):
+        table = translate(name.removesuffix(".codes"), VALLE)
+        return [f"{table}.embs.{k}.weight" for k in levels], lambda *tables: torch.stack(tables, 1)
+    if name in ("heads", "head_bias"):
+        kind = "weight" if name == "heads" else "bias"
+        return [f"audio_decoder.head.{k}.4.{kind}" for k in levels], lambda *heads: torch.stack(heads)
+    if name in ("length_heads", "length_bias"):
+        kind = "weight" if name == "length_heads" else "bias"
+        return [f"len_decoder.head.{kind}"], lambda x: x.unflatten(0, (-1, 10))
+    return [translate(name, VALLE)], (lambda x: x[0]) if name.endswith(".places") else same
+
+
+def valle_sizes(shapes, given):
+    """Fields of VallEConfig. The number of heads stands in the config inside the file, if anywhere; without it each is
+    64 wide, as in all models that have a name. How it was trained and speaks is the author's way."""
+    said, size = given.get("experimental") or {}, given.get("size")
+    if said.get("unified_position_ids"):
+        raise ValueError("its positions run through all parts: here they begin anew in each (unified_position_ids)")
+    K = sum(bool(re.fullmatch(r"resps_emb\.embs\.\d+\.weight", key)) for key in shapes)
+    V, D = shapes["proms_emb.embs.0.weight"]
+    heads = (size.get("heads") if isinstance(size, dict) else None) or D // 64
+    layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
+    stack = dict(n_layer=len(layers), n_head=heads, n_kv_head=heads, d_model=D)
+    weights, ratio = said.get("audio_level_loss_factors", "auto"), said.get("masking_ratio")
+    if weights == "auto":
+        weights = "normal" if V == 1000 else "decreasing"
+    return {
+        "text_vocab_size": shapes["phn_emb.weight"][0], "n_codebooks": K, "codebook_size": V, "text_bos": 1,
+        "text_eos": 2, "languages": shapes["langs_emb.weight"][0], "level_weights": weights,
+        "backbone": {**PRESETS["valle-60M"], **stack, "d_ff": shapes["model.layers.0.mlp.up_proj.weight"][0]},
+        "segmented_mask": bool(said.get("use_segmented_attention_mask")), "stretched_text": False,
+        "mask_ratio": ratio if isinstance(ratio, float) else 0.8, "text_dropout": said.get("cfg_cond_dropout_p", 0.02),
+        "random_level": not said.get("resp_parallel_training", True), "gray_length": False, "whole_frames": False,
+        "guidance": 2.5, "top_sigma": 1.0,
+    }  # fmt: skip
+
+
 LAYOUTS = [
     Layout("csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
            ignored=r"_causal_mask$|\.kv_cache\."),  # fmt: skip
@@ -580,4 +634,6 @@ LAYOUTS = [
     Layout("xtts", "mel_head.weight", xtts, xtts_sizes,
            ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
            tables=("text_embedding.weight", "text_head.weight", "text_head.bias")),
+    Layout("valle", "len_emb", valle, valle_sizes,
+           ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\."),
 ]  # fmt: skip
