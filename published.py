@@ -26,7 +26,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import lora
-from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, PerceiverBlock, facts, from_pretrained, transformer_config
+from model import (
+    ARCHS,
+    LLAMA3_ROPE,
+    PRESETS,
+    TAPS,
+    CSMConfig,
+    PerceiverBlock,
+    facts,
+    from_pretrained,
+    transformer_config,
+)
 
 command = ""  # export
 ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
@@ -80,7 +90,8 @@ def transpose(x):
 
 
 def load(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a published file (.safetensors, .sft, their .index.json, .pt, .pth, .bin) or folder, in eval mode.
+    """The model of a published file (.safetensors or .sft, .index.json of its shards, .pt, .pth, .bin) or folder, in
+    eval mode.
 
     Of several files in a folder safetensors count before pickles, and whole ones before shards. changes: fields of its
     config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError with one line: for files that
@@ -217,10 +228,10 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
     plan = {name: layout.source(name, config) for name in own}
     check(plan, own, tensors, layout, path)
 
-    state = {}
-    for name, (keys, make) in plan.items():
-        value = make(*(tensors[key].to(device) for key in keys))
-        state[name] = value.to(dtype if own[name].is_floating_point() else own[name].dtype).contiguous()
+    def there(tensor):
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    state = {name: make(*(there(tensors[key]) for key in keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -508,6 +519,85 @@ def csm_config(c):
     }  # fmt: skip
 
 
+CSM_ORIGINAL = Layout(
+    "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL), ignored=r"_causal_mask$|\.kv_cache\."
+)
+CSM_TRANSFORMERS = Layout(
+    "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
+    ignored=r"^codec_model\.",  # Mimi, which codec.py reads
+    tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
+    write_config=csm_config,
+    note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its place; "
+         "generate stops at a frame of zeros, not at the stop class of models trained here",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kani: an Lfm2ForCausalLM of transformers
+
+LFM2 = {
+    "^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm", "^backbone": "model",
+    "attn_norm": "operator_norm", "mlp_norm": "ffn_norm", r"\.attn\.taps": ".conv.conv.weight",
+    r"\.attn\.(in|out)_proj": r".conv.\1_proj", r"\.attn\.o_proj": ".self_attn.out_proj",
+    r"\.attn\.([qk])_norm": r".self_attn.\1_layernorm", r"\.attn\.": ".self_attn.",
+    r"mlp\.gate_proj": "feed_forward.w1", r"mlp\.up_proj": "feed_forward.w3", r"mlp\.down_proj": "feed_forward.w2",
+}  # fmt: skip
+LFM2_SIZES = {**LLAMA, "norm_eps": "norm_eps"}
+KANI_TOKENS = ("text_vocab_size", "n_codebooks", "codebook_size", "text_bos", "text_eos", "first_special")
+
+
+def kani_lfm2(name, config):
+    return [translate(name, LFM2)], same
+
+
+def kani_sizes(shapes, given):
+    """Fields of KaniConfig. Kinds of layers are read off the keys and widths off the shapes: config.json has words of
+    several ages for them. Text ids and codes are those of the released models, where it does not name others."""
+
+    def rows(name):
+        return shapes[translate(name, LFM2)][0]
+
+    kinds = dict(re.findall(r"^model\.layers\.(\d+)\.(conv|self_attn)\.", "\n".join(shapes), re.M))
+    layers = "".join("a" if kinds.get(str(i)) == "self_attn" else "c" for i in range(len(kinds)))
+    attn = f"backbone.layers.{max(0, layers.find('a'))}.attn"
+    head_dim = rows(f"{attn}.q_norm.weight")
+    return {
+        "text_vocab_size": 64400, "n_codebooks": 4, "codebook_size": 4032, "text_bos": 1, "text_eos": 2,
+        "vocab_size": rows("embedding"), **given.get("parlando", {}),
+        "backbone": dict(
+            n_layer=len(layers), layers=layers, d_model=rows("backbone.norm.weight"), head_dim=head_dim, qk_norm=True,
+            n_head=rows(f"{attn}.q_proj.weight") // head_dim, n_kv_head=rows(f"{attn}.k_proj.weight") // head_dim,
+            d_ff=rows("backbone.layers.0.mlp.up_proj.weight"), norm_eps=given.get("norm_eps", 1e-5),
+            max_positions=given.get("max_position_embeddings", 128_000),
+            **{"rope_theta": given.get("rope_theta") or given.get("theta") or 1e6, **llama_rope(given)},
+        ),
+    }  # fmt: skip
+
+
+def kani_config(c):
+    """config.json for transformers' Lfm2ForCausalLM. It has no words for what our tokens mean: these stand under
+    "parlando"."""
+    s = c.backbone
+    known = {key: getattr(s, key) for key in (*LFM2_SIZES, "layers", "dropout", "recompute")}
+    if transformer_config({**known, "qk_norm": True}) != s or not s.rope_theta:
+        raise ValueError("transformers' LFM2 has the layers of the released ones, this model has others")
+    return {
+        "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": c.vocab_size,
+        **{theirs: getattr(s, ours) for ours, theirs in LFM2_SIZES.items()},
+        "layer_types": ["full_attention" if letter == "a" else "conv" for letter in s.layers],
+        "full_attn_idxs": [i for i, letter in enumerate(s.layers) if letter == "a"],
+        "block_auto_adjust_ff_dim": False, "conv_L_cache": TAPS, "conv_bias": False, "tie_word_embeddings": True,
+        "bos_token_id": c.human, "eos_token_id": c.end_of_speech, "pad_token_id": c.first_special + 6,
+        "parlando": {key: getattr(c, key) for key in KANI_TOKENS},
+    }  # fmt: skip
+
+
+KANI_LFM2 = Layout(
+    "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes, tied={"lm_head.weight": "model.embed_tokens.weight"},
+    write_config=kani_config,
+)  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # XTTS-v2: model.pth, or what its training script writes. Codec, vocoder and speaker encoder are codec.py's affair
 
@@ -569,6 +659,13 @@ def xtts_sizes(shapes, given):
     }  # fmt: skip
 
 
+XTTS_V2 = Layout(
+    "xtts", "mel_head.weight", xtts, xtts_sizes,
+    ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
+    tables=("text_embedding.weight", "text_head.weight", "text_head.bias"),
+)  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # VALL-E v2: fp32.sft or fp32.pth. Text as it is written, other tasks than speech and tones are left out: the author's
 # own speech comes from phonemes, without a mark of the task or tone
@@ -622,18 +719,12 @@ def valle_sizes(shapes, given):
     }  # fmt: skip
 
 
-LAYOUTS = [
-    Layout("csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
-           ignored=r"_causal_mask$|\.kv_cache\."),  # fmt: skip
-    Layout("csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
-           ignored=r"^codec_model\.",  # Mimi, which codec.py reads
-           tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
-           write_config=csm_config,
-           note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its "
-                "place; generate stops at a frame of zeros, not at the stop class of models trained here"),
-    Layout("xtts", "mel_head.weight", xtts, xtts_sizes,
-           ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
-           tables=("text_embedding.weight", "text_head.weight", "text_head.bias")),
-    Layout("valle", "len_emb", valle, valle_sizes,
-           ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\."),
-]  # fmt: skip
+VALLE_V2 = Layout(
+    "valle", "len_emb", valle, valle_sizes,
+    ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\.",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2, VALLE_V2]

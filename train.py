@@ -274,7 +274,8 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
             cfg.freeze = model.small_set_freeze(utterances)
             if cfg.freeze:
                 say(f"{utterances:,} utterances are few to go on with: freeze={cfg.freeze!r}; --freeze=[] trains all")
-        return freeze_parameters(model, cfg.freeze or [])
+        cfg.freeze = cfg.freeze or []
+        return freeze_parameters(model, cfg.freeze)
     if cfg.freeze:
         raise ValueError("freeze and lora_rank: with LoRA all weights stay as they are, name layers by lora_targets")
     if not lora.adapters(model):

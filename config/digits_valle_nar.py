@@ -1,17 +1,17 @@
 """Digits with VALL-E, all frames at once: they begin as masks and are filled in over a few rounds.
 
-    python data/digits/prepare.py && python prepare.py config/digits_valle_nar.py && python train.py config/digits_valle_nar.py
+    python prepare.py config/digits_valle_nar.py && python train.py config/digits_valle_nar.py
     python sample.py config/digits_valle_nar.py --text "three one four"
 """
 
-# prepare.py, as in config/digits.py
+# prepare.py, as in config/digits_kani.py: the two share their tokens
 sources = "data/digits"
 heldout = "data/digits/heldout.txt"
-data_dir = "data/digits/tokens"
-text_format = "[{speaker}] {text}"
+data_dir = "data/digits/tokens_2x2048"
+text_format = "{speaker}: {text}"
 vocab_size = 400
 codec = "mel"
-codec_args = {"n_codebooks": 8, "codebook_size": 256, "sample_rate": 16000, "frame_rate": 12.5}
+codec_args = {"n_codebooks": 2, "codebook_size": 2048, "sample_rate": 16000, "frame_rate": 12.5}
 fit_seconds = 1200.0
 
 # train.py
@@ -23,7 +23,7 @@ shared_heads = True
 level_weights = "decreasing"  # the first codebooks say which word it is
 max_tokens = 2000
 max_batch = 64
-max_iters = 2500
+max_iters = 2000
 learning_rate = 3e-3
 muon = True
 min_lr = 1.5e-4

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train import run, write_tokens
 
 import bench
 
@@ -89,3 +90,46 @@ def test_unknown_sizes_and_types(name):
     for sizes, dtypes, message in (("huge", "float32", "sizes = 'huge'"), ("", "int8", "dtypes = 'int8'")):
         with pytest.raises(ValueError, match=message):
             bench.main(SimpleNamespace(name=name, sizes=sizes, dtypes=dtypes, repeats=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# families
+
+
+def test_what_is_missing_of_a_run_is_made(monkeypatch, tmp_path):
+    ran = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, cwd: ran.append(command[1:]) or done)
+    monkeypatch.chdir(tmp_path)
+    assert bench.trained("digits", 7, "data/digits") == "out/digits_7"
+    run = ["train.py", "config/digits.py", "--seed=7", "--out_dir=out/digits_7"]
+    assert ran == [["data/digits/prepare.py"], ["prepare.py", "config/digits.py"], run]
+    there = {"data/digits/metadata.csv": "", "data/digits/tokens/meta.json": "", "out/digits_7/last.pt": "",
+             "out/digits_7/metrics.jsonl": '{"iter": 500}\n'}  # fmt: skip
+    for name, text in there.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    ran.clear()
+    bench.trained("digits", 7, "data/digits")
+    assert ran == [[*run, "--init_from=resume"]]
+    (tmp_path / "out/digits_7/metrics.jsonl").write_text('{"iter": 500}\n{"iter": 2900}\n')
+    ran.clear()
+    bench.trained("digits", 7, "data/digits")
+    assert ran == []
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=1))
+    with pytest.raises(ValueError, match="python train.py config/digits.py .* failed"):
+        bench.trained("digits", 8, "data/digits")
+
+
+def test_table_of_families(monkeypatch, tmp_path, capsys):
+    tokens = write_tokens(tmp_path / "tokens")
+    run(tokens, tmp_path / "out", "--max_iters=4")
+    monkeypatch.setattr(bench, "trained", lambda recipe, seed, raw: str(tmp_path / "out"))
+    monkeypatch.setattr(bench, "read_raw", lambda raw: [("", "one two", "a"), ("", "three", "b"), ("", "two", "a")])
+    monkeypatch.setattr(bench, "recognise", lambda wav, rate: "one two")
+    how = dict(speaker="a", temperature=None, limit=0, seed=1, show_errors=False)
+    bench.bench_families(SimpleNamespace(recipes="digits", seeds="1,2", raw="", **how))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[-2:]] == [["digits", "1"], ["digits", "2"]]
+    row = lines[-1].split()
+    assert row[3:7] == ["3", "x", "16", "x"] and "33.3%" in row  # "two" heard as "one two": an error in three words

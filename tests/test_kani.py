@@ -1,9 +1,11 @@
 """model.py's Kani: against transformers' LFM2, by itself, and on the road from train.py to sample.py."""
 
 import itertools
+import json
 import math
-import re
+from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +13,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_train import exact, same, write_tokens
 
+import budget
 import configurator
+import lora
 import model as models
+import published
 import train
 from data import Batches, TokenFiles
 from metrics import read_metrics
 from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
 from sample import Voice
 
+ROOT = Path(train.__file__).parent
 STACK = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=512, layers="caca", qk_norm=True)
 FEW = settings(max_examples=25, deadline=None)
 LOSSES = ("all", "audio", "codebook")
@@ -73,19 +80,6 @@ greedy = models.sampler(temperature=0)
 # against transformers
 
 
-def lfm2_name(name):
-    words = {"^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm",
-             "^backbone": "model", "attn_norm": "operator_norm", "mlp_norm": "ffn_norm",
-             r"\.attn\.o_proj": ".self_attn.out_proj",
-             r"\.attn\.([qkv])_proj": r".self_attn.\1_proj", r"\.attn\.([qk])_norm": r".self_attn.\1_layernorm",
-             r"\.attn\.(in|out)_proj": r".conv.\1_proj", r"\.attn\.taps": ".conv.conv.weight",
-             r"mlp\.gate_proj": "feed_forward.w1", r"mlp\.up_proj": "feed_forward.w3",
-             r"mlp\.down_proj": "feed_forward.w2"}  # fmt: skip
-    for ours, theirs in words.items():
-        name = re.sub(ours, theirs, name)
-    return name
-
-
 @pytest.fixture(scope="module")
 def port():
     """transformers' LFM2 with small random weights, and ours with the same."""
@@ -104,7 +98,7 @@ def port():
     theirs.model.embed_tokens.weight.data[c.end_of_speech] = 0  # likelier than none of 16 codes: it speaks on
     ours = Kani(c)
     weights = theirs.state_dict()
-    models.load_weights(ours, {name: weights[lfm2_name(name)] for name in ours.state_dict()})
+    models.load_weights(ours, {name: weights[published.translate(name, published.LFM2)] for name in ours.state_dict()})
     return theirs, ours.eval()
 
 
@@ -142,6 +136,122 @@ def test_fifty_frames_equal_those_of_transformers(port, penalty, use_cache):
     codes = (expected[0, prompt.shape[1] :] - c.first_code).view(50, 4) - 16 * torch.arange(4)
     assert frames == codes.tolist() and stopped is False
     assert len({tuple(frame) for frame in frames}) > 10  # it says something
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published weights
+
+OURS = dict(text_vocab_size=30, codebook_size=16)  # what config.json does not say: the released models have more
+
+
+def rewrite(folder, change):
+    """Let `change` work on the dict of a folder's config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("age", ["new", "old", "none"])
+def test_a_folder_that_transformers_saved(port, tmp_path, age):
+    """config.json in the words of newer and of older releases, the tied head stored or not."""
+    theirs, ours = port
+    theirs.save_pretrained(tmp_path)
+
+    def older(config):
+        for key in ("layer_types", "rope_parameters", "intermediate_size"):
+            del config[key]
+        config.update(full_attn_idxs=[1, 3], theta=1e6, block_ff_dim=70, block_auto_adjust_ff_dim=True,
+                      block_multiple_of=16, block_ffn_dim_multiplier=1.0, tie_embedding=True)  # fmt: skip
+
+    if age == "old":
+        rewrite(tmp_path, older)
+        weights = load_file(tmp_path / "model.safetensors")
+        save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+                  tmp_path / "model.safetensors")  # fmt: skip
+        assert type(theirs).from_pretrained(tmp_path).model.layers[0].feed_forward.w1.weight.shape == (48, 32)
+    if age == "none":
+        (tmp_path / "config.json").unlink()
+    model = models.from_pretrained(tmp_path, **OURS)
+    assert model.config.backbone.max_positions == (128_000 if age == "none" else 512)
+    model.config.backbone.max_positions = 512
+    assert model.config == ours.config and not model.training
+    torch.testing.assert_close(model.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    contract_check(model, *utterance())
+
+
+def test_where_config_json_is_heeded(port, tmp_path):
+    port[0].save_pretrained(tmp_path)
+    newer = dict(rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    older = dict(rope_parameters=None, rope_theta=3e4)
+    for change, theta in ((newer, 5e4), (older, 3e4), (dict(rope_theta=None, theta=2e4), 2e4)):
+        rewrite(tmp_path, lambda config, change=change: config.update(change, norm_eps=1e-3))
+        backbone = models.from_pretrained(tmp_path, **OURS).config.backbone
+        assert backbone.rope_theta == theta and backbone.norm_eps == 1e-3
+    rewrite(tmp_path, lambda config: config.update(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}))
+    with pytest.raises(ValueError, match="rope_type = 'yarn'"):
+        models.from_pretrained(tmp_path, **OURS)
+
+
+@torch.no_grad()
+def test_an_export_is_the_same_model_in_transformers(tmp_path):
+    from transformers import Lfm2ForCausalLM
+
+    model = tiny(K=3, V=20, first_special=40, vocab_size=120, text_eos=-1, backbone=dict(rope_theta=1e5)).eval()
+    published.export(model, tmp_path)
+    theirs, report = Lfm2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    tokens, segment = batch_of(model, utterance(5, 9, 3, 20))
+    expected = theirs.eval()(tokens[..., 0], labels=tokens[..., 0])
+    logits = model.backbone(model.embed(tokens)) @ model.embedding.T
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(tokens, segment)[0], expected.loss)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    again = models.from_pretrained(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="this model has others"):
+        published.export(tiny(backbone=dict(qk_norm=False)), tmp_path)
+
+
+def test_the_released_sizes():
+    """On the meta device: names, shapes and numbers of parameters are those of transformers' LFM2-350M."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    for rows, numbers in ((65536, 354_483_968), (80538, 369_846_016)):
+        with torch.device("meta"):
+            model = Kani(KaniConfig(rows - 10 - 4 * 4032, 4, 4032, "lfm2-350M"))
+            theirs = Lfm2ForCausalLM(Lfm2Config(
+                vocab_size=rows, hidden_size=1024, block_ff_dim=6656, num_hidden_layers=16, num_attention_heads=16,
+                num_key_value_heads=8, full_attn_idxs=[2, 5, 8, 10, 12, 14],
+            ))  # fmt: skip
+        assert model.config.vocab_size == rows and sum(p.numel() for p in model.parameters()) == numbers
+        shapes = {published.translate(name, published.LFM2): w.shape for name, w in model.state_dict().items()}
+        expected = {name: w.shape for name, w in theirs.state_dict().items()}
+        assert len(expected) == 149 and expected.pop("lm_head.weight") == expected["model.embed_tokens.weight"]
+        assert shapes == expected
+        sizes = published.kani_sizes(shapes, {})
+        read = models.transformer_config(sizes.pop("backbone"), max_positions=2048)
+        assert read == model.config.backbone and sizes["vocab_size"] == rows
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.update({"model.speaker_emb_projection.weight": torch.zeros(32, 8)}),
+     "holds model.speaker_emb_projection.weight, which the family 'kani' does not have"),  # KaniTTS-2
+    (lambda w: w.update({"lm_head.weight": torch.zeros(104, 32)}), "differ, but here they are one"),
+    (lambda w: w.update({"model.embed_tokens.weight": torch.zeros(90, 32)}), "vocab_size = 90: .* need 104"),
+    (lambda w: w.update({"model.layers.2.conv.conv.weight": torch.zeros(32, 1, 4)}), "does not give .*2.attn.taps"),
+    (lambda w: w.pop("model.layers.2.conv.in_proj.weight"), "lacks model.layers.2.conv.in_proj.weight"),
+    (lambda w: w.pop("model.layers.1.self_attn.q_layernorm.weight"), "lacks model.layers.1.self_attn.q_layernorm"),
+    (lambda w: [w.pop(key) for key in list(w) if ".2." in key], "lacks model.layers.2"),
+])  # fmt: skip
+def test_weights_that_are_no_kani(port, tmp_path, change, message):
+    weights = {key: w.clone() for key, w in port[0].state_dict().items() if key != "lm_head.weight"}
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        models.from_pretrained(tmp_path, **OURS)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,8 +549,10 @@ def test_generation_within_the_positions():
     model, (text, codes) = tiny(backbone=dict(max_positions=30)), utterance(n=5)
     frames, stopped = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3))
     assert len(frames) == (30 - 11) // 4 and stopped is False
-    with pytest.raises(ValueError, match="text and prompt take 48 rows, the model has 30 positions"):
-        next(model.generate(text, (text, codes)))
+    assert len(spoken_by(model, np.arange(20), choose=greedy)[0]) == 1  # 26 rows and one frame of 4
+    for said, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
+        with pytest.raises(ValueError, match=f"text and prompt take {rows} rows, the model has 30 positions"):
+            next(model.generate(*said))
 
 
 @torch.no_grad()
@@ -594,6 +706,16 @@ def test_it_learns_and_speaks(tokens, tmp_path):
     assert len(wav) == 4 * voice.codec.sample_rate / voice.codec.frame_rate and voice.stopped
 
 
+def test_training_starts_from_published_weights(tokens, tmp_path):
+    meta = TokenFiles(tokens, "train").meta
+    model = models.build("kani", meta, dict(backbone={**STACK, "rope_theta": 1e6}))
+    published.export(model, tmp_path / "weights")
+    checkpoint, lines = run(tokens, tmp_path / "out", f"--init_from={tmp_path / 'weights'}", "--max_iters=4")
+    started = models.load_model({**checkpoint, "model": model.state_dict()}).config
+    assert started == model.config and lines[-1]["loss"] < lines[0]["loss"]
+    assert Voice.from_checkpoint(tmp_path / "out/best.pt", "cpu").say("one", cap_seconds=1.0).isfinite().all()
+
+
 def test_dropped_repeats_stay_within_the_batch(tokens):
     """Batches are planned by `length`, which counts what is dropped."""
     files = TokenFiles(tokens, "train")
@@ -602,3 +724,16 @@ def test_dropped_repeats_stay_within_the_batch(tokens):
     batches = Batches(files, model.layout, model.length, 200, 64, voice_prompt=0.5, max_rows=model.max_rows)
     assert all(math.prod(segment.shape) <= 200 and model(tokens, segment)[0].isfinite()
                for tokens, segment in itertools.islice(iter(batches), 8))  # fmt: skip
+
+
+def test_the_lora_recipe():
+    """Its patterns find what its authors name; a dry run supposes frames of which none is dropped."""
+    cfg = configurator.configure(train.__file__, [str(ROOT / "config/kani_lora.py")])
+    meta = dict(codec=budget.PUBLISHED["nanocodec"], tokenizer=dict(vocab_size=64400, bos_id=1, eos_id=2))
+    with torch.device("meta"):
+        model = models.build("kani", meta, vars(cfg))
+    found = Counter(name.split(".")[-1] for name in lora.find_linears(model, cfg.lora_targets))
+    assert found == {"q_proj": 6, "v_proj": 6, "gate_proj": 16, "up_proj": 16, "down_proj": 16}
+    assert model.config.drop_repeats
+    (tokens, segment), seconds = budget.supposed_batch(cfg, meta, model)
+    assert tokens.shape[:2] == segment.shape == (4, model.length(40, 125)) and seconds == 40

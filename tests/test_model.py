@@ -242,8 +242,8 @@ def original(golden, monkeypatch):
     c = json.loads((GOLDEN / "csm_original.json").read_text())["config"]
     heads = {"num_attention_heads": c["backbone"]["num_heads"]}
     weights = {k.removeprefix("weights."): v for k, v in golden.items() if k.startswith("weights.")}
-    layout = published.LAYOUTS[0]
-    return published.assemble(layout, weights, {**heads, "depth_decoder_config": heads}, "golden", decoder_fraction=1.0)
+    given = {**heads, "depth_decoder_config": heads}
+    return published.assemble(published.CSM_ORIGINAL, weights, given, "golden", decoder_fraction=1.0)
 
 
 def rows_of(tokens, mask):
@@ -603,10 +603,14 @@ class WrongOffset(CSM):
         return super().embed(tokens, segment)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("broken", [ShiftedLayout, ForgetfulCache, StaleDepth, WrongOffset])
-def test_contract_check_refuses(broken):
+def test_contract_check_refuses(broken, fresh):
+    model = tiny(broken)
+    if fresh:  # before it has learnt anything, too, when all its logits are near 0
+        models.init_weights(model)
     with pytest.raises(ValueError, match="check failed: generation and teacher forcing differ") as error:
-        contract_check(tiny(broken), *utterance(7, 12))
+        contract_check(model, *utterance(7, 12))
     assert "\n" not in str(error.value)
 
 

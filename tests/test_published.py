@@ -21,7 +21,7 @@ import train
 from model import AUDIO, CSM, TEXT, CSMConfig, contract_check, from_pretrained
 
 ROOT = Path(published.__file__).parent
-ORIGINAL, PORT = published.LAYOUTS[:2]
+ORIGINAL, PORT = published.CSM_ORIGINAL, published.CSM_TRANSFORMERS
 HEADS = {"num_attention_heads": 4, "depth_decoder_config": {"num_attention_heads": 4}}
 TABLES = "backbone_model.embed_tokens.embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight"
 
@@ -36,7 +36,7 @@ def original():
 def write(folder, tensors, config=HEADS, name="model.safetensors"):
     """Put weights and config.json into a folder; returns it."""
     os.makedirs(folder, exist_ok=True)
-    if name.endswith(".safetensors"):
+    if name.endswith((".safetensors", ".sft")):
         save_file(tensors, folder / name)
     else:
         torch.save(tensors, folder / name)
@@ -145,6 +145,10 @@ def test_a_model_trained_here_is_the_same_in_transformers(options, tmp_path):
     again = from_pretrained(tmp_path)
     assert (again.config.stop, again.config.text_bos, again.config.text_eos) == ("class", 1, 2)
     assert_same(again.state_dict().values(), model.state_dict().values(), rtol=0, atol=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["head_dim"], config["depth_decoder_config"]["head_dim"]  # shapes say it as well
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert published.assemble(PORT, tensors, config, "weights").config == again.config
     batch = batch_of(model, utterance(5, 9, model.config.n_codebooks))
     torch.testing.assert_close(again(*batch)[0], model(*batch)[0], rtol=1e-6, atol=1e-6)
     same_outputs(port_of(tmp_path), model)
@@ -254,7 +258,7 @@ def test_published_sizes(table, sizes, stacks, elements, ends):
 
 @pytest.mark.parametrize("name, wrap", [
     ("model.safetensors", lambda w: w),
-    ("any.safetensors", lambda w: {f"model.{key}": x for key, x in w.items()}),
+    ("any.sft", lambda w: {f"model.{key}": x for key, x in w.items()}),
     ("ckpt.pt", lambda w: w),
     ("ckpt.pt", lambda w: {"model_state": w, "optimizer_state": {"state": {0: {"step": torch.ones(3)}}}, "epoch": 1}),
     ("a.pth", lambda w: {"model": {f"module.model.{key}": x for key, x in w.items()}, "config": {"x": 1}}),
@@ -277,6 +281,17 @@ def test_old_pickles_and_half_precision(original, tmp_path):
     assert {p.dtype for p in from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+def as_original(model):
+    """The weights of a model with 4 heads over 2 in the original layout, the rows of q and k in its order."""
+    weights = {}
+    for name, w in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            w = w.unflatten(0, (4 if "q_proj" in name else 2, 2, -1)).transpose(1, 2).flatten(0, 2)
+        (key,), _ = published.csm_original(name, model.config)
+        weights[key] = (w.mT if name == "decoder_heads" else w).contiguous()
+    return weights
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_shards_and_layouts_side_by_side(port, tmp_path, both):
     """As in the folder of sesame/csm-1b, where model.safetensors is the original layout."""
@@ -290,14 +305,7 @@ def test_shards_and_layouts_side_by_side(port, tmp_path, both):
             (tmp_path / "transformers.safetensors.index.json").write_text(content)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     if both:
-        def interleaved(name, w):
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                return w.unflatten(0, (4 if "q_proj" in name else 2, 2, -1)).transpose(1, 2).flatten(0, 2)
-            return w.mT if name == "decoder_heads" else w
-
-        weights = {published.csm_original(name, ours.config)[0][0]: interleaved(name, w).contiguous()
-                   for name, w in ours.state_dict().items()}  # fmt: skip
-        save_file(weights, tmp_path / "model.safetensors")
+        save_file(as_original(ours), tmp_path / "model.safetensors")
         torch.save({}, tmp_path / "training_args.bin")
     path = published.find(tmp_path)[-1]
     assert os.path.basename(path) == ("model.safetensors" if both else "transformers.safetensors.index.json")
@@ -359,16 +367,18 @@ def test_pickles_run_no_code(original, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="counts memory as Linux does")
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_weights_stay_in_their_file(original, tmp_path, name):
+def test_weights_stay_in_their_file(original, tmp_path, name, monkeypatch):
     def own_memory():
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
 
     rows = torch.ones(300_000, 64)  # 77 MB
     write(tmp_path, {**original, "text_embeddings.weight": rows}, name=name)
     del rows
-    before = own_memory()
+    before, initialised = own_memory(), []
+    monkeypatch.setattr(models, "init_weights", lambda model: initialised.extend(model.parameters()))
     model = from_pretrained(tmp_path)
     assert own_memory() - before < 20
+    assert all(p.is_meta for p in initialised) and len(initialised) == len(list(model.parameters()))
     whole = (tmp_path / name).read_bytes()
     with torch.no_grad():
         model.text_embedding.weight.zero_()  # on a page of its own

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 
 import configurator
 import lora
+import published
 import train
 from codec import load_codec
 from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
 from metrics import read_metrics
-from model import build, load_checkpoint, load_model
+from model import build, from_pretrained, load_checkpoint, load_model
 from sample import Voice
 
 ROOT = Path(train.__file__).parent
@@ -158,6 +160,18 @@ def test_an_adapter_is_merged_into_what_is_trained_further_or_trained_further_it
     further, _ = run(tokens, tmp_path / "c", f"--init_from={adapted}", *LORA, "--max_iters=1", "--learning_rate=0.0")
     assert further["base"] == base
     same(further["model"], load_checkpoint(adapted)["model"])
+
+
+def test_an_export_holds_the_adapter(tokens, base, tmp_path):
+    run(tokens, tmp_path / "a", f"--init_from={base}", *LORA, "--max_iters=4")
+    ckpt, hub = str(tmp_path / "a" / "best.pt"), str(tmp_path / "hub")
+    published.main(SimpleNamespace(command="export", ckpt=ckpt, out_dir=hub))
+    expected, found = load_model(load_checkpoint(ckpt)), from_pretrained(hub)
+    lora.merge(expected)
+    bare = from_pretrained(base).parameters()
+    assert any(not torch.equal(p, q) for p, q in zip(found.parameters(), bare, strict=True))
+    for name, p in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], p)
 
 
 def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
