@@ -667,5 +667,64 @@ XTTS_V2 = Layout(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# VALL-E v2: fp32.sft or fp32.pth. Text as it is written, other tasks than speech and tones are left out: the author's
+# own speech comes from phonemes, without a mark of the task or tone
 
-LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2]
+VALLE = {
+    "^prompt_encoder": "proms_emb", "^frame_encoder": "resps_emb", r"emb\.mlp": "emb.proj", "places$": "pos_embedding",
+    r"^decoder\.levels": "audio_decoder.head", "^backbone": "model", r"attn\.": "self_attn.",
+    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def valle(name, config):
+    levels = range(config.n_codebooks)
+    if name == "text_embedding.weight":
+        keys = ["phn_emb.weight", "sep", "len_emb", "langs_emb.weight"]
+        return keys, lambda *tables: torch.cat([x if x.ndim == 2 else x[None] for x in tables])
+    if name.endswith(".codes"):
+        table = translate(name.removesuffix(".codes"), VALLE)
+        return [f"{table}.embs.{k}.weight" for k in levels], lambda *tables: torch.stack(tables, 1)
+    if name in ("heads", "head_bias"):
+        kind = "weight" if name == "heads" else "bias"
+        return [f"audio_decoder.head.{k}.4.{kind}" for k in levels], lambda *heads: torch.stack(heads)
+    if name in ("length_heads", "length_bias"):
+        kind = "weight" if name == "length_heads" else "bias"
+        return [f"len_decoder.head.{kind}"], lambda x: x.unflatten(0, (-1, 10))
+    return [translate(name, VALLE)], (lambda x: x[0]) if name.endswith(".places") else same
+
+
+def valle_sizes(shapes, given):
+    """Fields of VallEConfig. The number of heads stands in the config inside the file, if anywhere; without it each is
+    64 wide, as in all models that have a name. How it was trained and speaks is the author's way."""
+    said, size = given.get("experimental") or {}, given.get("size")
+    if said.get("unified_position_ids"):
+        raise ValueError("its positions run through all parts: here they begin anew in each (unified_position_ids)")
+    K = sum(bool(re.fullmatch(r"resps_emb\.embs\.\d+\.weight", key)) for key in shapes)
+    V, D = shapes["proms_emb.embs.0.weight"]
+    heads = (size.get("heads") if isinstance(size, dict) else None) or D // 64
+    layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
+    stack = dict(n_layer=len(layers), n_head=heads, n_kv_head=heads, d_model=D)
+    weights, ratio = said.get("audio_level_loss_factors", "auto"), said.get("masking_ratio")
+    if weights == "auto":
+        weights = "normal" if V == 1000 else "decreasing"
+    return {
+        "text_vocab_size": shapes["phn_emb.weight"][0], "n_codebooks": K, "codebook_size": V, "text_bos": 1,
+        "text_eos": 2, "languages": shapes["langs_emb.weight"][0], "level_weights": weights,
+        "backbone": {**PRESETS["valle-60M"], **stack, "d_ff": shapes["model.layers.0.mlp.up_proj.weight"][0]},
+        "segmented_mask": bool(said.get("use_segmented_attention_mask")), "stretched_text": False,
+        "mask_ratio": ratio if isinstance(ratio, float) else 0.8, "text_dropout": said.get("cfg_cond_dropout_p", 0.02),
+        "random_level": not said.get("resp_parallel_training", True), "gray_length": False, "whole_frames": False,
+        "guidance": 2.5, "top_sigma": 1.0,
+    }  # fmt: skip
+
+
+VALLE_V2 = Layout(
+    "valle", "len_emb", valle, valle_sizes,
+    ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\.",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2, VALLE_V2]
