@@ -1,4 +1,4 @@
-"""model.py's VALL-E: against the original by its golden vectors, by itself, and on the road from train.py to sample.py."""
+"""VALL-E: against the original by its golden vectors, by itself, and on the road from train.py to sample.py."""
 
 import itertools
 import json
@@ -316,7 +316,8 @@ def test_published_files(sft, golden, tmp_path):
     torch.save({"module": weights, "config": said}, tmp_path / "fp32.pth")
     with pytest.raises(ValueError, match="unified_position_ids"):
         published.load(tmp_path / "fp32.pth")
-    torch.save({"module": {**weights, "audio_emb.x": torch.ones(1)}, "config": {"size": {"heads": 4}}}, tmp_path / "b.pth")
+    more = {**weights, "audio_emb.x": torch.ones(1)}
+    torch.save({"module": more, "config": {"size": {"heads": 4}}}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="audio_emb.x, which the family 'valle' does not have"):
         published.load(tmp_path / "b.pth")
 
@@ -898,7 +899,8 @@ EVERYTHING = ["--random_level=True", "--voice_prompt=0.5", "--muon=True", "--dro
 
 
 @pytest.mark.parametrize("flags", [
-    ["--mode=ar", "--frame_dropout=0.3", *EVERYTHING], ["--mode=nar", "--text_dropout=0.2", "--mask_ratio=0", *EVERYTHING],
+    ["--mode=ar", "--frame_dropout=0.3", *EVERYTHING],
+    ["--mode=nar", "--text_dropout=0.2", "--mask_ratio=0", *EVERYTHING],
 ], ids=MODES)  # fmt: skip
 def test_training_goes_on_bit_for_bit(tokens, tmp_path, flags):
     whole, lines = run(tokens, tmp_path / "whole", "--max_iters=8", *flags)
@@ -914,8 +916,8 @@ def test_training_goes_on_bit_for_bit(tokens, tmp_path, flags):
 
 @pytest.mark.parametrize("mode, steps", [("ar", 60), ("nar", 240)])
 def test_it_learns_and_speaks(tokens, tmp_path, mode, steps):
-    _, lines = run(tokens, tmp_path, f"--mode={mode}", f"--max_iters={steps}", f"--eval_interval={steps}", "--muon=True",
-                   "--learning_rate=0.02", "--rounds=3", "--shared_heads=True")  # fmt: skip
+    flags = [f"--mode={mode}", f"--max_iters={steps}", f"--eval_interval={steps}", "--rounds=3", "--shared_heads=True"]
+    _, lines = run(tokens, tmp_path, *flags, "--muon=True", "--learning_rate=0.02")
     assert lines[-1]["val_c0_accuracy"] > 0.7 and lines[-1].get("val_length_error", 0) < 0.5
     voice, files, right = Voice.from_checkpoint(tmp_path / "best.pt", "cpu"), TokenFiles(tokens, "val"), []
     for i in range(8):
@@ -945,7 +947,8 @@ def test_rounds_and_guidance_are_refused_elsewhere():
 @pytest.mark.parametrize("name", ["digits_valle_ar", "digits_valle_nar", "valle_small", "valle_large"])
 def test_recipes(name):
     cfg = configurator.configure(train.__file__, [str(ROOT / "config" / f"{name}.py")])
-    meta = {"codec": {"n_codebooks": 8, "codebook_size": 1000}, "tokenizer": {"vocab_size": 256, "bos_id": 1, "eos_id": 2}}
+    tokenizer = {"vocab_size": 256, "bos_id": 1, "eos_id": 2}
+    meta = {"codec": {"n_codebooks": 8, "codebook_size": 1000}, "tokenizer": tokenizer}
     with torch.device("meta"):
         model = models.build(cfg.arch, meta, vars(cfg))
     train.check(cfg, 1, torch.device("cuda"))
