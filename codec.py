@@ -199,8 +199,9 @@ def mel_filters(n_mels, n_fft, sample_rate, highest=None, area=False):
     """Triangular filters evenly spaced on the mel scale, up to `highest` Hz or half the sample rate:
     (n_fft // 2 + 1, n_mels), each of peak 1, or of area 1 Hz."""
     top = 2595 * math.log10(1 + (highest or sample_rate / 2) / 700)
-    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, dtype=torch.float64) / 2595) - 1)
-    hz = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    kind = {"dtype": torch.float64, "device": "cpu"}  # there also where a model takes shape on the meta device
+    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, **kind) / 2595) - 1)
+    hz = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, **kind)[:, None]
     rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
     filters = torch.minimum(rise, fall).clamp(min=0)
@@ -768,11 +769,12 @@ class Network(Codec):
     @torch.no_grad()
     def decode(self, codes):
         self.need_codes(codes)
-        flow, wavs, size = Flow(), [], self.samples_per_frame
+        flow, size = Flow(), self.samples_per_frame
+        wav = torch.empty(len(codes), codes.shape[2] * size, device=codes.device)
         for start, end, first, last in self.pieces(codes.shape[2], codes, self.decoder_context):
-            wav = self.synthesise(codes[..., start:end], flow)
-            wavs.append(wav[:, (first - start) * size : (last - start) * size])
-        return torch.cat(wavs, 1)
+            piece = self.synthesise(codes[..., start:end], flow)
+            wav[:, first * size : last * size] = piece[:, (first - start) * size : (last - start) * size]
+        return wav
 
     @torch.no_grad()
     def encode_stream(self, wavs):
@@ -826,10 +828,11 @@ class Network(Codec):
             weights, sizes = cls.convert(tidy(raw), options.get("n_codebooks"))
         except LookupError as error:
             raise ValueError(f"{where}: not the weights of {cls.name}, they lack {error.args[0]}") from None
-        codec = cls(**{**sizes, **options})
+        with torch.device("meta"):  # no memory for numbers that give way at once; files stay shared between processes
+            codec = cls(**{**sizes, **options})
         codec.weights, codec.published = os.path.abspath(where), codec.digest(weights)  # folding may round anyhow
         try:
-            missing, unknown = codec.load_state_dict(fold(weights), strict=False)
+            missing, unknown = codec.load_state_dict(fold(weights), strict=False, assign=True)
         except RuntimeError as error:
             says = str(error).splitlines()[1].strip()
             raise ValueError(f"{where}: not weights of the sizes of {cls.name}, {says}") from None
@@ -1131,7 +1134,7 @@ class FSQ(nn.Module):
 
     def __init__(self, levels):
         super().__init__()
-        levels = torch.tensor(levels)[:, None]  # (d, 1)
+        levels = torch.tensor(levels, device="cpu")[:, None]  # (d, 1)
         bound, offset = (levels - 1) / 2 * (1 - 1e-3), 0.5 * (levels % 2 == 0)
         base = torch.cat([torch.ones_like(levels[:1]), levels[:-1].cumprod(0)])
         tables = {"levels": levels, "bound": bound, "offset": offset, "shift": (offset / bound).tan(), "base": base}
@@ -1276,7 +1279,7 @@ class SpeakerEncoder(nn.Module):
                                        nn.Conv1d(attention, 8 * c, 1), nn.Softmax(2))  # fmt: skip
         self.fc = nn.Linear(16 * c, width)
         self.register_buffer("filters", mel_filters(64, 512, 16000), persistent=False)
-        self.register_buffer("window", torch.hamming_window(400), persistent=False)
+        self.register_buffer("window", torch.hamming_window(400, device="cpu"), persistent=False)
 
     def forward(self, wav):
         before = nn.functional.pad(wav[:, None], (1, 0), "reflect")[:, 0, :-1]
@@ -1343,7 +1346,7 @@ class XTTS(Network):
         self.vocoder = hifigan(first, channels, strides, partial(leaky, slope=0.1), Conv, up, *last)
         self.speaker = SpeakerEncoder(units, attention, width)
         self.register_buffer("mel_stats", torch.ones(80))
-        self.register_buffer("window", torch.hann_window(1024), persistent=False)
+        self.register_buffer("window", torch.hann_window(1024, device="cpu"), persistent=False)
         for n_fft in (1024, 2048):
             filters = mel_filters(80, n_fft, 22050, highest=8000, area=True)
             self.register_buffer(f"filters{n_fft}", filters, persistent=False)
@@ -1384,7 +1387,7 @@ class XTTS(Network):
     @classmethod
     def convert(cls, raw, n_codebooks=None):
         w = rename(raw, *cls.names)
-        books = w["quantizer.codebooks"] = w.pop("codebook.embed").T[None]
+        books = w["quantizer.codebooks"] = w.pop("codebook.embed").T[None].contiguous()
         norms = [f"speaker.layers.{i}.{{}}.bn1.bias" for i in range(4)]
         return w, dict(
             codebook_size=books.shape[1], dims=books.shape[2], hidden=len(w["encoder.0.0.bias"]),
