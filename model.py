@@ -1758,15 +1758,16 @@ class VallE(nn.Module):
         return read_length(logits.argmax(-1), self.config.gray_length)
 
     def length_loss(self, tokens, segment):
-        """Mean cross-entropy of the digits of the lengths, in training of the first few utterances; and its stats."""
-        asked = math.ceil(len(tokens) / self.ASKED) if self.training else len(tokens)
-        tokens, segment, device = tokens[:asked], segment[:asked], self.heads.device
+        """Mean cross-entropy of the digits of the lengths, in training of every few utterances; and its stats."""
+        step, device = self.ASKED if self.training else 1, self.heads.device
+        tokens, segment = tokens[::step], segment[::step]  # a batch may be sorted by length
         state, length = self.length_state(tokens, segment), (segment == AUDIO).sum(1)
         target = put(length_digits(length, self.config.gray_length), device)
         loss = multi_codebook_cross_entropy(state, self.length_heads, target, self.length_bias)[0].mean()
         with torch.no_grad():
             error = (self.guess_length(state) - put(length, device)).abs().sum()
-        return loss, {"length_loss": (loss.detach() * asked, asked), "length_error": (error, asked)}
+        n = len(length)
+        return loss, {"length_loss": (loss.detach() * n, n), "length_error": (error, n)}
 
     def rows(self, *utterance):
         """layout, as tensors (1, S, ...) on the model's device."""
