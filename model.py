@@ -737,6 +737,7 @@ class CSM(nn.Module):
 
     causal = True  # frames are made one after the other
     reference = False  # a voice is cloned from a prompt, not from the features of a recording
+    transcript = True  # and from what is said in it
     draw = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)  # as its authors sample
 
     def __init__(self, config):
@@ -986,6 +987,7 @@ class Kani(nn.Module):
 
     causal = True  # frames are made one after the other
     reference = False  # a voice is cloned from a prompt, not from the features of a recording
+    transcript = True  # and from what is said in it
     # as its authors sample; that of top_k, which they do not name, is transformers' own
     draw = dict(temperature=0.6, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
@@ -1268,7 +1270,7 @@ class XTTS(nn.Module):
     """
 
     causal = True  # frames are made one after the other
-    reference = True  # the voice is read off the features of a recording
+    reference, transcript = True, False  # the voice is read off the features of a recording
     draw = dict(temperature=0.75, top_k=50, top_p=0.85, repetition_penalty=5.0)  # as its authors sample
 
     LONGEST, SHORTEST = 30.0, 0.33  # seconds of a reference that are heard, and of its last piece
@@ -1607,7 +1609,7 @@ class VallE(nn.Module):
     round. How many frames there will be it says before, in digits. In mode ar row s predicts the frame of row s + 1.
     """
 
-    reference = False  # a voice is cloned from a prompt, of which the codes are enough
+    reference, transcript = False, False  # a voice is cloned from the codes of a prompt alone
     draw = dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # as its author samples
     RESCALE = 0.75  # share in which guided logits get back the spread they had
     ASKED = 4  # of so many utterances one is asked for its length in training
@@ -1750,7 +1752,8 @@ class VallE(nn.Module):
         mark = torch.arange(S, device=first.device) == first[:, None]
         segment = segment.masked_fill(segment == AUDIO, PAD).masked_fill(mark, TEXT)
         hidden = self.states(tokens.masked_fill(mark[..., None], self.config.separator + 1), segment)
-        return hidden[torch.arange(len(first)), put(first, hidden.device)]
+        row = torch.arange(len(first), device=first.device) * S + first
+        return hidden.flatten(0, 1).index_select(0, put(row, hidden.device))
 
     def guess_length(self, state):
         """Lengths (B,) in frames, of length_state's (B, D): the likeliest digits."""
@@ -1773,11 +1776,16 @@ class VallE(nn.Module):
         """layout, as tensors (1, S, ...) on the model's device."""
         return (torch.from_numpy(a)[None].to(self.heads.device) for a in self.layout(*utterance))
 
-    def guided(self, logits, free):
-        """Logits (T, K, V) with text, pushed away from those without (classifier-free guidance, Ho and Salimans 2022).
+    def frame_logits(self, tokens, segment):
+        """Logits (T, K, V + 1) of the frames of one utterance, tokens (1, S, K + 1), segment (1, S).
 
-        Their spread over the frames comes back in part (Lin et al. 2024).
+        With guidance they are pushed away from what they are without text and prompt (classifier-free guidance, Ho and
+        Salimans 2022), and get back a part of the spread over the frames that they had (Lin et al. 2024).
         """
+        if self.config.guidance == 1:
+            return self.logits(self.states(tokens, segment)[segment == AUDIO])
+        both = torch.cat([segment, self.without_text(tokens, segment)])
+        logits, free = self.logits(self.states(tokens.expand(2, -1, -1), both)[both == AUDIO]).chunk(2)
         pushed = free + self.config.guidance * (logits - free)
         if len(logits) == 1:
             return pushed
@@ -1786,27 +1794,12 @@ class VallE(nn.Module):
 
     def teacher_forced_logits(self, text, codes):
         """Logits of an utterance's frames, from one pass as in training: (T + 1, K, V + 1) with the stop frame in mode
-        ar; (T, K, V + 1) in mode nar, where all frames are masked, and guided."""
+        ar; (T, K, V + 1) in mode nar, where all frames are masked."""
         tokens, segment = self.rows(text, codes)
         spoken = segment == AUDIO
         if self.causal:
             return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
-        tokens = tokens.masked_fill(spoken[..., None], self.config.mask_class)
-        logits = self.logits(self.states(tokens, segment)[spoken])
-        if self.config.guidance == 1:
-            return logits
-        return self.guided(logits, self.logits(self.states(tokens, self.without_text(tokens, segment))[spoken]))
-
-    def frame_logits(self, text, codes, prompt=None):
-        """Logits (T, K, V + 1) of frames, some of which are masked, guided."""
-
-        def logits(*utterance):
-            tokens, segment = self.rows(*utterance)
-            return self.logits(self.states(tokens, segment)[segment == AUDIO])
-
-        codes = codes.cpu().numpy()
-        with_text = logits(text, codes, prompt)
-        return with_text if self.config.guidance == 1 else self.guided(with_text, logits(text[:0], codes))
+        return self.frame_logits(tokens.masked_fill(spoken[..., None], self.config.mask_class), segment)
 
     def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None):
         """Speak text ids (n,), after an optional prompt (its text, not used; codes (T, K)): yields frames (K,) int64.
@@ -1841,27 +1834,26 @@ class VallE(nn.Module):
     @torch.no_grad()
     def _demask(self, text, prompt, most, choose, frames, rounds):
         """All frames at once. A code's score is its probability, also where it only stands in for one that is kept."""
-        c, device = self.config, self.heads.device
+        c = self.config
         if frames is None:
             tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
             frames = int(self.guess_length(self.length_state(tokens, segment)))
         T = max(1, min(frames, most))
-        codes = torch.full((T, c.n_codebooks), c.mask_class, device=device)
-        score = torch.ones(codes.shape, device=device)
+        tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt)
+        codes, score = tokens[0, -T:, :-1], torch.ones(T, c.n_codebooks, device=tokens.device)  # a view of tokens
         for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
             again = max(1, min(int(math.cos(math.pi / 2 * time) * T), T - s))
             if c.whole_frames:
                 codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
             else:
                 codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
-            logits = self.frame_logits(text, codes, prompt)
-            # draws become less daring, the last one is none
-            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)
+            logits = self.frame_logits(tokens, segment)
+            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)  # the later, the less by chance
             if c.top_sigma:
                 least = logits.amax(-1, keepdim=True) - c.top_sigma * logits.std(-1, keepdim=True)
                 logits = logits.masked_fill(logits < least, -math.inf)
             score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
-            codes = torch.where(codes == c.mask_class, chosen, codes)
+            codes[codes == c.mask_class] = chosen[codes == c.mask_class]
         yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
         return frames == T
 

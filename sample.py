@@ -134,8 +134,8 @@ class Voice:
 
     def prompt(self, reference, reference_text, speaker=""):
         """What `generate` takes beside the text: {"prompt": (ids, codes (T, K))} of a recording (its path, or what
-        `listen` says of it) and its transcript, {} where there is neither. A model that reads a voice off a recording
-        needs no transcript, {"reference": (R, M)}, and has a recording of each speaker it was trained on.
+        `listen` says of it) and, where the model needs it, its transcript; {} where there is neither. A model that reads
+        a voice off a recording takes {"reference": (R, M)}, and has a recording of each speaker it was trained on.
 
         Raises ValueError where one is missing or cannot be read.
         """
@@ -148,9 +148,10 @@ class Voice:
             return {"reference": self.references[own] if reference is None else reference}
         if reference is None and not reference_text:
             return {}
-        if reference is None or not normalise(reference_text):
+        said = bool(normalise(reference_text))
+        if reference is None or not (said or not self.model.transcript):
             raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
-        return {"prompt": (self.text_ids(reference_text, speaker), reference)}
+        return {"prompt": (self.text_ids(reference_text, speaker) if said else np.zeros(0, int), reference)}
 
     def cap(self, ids, cap_seconds=0.0):
         """The most frames an utterance may have: `cap_seconds`, or three times what the training data takes on average

@@ -218,11 +218,12 @@ def test_golden_demasking(sft, golden, facts, i, top):
     text, _, prompt = golden_utterance(model, golden, i)
     inputs, chosen, frame_logits = [], [], model.frame_logits
 
-    def watched(text, codes, prompt):
+    def watched(tokens, segment):
+        codes = tokens[0, -T:, :-1]
         inputs.append(codes.clone())
         if top:  # many scores are equal: which of them is masked again is chance, so every round starts from theirs
             codes.copy_(golden[f"{name}.step_inputs"][len(inputs) - 1])
-        return frame_logits(text, codes, prompt)
+        return frame_logits(tokens, segment)
 
     def choose(logits):
         chosen.append(greedy(logits))
@@ -242,11 +243,11 @@ def test_golden_demasking(sft, golden, facts, i, top):
 def test_golden_guidance(sft, golden):
     model = original(sft)
     text, _, prompt = golden_utterance(model, golden, 0)
-    codes = golden["demask.0.step_inputs"][1]
-    close(model.frame_logits(text, codes, prompt).transpose(0, 1), golden["demask.0.step1_cfg_logits"])
-    model.config.guidance = 1.0
-    close(model.frame_logits(text, codes, prompt).transpose(0, 1), golden["demask.0.step1_logits"])
-    close(model.frame_logits(text[:0], codes).transpose(0, 1), golden["demask.0.step1_null_logits"])
+    codes = golden["demask.0.step_inputs"][1].numpy()
+    for guidance, rows, name in ((2.5, (text, codes, prompt), "cfg_"), (1.0, (text, codes, prompt), ""),
+                                 (1.0, (text[:0], codes), "null_")):  # fmt: skip
+        model.config.guidance = guidance
+        close(model.frame_logits(*model.rows(*rows)).transpose(0, 1), golden[f"demask.0.step1_{name}logits"])
 
 
 def test_golden_generation_frame_by_frame(sft, golden):
@@ -683,11 +684,12 @@ def test_demasking_masks_fewer_frames_in_every_round():
         model, counts = tiny(whole_frames=whole), []
         frame_logits = model.frame_logits
 
-        def watched(text, codes, prompt):
+        def watched(tokens, segment):
+            codes = tokens[0, -T:, :-1]
             counts.append((codes == 17).sum(0).tolist())  # noqa: B023
             masked = (codes == 17).float().mean(1)
             assert not whole or ((masked == 0) | (masked == 1)).all()  # noqa: B023
-            return frame_logits(text, codes, prompt)  # noqa: B023
+            return frame_logits(tokens, segment)  # noqa: B023
 
         model.frame_logits = watched
         frames, stopped = spoken_by(model, text, choose=greedy, frames=T, rounds=5)
@@ -700,9 +702,9 @@ def test_what_is_certain_stays():
     model, (text, _) = tiny(), utterance()
     kept, frame_logits = [], model.frame_logits
 
-    def watched(text, codes, prompt):
-        kept.append(codes.clone())
-        logits = frame_logits(text, codes, prompt)
+    def watched(tokens, segment):
+        kept.append(tokens[0, -8:, :-1].clone())
+        logits = frame_logits(tokens, segment)
         logits[3, :, 7] = 99
         return logits
 
@@ -716,7 +718,7 @@ def test_what_is_certain_stays():
 
 def test_draws_become_less_daring():
     model, (text, _), scales = tiny(whole_frames=False), utterance(), []
-    model.frame_logits = lambda text, codes, prompt: torch.ones(*codes.shape, 17).index_fill_(-1, torch.tensor(5), 2.0)
+    model.frame_logits = lambda tokens, segment: torch.ones(4, 4, 17).index_fill_(-1, torch.tensor(5), 2.0)
 
     def choose(logits):
         scales.append(float(logits.max()) / 2)
@@ -736,14 +738,13 @@ def test_top_sigma_only_counts_in_scores():
 @torch.no_grad()
 def test_guidance():
     model, (text, codes), prompt = tiny(), utterance(), utterance(seed=1)
-    codes = torch.from_numpy(codes)
-    one, free = model.frame_logits(text, codes, prompt), model.frame_logits(text[:0], codes)
+    one, free = model.frame_logits(*model.rows(text, codes, prompt)), model.frame_logits(*model.rows(text[:0], codes))
     model.config.guidance = 3.0
     pushed = free + 3 * (one - free)
     expected = pushed * (0.75 * one.std(0) / pushed.std(0) + 0.25)
-    torch.testing.assert_close(model.frame_logits(text, codes, prompt), expected)
-    single = model.frame_logits(text, codes[:1], prompt)  # a single frame has no spread
-    assert single.isfinite().all()
+    torch.testing.assert_close(model.frame_logits(*model.rows(text, codes, prompt)), expected)
+    for few in (codes[:1], codes[[0, 0]]):  # no spread
+        assert model.frame_logits(*model.rows(text, few, prompt)).isfinite().all()
 
 
 def test_prompts_change_what_is_said():
@@ -819,35 +820,39 @@ class MasksWithStop(VallE):
     """Generation begins from frames of the stop class instead of masks."""
 
     def _demask(self, *args):
-        frame_logits = self.frame_logits
-        self.frame_logits = lambda text, codes, prompt: frame_logits(text, codes.where(codes < 17, 16), prompt)
-        return super()._demask(*args)
-
-
-class OneTooMany(VallE):
-    """Generation is for a frame more than asked for."""
-
-    def frame_logits(self, text, codes, prompt=None):
-        return super().frame_logits(text, torch.cat([codes, codes[-1:]]), prompt)[:-1]
+        whole = self.frame_logits
+        self.frame_logits = lambda tokens, segment: whole(tokens.where(tokens != 17, 16), segment)
+        yield from super()._demask(*args)
+        self.frame_logits = whole
 
 
 class MixedLevels(VallE):
     """Generation reads the heads in another order."""
 
-    def frame_logits(self, *args):
-        return super().frame_logits(*args).roll(1, 1)
+    def _demask(self, *args):
+        whole = self.frame_logits
+        self.frame_logits = lambda *rows: whole(*rows).roll(1, 1)
+        yield from super()._demask(*args)
+        self.frame_logits = whole
+
+
+class OneTooFew(VallE):
+    """Generation leaves out a frame."""
+
+    def _demask(self, text, prompt, most, choose, frames, rounds):
+        return super()._demask(text, prompt, most, choose, frames - 1, rounds)
 
 
 class ForgetsTheText(VallE):
     """Generation drops the last text id."""
 
-    def frame_logits(self, text, codes, prompt=None):
-        return super().frame_logits(text[:-1], codes, prompt)
+    def _demask(self, text, *args):
+        return super()._demask(text[:-1], *args)
 
 
 @pytest.mark.parametrize("broken, mode", [
     (ShiftedLayout, "ar"), (LatePositions, "ar"), (ForgetfulCache, "ar"), (KnowsTheEnd, "ar"),
-    (MasksWithStop, "nar"), (OneTooMany, "nar"), (MixedLevels, "nar"), (ForgetsTheText, "nar"),
+    (MasksWithStop, "nar"), (OneTooFew, "nar"), (MixedLevels, "nar"), (ForgetsTheText, "nar"),
 ])  # fmt: skip
 def test_contract_check_refuses(broken, mode):
     with pytest.raises(ValueError, match="check failed: generation and teacher forcing differ"):
