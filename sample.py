@@ -134,8 +134,8 @@ class Voice:
 
     def prompt(self, reference, reference_text, speaker=""):
         """What `generate` takes beside the text: {"prompt": (ids, codes (T, K))} of a recording (its path, or what
-        `listen` says of it) and, where the model needs it, its transcript; {} where there is neither. A model that reads
-        a voice off a recording takes {"reference": (R, M)}, and has a recording of each speaker it was trained on.
+        `listen` says of it) and, where the model needs it, its transcript; {} where there is neither. A model that
+        reads a voice off a recording takes {"reference": (R, M)}, and has one of each speaker it was trained on.
 
         Raises ValueError where one is missing or cannot be read.
         """
