@@ -1466,8 +1466,6 @@ class VallEConfig:
         for key, known in (("mode", ("nar", "ar")), ("level_weights", self.LEVEL_WEIGHTS)):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key} = {getattr(self, key)!r}: it is {', '.join(known)}")
-        if not 0 <= self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio = {self.mask_ratio} is not in [0, 1]")
         if self.rounds < 1:
             raise ValueError(f"rounds = {self.rounds}: it must be at least 1")
         if not 0 <= self.language < self.languages:

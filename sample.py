@@ -40,7 +40,7 @@ file = ""  # or a text file, one utterance a line
 out_dir = "samples"  # folder for 000.wav, 001.wav, ...; "-": raw 16-bit mono samples to standard output, as they come
 speaker = ""  # one of the speakers trained on; empty: the one heard most
 reference = ""  # recording of a voice to clone
-reference_text = ""  # what is said in it, word for word
+reference_text = ""  # what is said in it, word for word; XTTS and VALL-E do without
 temperature: float | None = None  # 0: always the likeliest code; None, here and below: as the training run has it
 top_k: int | None = None  # draw among so many of the likeliest codes; 0: all
 top_p: float | None = None  # draw among the likeliest codes that make up this share of the probability
@@ -148,8 +148,8 @@ class Voice:
             return {"reference": self.references[own] if reference is None else reference}
         if reference is None and not reference_text:
             return {}
-        said = bool(normalise(reference_text))
-        if reference is None or not (said or not self.model.transcript):
+        said = normalise(reference_text)
+        if reference is None or (self.model.transcript and not said):
             raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
         return {"prompt": (self.text_ids(reference_text, speaker) if said else np.zeros(0, int), reference)}
 

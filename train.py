@@ -167,7 +167,8 @@ def check(cfg, world, device):
     amounts += " length_loss_weight guidance"
     shares = "beta1 beta2 ema dropout frame_dropout text_dropout"
     ranges = [(counts, lambda x: x >= 1, "at least 1"), (amounts, lambda x: 0 <= x < math.inf, "0 or more")]
-    ranges += [(shares, lambda x: 0 <= x < 1, "in [0, 1)"), ("voice_prompt top_p", lambda x: 0 <= x <= 1, "in [0, 1]")]
+    ranges += [(shares, lambda x: 0 <= x < 1, "in [0, 1)")]
+    ranges += [("voice_prompt top_p mask_ratio", lambda x: 0 <= x <= 1, "in [0, 1]")]
     for keys, sound, wanted in ranges:
         for key in keys.split():
             if not sound(getattr(cfg, key) or 0):

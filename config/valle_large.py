@@ -28,6 +28,7 @@ random_level = False  # resp_parallel_training; his smaller model began with one
 length_loss_weight = 0.1  # ours: he trains the length as a task of its own
 voice_prompt = 0.99  # 1 - cfg_prom_dropout_p; his prompts are cut to 3 to 6 seconds, ours are whole utterances
 dropout = 0.1  # his is in the attention, ours on what each layer adds
+recompute = True  # gradient_checkpointing
 max_batch = 8  # utterances of each of 4 GPUs
 max_tokens = 16000  # 8 utterances of 8 s, with prompts as long, at 86 frames a second
 gradient_accumulation_steps = 4  # a GPU each
