@@ -717,7 +717,7 @@ def hub_folders(repository):
 class Network(Codec):
     """A codec with published weights. It says how a piece of a waveform becomes codes and a piece of codes a waveform,
 
-        analyse(wav (B, N), flow) -> codes (B, K, T)          synthesise(codes (B, K, T), flow) -> wav (B, N)
+        analyse(wav (B, N), flow) -> codes (B, K, T or more)          synthesise(codes (B, K, T), flow) -> wav (B, N)
 
     and here long files become pieces. A half that is causal carries on from piece to piece; another is given
     `encoder_context` or `decoder_context` frames to both sides, and what these become is dropped.
@@ -1377,7 +1377,7 @@ class XTTS(Network):
     def analyse(self, wav, flow):
         x = self.mel(wav, 1024, flow.lengths)
         flow.lengths = None if flow.lengths is None else 1 + flow.lengths // 256
-        return self.quantizer.encode(self.encoder(x, flow))[..., : self.frames(wav.shape[1])]
+        return self.quantizer.encode(self.encoder(x, flow))
 
     def synthesise(self, codes, flow):
         x = self.decoder(self.quantizer.decode(codes), flow) * self.mel_stats[:, None]
