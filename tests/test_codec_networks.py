@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in CODECS if name != "mel"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # more of them add up in another order, and a code near a border may be its neighbour
+
+
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
