@@ -237,6 +237,10 @@ def test_golden_demasking(sft, golden, facts, i, top):
     assert frames == expected.where(expected < facts["stop_token"], 0).tolist()
     if not top:
         assert torch.equal(torch.stack(inputs), golden[f"{name}.step_inputs"])
+    for ours, score in zip(inputs[1:], golden[f"{name}.step_scores"], strict=False):
+        masked = ours == facts["mask_token"]
+        least = score.where(~masked, 1.0).amin(0)  # of what is kept in each codebook
+        assert (score[masked] <= (least + 1e-5).expand_as(score)[masked]).all()
 
 
 @torch.no_grad()
@@ -447,6 +451,20 @@ def test_the_encoded_table_is_every_frame_encoded():
         torch.testing.assert_close(a, b)
 
 
+def test_level_attention_by_hand():
+    """Codes and places, what attention adds to them, their mean over the codebooks, a matrix."""
+    torch.manual_seed(0)
+    encoder, frames = AudioEncoder(4, 16, 8, heads=8), torch.randint(0, 16, (5, 4))
+    for p in encoder.parameters():
+        p.data.normal_(std=0.5)
+    x = encoder.codes[frames, torch.arange(4)] + encoder.places
+    own = encoder.attention.attention
+    q, k, v = F.linear(x, own.in_proj_weight, own.in_proj_bias).chunk(3, -1)
+    q, k, v = (y.unflatten(-1, (8, 1)).transpose(1, 2) for y in (q, k, v))  # (N, heads, K, 1)
+    each = own.out_proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    close(encoder(frames), encoder.out((x + each).mean(1)), 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # loss
 
@@ -527,6 +545,24 @@ def test_masked_frames_are_not_seen():
             states.append(model.states(tokens.masked_fill(masked[..., None], 17), segment))
         assert torch.equal(*states)
         assert not torch.equal(model.states(*batch), model.states(*changed))
+
+
+def test_evaluation_scores_all_codebooks_of_whole_utterances():
+    for mode in MODES:
+        model = tiny(mode=mode, random_level=True, text_dropout=0.9, frame_dropout=0.9, mask_ratio=1.0).eval()
+        counts = model(*batch_of(model, utterance(), utterance(T=9)))[1]["loss_by_codebook"][1]
+        assert counts.tolist() == [15 + 2 * (mode == "ar")] * 4
+
+
+def test_stops_that_are_missed():
+    model = tiny(mode="ar").eval()
+    batch = batch_of(model, *(utterance(n, T, seed=n) for n, T in ((5, 9), (3, 4), (8, 2))))
+    for bias, missed in ((-99, 3), (99, 0)):  # one codebook that says stop is enough
+        model.head_bias.data[:, 16] = -99
+        model.head_bias.data[2, 16] = bias
+        total, count = model(*batch)[1]["stop_missed"]
+        assert (total, count) == (missed, 3)
+    assert "stop_missed" not in model.train()(*batch)[1] and "stop_missed" not in tiny().eval()(*batch)[1]
 
 
 def test_prompts_are_heard_but_not_predicted():
@@ -695,6 +731,13 @@ def test_demasking_masks_fewer_frames_in_every_round():
         frames, stopped = spoken_by(model, text, choose=greedy, frames=T, rounds=5)
         assert stopped and len(frames) == T
         assert counts == [[n] * 4 for n in (12, 11, 8, 4, 1)]
+
+
+def test_more_rounds_than_frames():
+    model, counts = tiny(), []
+    model.frame_logits = lambda tokens, segment: counts.append(int((tokens[0, -3:, 0] == 17).sum())) or torch.rand(3, 4, 17)
+    frames, stopped = spoken_by(model, utterance()[0], choose=greedy, frames=3, rounds=6)
+    assert stopped and len(frames) == 3 and counts == [3, 2, 1, 1, 1, 1]
 
 
 def test_what_is_certain_stays():
