@@ -722,9 +722,8 @@ class Network(Codec):
     and here long files become pieces. A half that is causal carries on from piece to piece; another is given
     `encoder_context` or `decoder_context` frames to both sides, and what these become is dropped.
 
-    download: what to ask the hub for, repository first. files: what its weights may be called, best first, as patterns
-    that must all be there. convert(raw, n_codebooks): published tensors by name -> (state dict, what its shapes say of
-    the codec's options)."""
+    files: what its weights may be called, best first, as patterns that must all be there. convert(raw, n_codebooks):
+    published tensors by name -> (state dict, what their shapes say of the codec's options)."""
 
     download, files = "", ("model*.safetensors",)
     encoder_context, decoder_context = 0, 0
@@ -736,7 +735,7 @@ class Network(Codec):
         self.sample_rate, self.samples_per_frame = sample_rate, samples_per_frame
         self.frame_rate = sample_rate / samples_per_frame
         self.n_codebooks, self.codebook_size = n_codebooks, codebook_size
-        self.weights = self.published = None  # where they are, and their fingerprint
+        self.path = self.mark = ""  # where the weights are from, and their fingerprint
 
     @property
     def streams(self):
@@ -801,13 +800,21 @@ class Network(Codec):
     def need_codes(self, codes):
         if codes.ndim != 3 or not codes.numel() or codes.shape[1] > self.n_codebooks:
             raise ValueError(f"decode takes codes of shape (B, {self.n_codebooks}, T), not {tuple(codes.shape)}")
+        low, high = codes.min(), codes.max()
+        if not 0 <= low <= high < self.codebook_size:
+            raise ValueError(f"decode takes codes from 0 to {self.codebook_size - 1}, not from {low} to {high}")
 
     @classmethod
-    def find(cls, path):
+    def source(cls, **options):
+        """What to ask the hub for, repository first."""
+        return cls.download
+
+    @classmethod
+    def find(cls, path, source):
         """The files of the weights: `path` itself, or in that folder, or (None) in the hub's cache folder."""
         if path is not None and os.path.isfile(path):
             return [os.fspath(path)]
-        folders = hub_folders(cls.download.split()[0]) if path is None else [os.fspath(path)]
+        folders = hub_folders(source.split()[0]) if path is None else [os.fspath(path)]
         missing = cls.files[-1].split()[0]
         for folder in folders:
             for patterns in cls.files:
@@ -816,21 +823,24 @@ class Network(Codec):
                     return sum(found.values(), [])
                 missing = min(found, key=lambda name: len(found[name]))
         place = "the hub's cache folder" if path is None else path
-        raise FileNotFoundError(f"{place}: no {missing}, of the weights of {cls.name}: `hf download {cls.download}`")
+        raise FileNotFoundError(f"{place}: no {missing} of the codec {cls.name}; `hf download {source}` fetches it")
 
     @classmethod
     def load(cls, path=None, **options):
         """The codec with the weights at `path` (see find). Raises FileNotFoundError or ValueError, one line."""
-        files = cls.find(path)
+        files = cls.find(path, cls.source(**options))
         where = files[0] if len(files) == 1 else os.path.dirname(files[0])
         raw = {name: weight for file in files for name, weight in read_weights(file).items()}
         try:
             weights, sizes = cls.convert(tidy(raw), options.get("n_codebooks"))
         except LookupError as error:
             raise ValueError(f"{where}: not the weights of {cls.name}, they lack {error.args[0]}") from None
+        for key in sizes.keys() & options.keys():
+            if sizes[key] != options[key]:
+                raise ValueError(f"{where}: has {key} = {sizes[key]}, not {options[key]}")
         with torch.device("meta"):  # no memory for numbers that give way at once; files stay shared between processes
             codec = cls(**{**sizes, **options})
-        codec.weights, codec.published = os.path.abspath(where), codec.digest(weights)  # folding may round anyhow
+        codec.path, codec.mark = os.path.abspath(where), codec.digest(weights)  # not folded: that may round either way
         try:
             missing, unknown = codec.load_state_dict(fold(weights), strict=False, assign=True)
         except RuntimeError as error:
@@ -842,11 +852,11 @@ class Network(Codec):
         return codec.eval().requires_grad_(False)
 
     def fingerprint(self):
-        return self.published or super().fingerprint()
+        return self.mark or super().fingerprint()
 
     def pack(self):
         """Where the weights are and how to know them again, as a plain dict: they stay where they were found."""
-        known = {"weights": self.weights, "fingerprint": self.fingerprint()}
+        known = {"weights": self.path, "fingerprint": self.fingerprint()}
         return {"name": self.name, "options": dict(self.options), **known}
 
     @classmethod
@@ -857,7 +867,7 @@ class Network(Codec):
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{where}: {pack['weights']} is gone, and in {error}") from None
         if codec.fingerprint() != pack["fingerprint"]:
-            raise ValueError(f"{codec.weights}: not the weights that the codes of {where} were made with")
+            raise ValueError(f"{codec.path}: not the weights that the codes of {where} were made with")
         return codec
 
 
@@ -873,7 +883,7 @@ def regroup(pieces, unit, least):
         yield held
 
 
-def enough(wanted, there, usual=None):
+def how_many(wanted, there, usual=None):
     """How many codebooks to use: the number wanted, the usual one, or all that are there."""
     if not there:
         raise LookupError("codebooks")
@@ -955,7 +965,7 @@ class Mimi(Network):
     def convert(cls, raw, n_codebooks=None):
         """Of transformers' layout or moshi's; of CSM, which holds a Mimi as its codec_model, only that."""
         w = rename({name: x for name, x in raw.items() if name.startswith("codec_model.")} or raw, *cls.names)
-        n = enough(n_codebooks, sum(name.endswith("usage") for name in w))
+        n = how_many(n_codebooks, sum(name.endswith("usage") for name in w))
         for i, k in enumerate((1, n - 1)[:n]):
             sums, usages = (torch.stack([w[f"quantizer.{i}.{j}.{x}"] for j in range(k)]) for x in ("sum", "usage"))
             w[f"quantizer.{i}.codebooks"] = sums / usages.clamp(min=1e-5)[..., None]
@@ -1007,7 +1017,7 @@ class EnCodec(Network):
     def convert(cls, raw, n_codebooks=None):
         """Of transformers' layout or the original."""
         w = rename(raw, *cls.names)
-        n = enough(n_codebooks, sum(name.endswith("embed") for name in w), usual=8)
+        n = how_many(n_codebooks, sum(name.endswith("embed") for name in w), usual=8)
         books = torch.stack([w[f"quantizer.{i}.embed"] for i in range(n)])
         w = {**rename(w, (r"quantizer\.\d", None)), "quantizer.codebooks": books}
         return w, dict(n_codebooks=n, codebook_size=books.shape[1], width=books.shape[2],
@@ -1045,7 +1055,7 @@ class DAC(Network):
     codebooks  of 8 numbers each
     decoder    conv -> 1536; all this mirrored, half the channels at each stride; tanh"""
 
-    name, download = "dac", "descript/dac_44khz model.safetensors"
+    name = "dac"
     encoder_context = decoder_context = 16
     rates = {(512, 9): 44100, (320, 32): 24000, (320, 12): 16000}  # of the published, by frame and codebooks
 
@@ -1081,6 +1091,10 @@ class DAC(Network):
         return nn.functional.pad(wav, (0, codes.shape[2] * self.samples_per_frame - wav.shape[1]))
 
     @classmethod
+    def source(cls, sample_rate=44100, **options):
+        return f"descript/dac_{sample_rate // 1000}khz model.safetensors"
+
+    @classmethod
     def convert(cls, raw, n_codebooks=None):
         """Of transformers' layout, or the original, in which all layers are numbered as they are here."""
         end = 1 + len({name.split(".")[2] for name in raw if name.startswith("encoder.block.")})
@@ -1096,11 +1110,12 @@ class DAC(Network):
         )  # fmt: skip
         w = rename(raw, *names if "encoder.conv1.bias" in raw else [(r"\.block(?=\.)", "")], CONTAINERS)
         there = sum(name.endswith("codebook.weight") for name in w)
-        n, hop = enough(n_codebooks, there), strides(w, "encoder.")
+        n, hop = how_many(n_codebooks, there), strides(w, "encoder.")
         size, dims = w["quantizer.0.codebook.weight"].shape
         w = {name: x for name, x in w.items() if not name.startswith("quantizer") or int(name.split(".")[1]) < n}
+        rate = cls.rates.get((math.prod(hop), there))
         return w, dict(
-            sample_rate=cls.rates.get((math.prod(hop), there), 44100), n_codebooks=n, codebook_size=size, dims=dims,
+            **{"sample_rate": rate} if rate else {}, n_codebooks=n, codebook_size=size, dims=dims,
             channels=len(w["encoder.0.bias"]), decoder_channels=len(w["decoder.0.bias"]), strides=hop,
         )  # fmt: skip
 

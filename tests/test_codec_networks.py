@@ -205,6 +205,8 @@ def test_encodec_equals_transformers(tmp_path):
 def test_dac_equals_transformers(tmp_path, rate, books, strides):
     model = dac(tmp_path, sampling_rate=rate, n_codebooks=books, downsampling_ratios=list(strides))
     codec = load_codec("dac", tmp_path)
+    with pytest.raises(ValueError, match=f"has sample_rate = {rate}, not 16000"):
+        load_codec("dac", tmp_path, sample_rate=16000)
     assert (codec.sample_rate, codec.frame_rate) == (rate, rate / np.prod(strides))
     assert (usual_options("dac") == json.dumps(codec.options)) == (rate == 44100)
 
@@ -413,6 +415,9 @@ def test_contract(codec):
     for wrong in (codes[0], codes[..., :0], codes.repeat(1, 2, 1)):
         with pytest.raises(ValueError, match=r"codes of shape"):
             codec.decode(wrong)
+    for wrong in (-1, codec.codebook_size):
+        with pytest.raises(ValueError, match=f"codes from 0 to {codec.codebook_size - 1}"):
+            codec.decode(torch.full_like(codes, wrong))
 
 
 def test_padding_never_changes_codes(codec):
@@ -536,14 +541,15 @@ def test_fingerprint_follows_weights_and_options(published, loaded, tmp_path):
 
 def hub(monkeypatch, folder, codec):
     monkeypatch.setenv("HF_HUB_CACHE", str(folder))
-    repository = CODECS[codec].download.split()[0].replace("/", "--")
+    repository = CODECS[codec].source().split()[0].replace("/", "--")
     return folder / f"models--{repository}" / "snapshots"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_in_the_hubs_cache(name, loaded, published, monkeypatch, tmp_path):
     snapshots = hub(monkeypatch, tmp_path, name)
-    with pytest.raises(FileNotFoundError, match=f"the hub's cache folder: no .*`hf download {CODECS[name].download}`"):
+    says = f"the hub's cache folder: no .*`hf download {CODECS[name].source()}` fetches"
+    with pytest.raises(FileNotFoundError, match=says):
         load_codec(name)
     (snapshots / "new").mkdir(parents=True)  # another file of the repository was downloaded
     (snapshots / "old").symlink_to(published[name])
@@ -574,11 +580,11 @@ def test_what_is_missing_is_named(published, tmp_path):
             load_codec(name, path, **options)
         assert "\n" not in str(info.value)
 
-    refused("nowhere: no model.*the weights of mimi", "mimi", tmp_path / "nowhere", FileNotFoundError)
+    refused("nowhere: no model.* of the codec mimi", "mimi", tmp_path / "nowhere", FileNotFoundError)
     refused(r"no \*.nemo", "nanocodec", tmp_path, FileNotFoundError)
     for file in ("dvae.pth", "model.pth"):
         (tmp_path / file).write_bytes((published["xtts"] / file).read_bytes())
-    refused("no mel_stats.pth, of the weights of xtts", "xtts", tmp_path, FileNotFoundError)
+    refused("no mel_stats.pth of the codec xtts", "xtts", tmp_path, FileNotFoundError)
     flat = load_file(published["encodec"] / "model.safetensors")
     path = tmp_path / "model.safetensors"
     lacking = "decoder.layers.15.conv.bias"
@@ -589,6 +595,9 @@ def test_what_is_missing_is_named(published, tmp_path):
     save_file({name: x for name, x in flat.items() if "layers.3.codebook" not in name}, path)
     refused("lack quantizer.3.embed", "encodec", path)
     save_file({**flat, lacking: torch.zeros(7)}, path)
+    refused("dac_24khz model.safetensors`", "dac", tmp_path / "nowhere", FileNotFoundError, sample_rate=24000)
+    refused("has strides = .2, 4, 5, 8., not .2, 4.", "encodec", published["encodec"], strides=[2, 4])
+    refused("has n_codebooks = 2, not 4", "nanocodec", published["nanocodec"], n_codebooks=4)
     refused("not weights of the sizes of encodec, .*decoder.15.bias", "encodec", path)
     refused("not the weights of mimi", "mimi", published["encodec"])
     refused("not the weights of dac", "dac", published["mimi"])
@@ -676,7 +685,7 @@ def test_configurations_of_coqui_are_passed_over(loaded, published, tmp_path, mo
 def test_command_compares_all(loaded, published, tmp_path):
     """One file for each codec whose weights are here, a page with players, and what to do about the others."""
     for name in ("mimi", "nanocodec"):
-        repository = CODECS[name].download.split()[0].replace("/", "--")
+        repository = CODECS[name].source().split()[0].replace("/", "--")
         (tmp_path / "hub" / f"models--{repository}" / "snapshots").mkdir(parents=True)
         (tmp_path / "hub" / f"models--{repository}" / "snapshots" / "0").symlink_to(published[name])
     soundfile.write(tmp_path / "a <b>.wav", speech(16000).numpy(), 16000)
@@ -686,7 +695,7 @@ def test_command_compares_all(loaded, published, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "mimi: 13 frames of 4 codes, 12.5 frames/s, 300 bit/s\n" in done.stdout
     for name in ("encodec", "dac", "audiocodec44k", "xtts"):
-        assert f"`hf download {CODECS[name].download}`" in done.stdout
+        assert f"`hf download {CODECS[name].source()}`" in done.stdout
     assert sorted(os.listdir(tmp_path)) == ["a <b>.wav", "hub", "o ut.html", "o ut.mel.wav", "o ut.mimi.wav",
                                            "o ut.nanocodec.wav", "o ut.recording.wav"]  # fmt: skip
     page = (tmp_path / "o ut.html").read_text()
