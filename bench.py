@@ -251,9 +251,9 @@ def listen(voice, cfg):
         start = time.perf_counter()
         wav = voice.say(text, speaker=cfg.speaker, seed=cfg.seed, **how)
         took += time.perf_counter() - start
-        seconds += len(wav) / voice.codec.sample_rate
+        seconds += len(wav) / voice.sample_rate
         stopped += voice.stopped
-        heard.append((cfg.speaker, text, recognise(wav, voice.codec.sample_rate)))
+        heard.append((cfg.speaker, text, recognise(wav, voice.sample_rate)))
         if cfg.show_errors and heard[-1][1] != heard[-1][2]:
             tqdm.write(f"{text!r} heard as {heard[-1][2]!r}")
     return heard, stopped, took / max(seconds, 1e-9)

@@ -1377,14 +1377,14 @@ class XTTS(Network):
         return self.mel(self.whole(wav, Flow()), 2048)[..., :-1].transpose(1, 2)
 
     @torch.no_grad()
-    def embed(self, wav):
-        """wav (B, N) -> the voice in it, (B, 512), of length 1."""
-        wav = resample(wav, self.sample_rate, 16000, zeros=6, rolloff=0.99, beta=0)
+    def timbre(self, wav):
+        """wav (B, N) -> the voice in it, (B, 512), of length 1. Of a long recording the first 30 s count."""
+        wav = resample(wav[:, : 30 * self.sample_rate], self.sample_rate, 16000, zeros=6, rolloff=0.99, beta=0)
         return nn.functional.normalize(self.speaker(wav), dim=1)
 
     @torch.no_grad()
     def vocode(self, latents, voice):
-        """The GPT's hidden states (B, T, C), one a frame, in a voice (B, 512) -> wav (B, n) at `vocoder_rate`."""
+        """The GPT's hidden states (B, T, C), one a frame, in a timbre (B, 512) -> wav (B, n) at `vocoder_rate`."""
         x = nn.functional.interpolate(latents.transpose(1, 2), scale_factor=4, mode="linear")
         x = nn.functional.interpolate(x, scale_factor=self.vocoder_rate / self.sample_rate, mode="linear")
         return self.vocoder(x, Flow(voice[:, :, None]))[:, 0]

@@ -24,6 +24,7 @@ import torch
 
 VERSION = 1
 SPLITS = ("train", "val")
+TIMBRES = "timbres.npy"
 AUDIO, PROMPT = 3, 2  # of model.py's kinds of rows: frames to predict, frames that are only heard
 INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker")
 
@@ -397,6 +398,12 @@ def speaker_reference(files, speaker, frames, without=-1):
     reference, features = silence(files.meta, frames), files.reference(best, 0, frames)
     reference[: len(features)] = features
     return reference
+
+
+def speaker_timbres(folder):
+    """What a vocoder speaks in, for each speaker of a token folder: (speakers, E), or None where nothing is known."""
+    path = os.path.join(folder, TIMBRES)
+    return torch.from_numpy(np.load(path)) if os.path.exists(path) else None
 
 
 def _ignore_signals(_):

@@ -1147,6 +1147,7 @@ class XTTSConfig:
     chunk_seconds: float = 4.0  # see XTTS.hear
     text_loss_weight: float = 0.01  # of the text's loss beside that of the codes
     hide_text_stop: bool = False  # as XTTS-v2 was trained, see XTTS.forward
+    vocoder: bool = False  # is there a vocoder that knows its states? That of XTTS-v2 knows those of its descendants
     frame_dropout: float = 0.0  # share of the input codes blanked in training, so that the text has to be read
     dropout: float | None = None  # of the backbone; None: what it says
     recompute: bool | None = None  # gradient checkpointing, likewise
@@ -1286,6 +1287,7 @@ class XTTS(nn.Module):
         self.final_norm = nn.LayerNorm(D)  # after the backbone's own
         self.text_head, self.code_head = nn.Linear(D, c.text_vocab_size), nn.Linear(D, V)
         self.layout, self.length, self.max_rows = c.layout, c.length, c.text_positions + c.code_positions
+        self.vocoder = c.vocoder
         init_weights(self)
 
     def small_set_freeze(self, utterances):
@@ -1385,13 +1387,14 @@ class XTTS(nn.Module):
 
     @torch.no_grad()
     def latents(self, text, codes, reference):
-        """What XTTS's vocoder speaks from, for each code the state that predicted it: text ids (n,), codes (T, 1) as an
-        array or tensor, reference (R, M) -> (T, D)."""
+        """What XTTS's vocoder speaks from, for each code the state that predicted it, from one pass over the whole of
+        it: text ids (n,), codes (T, 1) as an array or tensor, reference (R, M) -> (T, D)."""
         return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
 
     @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference):
-        """Speak text ids (n,) in the voice of a recording's features (R, M): yields frames (1,) int64 as made.
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference, latents=False):
+        """Speak text ids (n,) in the voice of a recording's features (R, M): yields frames (1,) int64 as made, or
+        with `latents` in the place of each the state (D,) that predicted it.
 
         `choose(logits of all classes, seen=codes spoken so far) -> class` picks every code; see `sampler`. A prompt
         changes nothing. The generator returns True where the model ended by itself, which a start code counts as too,
@@ -1410,7 +1413,7 @@ class XTTS(nn.Module):
             if code >= c.codebook_size:
                 return True
             frames[t] = code
-            yield frames[t]
+            yield state if latents else frames[t]
             x = (self.code_embedding(frames[t]) + self.code_positions.weight[t + 1])[None]
         return False
 

@@ -41,6 +41,7 @@ from tqdm import tqdm
 import configurator
 from codec import load_codec, read_audio
 from data import (
+    TIMBRES,
     HuggingFace,
     SentencePiece,
     TokenWriter,
@@ -537,10 +538,13 @@ def encode(utterances, name, path):
 
 
 def features(utterances, name, path):
-    """What the codec lets a model read of each recording's voice: (T * r, M)."""
-    codec = worker_codec(name, path)
-    wavs = read(utterances, codec.sample_rate)
-    return [codec.reference(torch.from_numpy(wav)[None])[0].numpy().astype(np.float16) for wav in wavs]
+    """What the codec lets a model read of each recording's voice: (T * r, M), and its vocoder, if any: (E,)."""
+    codec, heard = worker_codec(name, path), []
+    for wav in read(utterances, codec.sample_rate):
+        wav = torch.from_numpy(wav)[None]
+        timbre = codec.timbre(wav)[0].numpy() if hasattr(codec, "timbre") else None
+        heard.append((codec.reference(wav)[0].numpy().astype(np.float16), timbre))
+    return heard
 
 
 def encode_batches(codec, wavs, device, batch_seconds, window=1024):
@@ -642,12 +646,17 @@ def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
         else:
             wavs = in_order(f"encoding {codec.name}", pool, read, used, codec.sample_rate)
             codes = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
-        heard = itertools.repeat(None, len(used))
+        heard, timbres = itertools.repeat((None, None), len(used)), [[] for _ in speakers]
         if cfg.references:
             heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
-        for u, c, reference in zip(used, codes, heard, strict=True):
+        for u, c, (reference, timbre) in zip(used, codes, heard, strict=True):
             split, text = "val" if u.id in val else "train", tokenizer.encode(wording(u, cfg))
             out.add(split, u.id, text, c, speakers.index(u.speaker), reference)
+            if timbre is not None:
+                timbres[speakers.index(u.speaker)].append(timbre)
+        if any(timbres):  # of each speaker the mean, as XTTS takes it of several recordings
+            np.save(packed := io.BytesIO(), np.stack([np.mean(of_one, 0) for of_one in timbres]))
+            out.file(TIMBRES, packed.getvalue())
         rows = sum(out.ends["train"])
         findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
         out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())

@@ -656,6 +656,7 @@ def xtts_sizes(shapes, given):
         "conditioning_layers": count("conditioning_encoder.attn."),
         "perceiver_layers": count("conditioning_perceiver.layers."),
         "perceiver_heads": shapes["conditioning_perceiver.layers.0.0.to_q.weight"][0] // PerceiverBlock.HEAD_DIM,
+        "vocoder": True,
     }  # fmt: skip
 
 

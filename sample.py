@@ -10,6 +10,8 @@
 - The same seed and text give the same audio, whatever other lines stand beside it.
 - `Voice.frames` yields frames as they are made. Streaming decodes them block by block with context on both sides;
   collecting them first is the special case. Streamed and whole audio come from the same codes.
+- A frame is K codes, which a codec decodes. XTTS-v2 has a vocoder instead: there it is the state (D,) that the code
+  came from, spoken in a timbre that is read off the reference recording.
 
 Letters in shapes: n text ids or samples, K codebooks, T frames, N samples.
 """
@@ -64,17 +66,20 @@ class Voice:
     """A model with all it takes to speak: `frames` yields codes, `say` gives the wav, `stream` the wav in pieces.
 
     meta: the meta.json of the token folder the model was trained on. config: the training run's keys, for temperature
-    and the like where a call names none. references (speakers, R, M): for a model that reads a voice off a recording,
-    the speakers' own. After an utterance, `stopped` says whether the model ended it by itself.
+    and the like where a call names none. references (speakers, R, M), timbres (speakers, E): for a model that reads a
+    voice off a recording and for its vocoder, the speakers' own. What is said has `sample_rate`. After an utterance,
+    `stopped` says whether the model ended it by itself; `timbre` (E,) is what a vocoder speaks it in.
     """
 
-    def __init__(self, model, codec, tokenizer, meta, config=None, references=None):
+    def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None):
         self.model, self.codec, self.tokenizer, self.meta = model, codec, tokenizer, meta
-        self.references = references
+        self.references, self.timbres = references, timbres
+        self.vocoder = getattr(model, "vocoder", False) and hasattr(codec, "vocode")
+        self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         self.draw = {key: (config or {}).get(key, usual) for key, usual in model.draw.items()}
         self.prompted = (config or {}).get("voice_prompt", 1) > 0  # did it meet prompts in training?
         self.device = next(model.parameters()).device
-        self.stopped, self.adapted = None, {}
+        self.stopped, self.timbre, self.adapted = None, None, {}
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
@@ -92,8 +97,8 @@ class Voice:
                              f"learnt the codes of {checkpoint['codec_fingerprint']}")  # fmt: skip
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
         model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
-        config, references = checkpoint.get("config"), checkpoint.get("references")
-        voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], config, references)
+        known = (checkpoint.get(key) for key in ("config", "references", "timbres"))
+        voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], *known)
         probe = dict(checkpoint["probe"])
         text, codes = (np.asarray(probe.pop(name)) for name in ("text", "codes"))
         voice.report = contract_check(model, text, codes, **probe)
@@ -128,24 +133,29 @@ class Voice:
         return np.array(self.tokenizer.encode(tagged))
 
     def listen(self, path):
-        """What the model takes of a recording: its codes (T, K), or its features (R, M) to read a voice off."""
+        """What is taken of a recording: its codes (T, K), or its features (R, M) to read a voice off and the timbre
+        (E,) for a vocoder, None where there is none."""
         wav = read_audio(path, self.codec.sample_rate)[None].to(self.device)
-        return self.codec.reference(wav)[0] if self.model.reference else self.codec.encode(wav)[0].T.cpu().numpy()
+        if not self.model.reference:
+            return self.codec.encode(wav)[0].T.cpu().numpy()
+        return self.codec.reference(wav)[0], self.codec.timbre(wav)[0] if self.vocoder else None
 
     def prompt(self, reference, reference_text, speaker=""):
         """What `generate` takes beside the text: {"prompt": (ids, codes (T, K))} of a recording (its path, or what
         `listen` says of it) and, where the model needs it, its transcript; {} where there is neither. A model that
-        reads a voice off a recording takes {"reference": (R, M)}, and has one of each speaker it was trained on.
+        reads a voice off a recording takes {"reference": (R, M)}, and has one of each speaker it was trained on; with a
+        vocoder {"latents": True} as well, and the "timbre" is for that.
 
         Raises ValueError where one is missing or cannot be read.
         """
         if isinstance(reference, str | os.PathLike):
             reference = self.listen(reference)
         if self.model.reference:
-            if reference is None and self.references is None:
+            if reference is None and (self.references is None or self.vocoder and self.timbres is None):
                 raise ValueError("the model reads the voice off a recording: give a reference")
             own = self.meta["speakers"].index(speaker) if speaker else 0
-            return {"reference": self.references[own] if reference is None else reference}
+            features, timbre = reference or (self.references[own], self.timbres[own] if self.vocoder else None)
+            return {"reference": features, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
         if reference is None and not reference_text:
             return {}
         said = normalise(reference_text)
@@ -161,7 +171,7 @@ class Voice:
 
     def frames(self, text, speaker="", reference=None, reference_text="", temperature=None, top_k=None,
                top_p=None, repetition_penalty=None, seed=1337, cap_seconds=0.0):  # fmt: skip
-        """Speak a text: yields frames (K,) int64 as they are made.
+        """Speak a text: yields frames (K,) int64 as they are made, or states (D,) for a vocoder.
 
         reference: path of a recording of the voice to clone, or what `listen` makes of it; reference_text: its
         transcript. temperature, top_k, top_p, repetition_penalty: see model.sample_code. The random numbers depend on
@@ -175,7 +185,7 @@ class Voice:
         ids, prompt = self.text_ids(text, speaker), self.prompt(reference, reference_text, speaker)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
-        training, self.stopped = self.model.training, None
+        training, self.stopped, self.timbre = self.model.training, None, prompt.pop("timbre", None)
         self.model.eval()
         try:
             choose = sampler(**draw, generator=generator)
@@ -185,13 +195,16 @@ class Voice:
             self.model.train(training)
 
     def decode(self, frames):
-        """Frames, a list of (K,), at once -> wav (N,) float32 on the CPU."""
+        """Frames of the last utterance, a list of (K,) or (D,), at once -> wav (N,) float32 on the CPU."""
         if not frames:
             return torch.zeros(0)
-        return self.codec.decode(torch.stack(frames, 1)[None].to(self.device))[0].float().cpu()
+        frames = torch.stack(frames)[None].to(self.device)
+        if self.timbre is not None:
+            return self.codec.vocode(frames.float(), self.timbre[None].to(frames.device).float())[0].cpu()
+        return self.codec.decode(frames.mT)[0].float().cpu()
 
     def say(self, text, **how):
-        """The wav (N,) of a text at codec.sample_rate, float32 on the CPU; `how` as for `frames`."""
+        """The wav (N,) of a text at `sample_rate`, float32 on the CPU; `how` as for `frames`."""
         return self.decode(list(self.frames(text, **how)))
 
     def stream(self, text, **how):
@@ -206,15 +219,15 @@ class Voice:
         Where two blocks meet, their phases may differ: the new one slides by up to 5 ms to where its waveform fits (as
         in WSOLA, Verhelst and Roelands 1993), and is faded in over 10 ms.
         """
-        if getattr(self.codec, "streams", False):
+        if getattr(self.codec, "streams", False) and not self.vocoder:
             frames, size = iter(frames), max(1, round(0.08 * self.codec.frame_rate))
             blocks = iter(lambda: list(itertools.islice(frames, size)), [])
             codes = (torch.stack(block, 1)[None].to(self.device) for block in blocks)
             yield from (wav[0].float().cpu() for wav in self.codec.decode_stream(codes))
             return
-        rate, frame_rate = self.codec.sample_rate, self.codec.frame_rate
+        rate, frame_rate = self.sample_rate, self.codec.frame_rate
         block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
-        size, reach, fade = round(rate / frame_rate), rate // 200, rate // 100  # in samples: a frame, 5 ms, 10 ms
+        size, reach, fade = rate / frame_rate, rate // 200, rate // 100  # in samples: a frame, 5 ms, 10 ms
         up, slides = torch.linspace(0, 1, fade), torch.arange(-reach, reach + 1)
         frames, seen, done, tail, ended = iter(frames), [], 0, None, False
         while not ended:
@@ -222,14 +235,14 @@ class Voice:
             ended = len(seen) < done + block + ahead
             end = len(seen) if ended else done + block
             first = max(0, done - context)
-            wav = torch.cat([self.decode(seen[first : end + ahead]), torch.zeros(reach + fade)])
-            at = (done - first) * size
+            wav = torch.cat([self.decode(seen[first : end + ahead]), torch.zeros(math.ceil(size) + reach + fade)])
+            at = round((done - first) * size)
             if tail is not None:
                 places = wav[at - reach : at + reach + fade].unfold(0, fade, 1)  # (2 * reach + 1, fade)
                 likeness = places @ tail / (places.norm(dim=1) * tail.norm() + 1e-6)
                 at += int(slides[(likeness - 1e-6 * slides.abs()).argmax()])  # in silence, stay
                 wav[at : at + fade] = up * wav[at : at + fade] + (1 - up) * tail
-            stop = at + (end - done) * size
+            stop = at + round(end * size) - round(done * size)
             yield wav[at:stop]
             tail, done = wav[stop : stop + fade], end
 
@@ -305,12 +318,12 @@ def speak(voice, line, path, stream, **how):
             frames.append(frame)
             yield frame
 
-    with wav_file(path, voice.codec.sample_rate, stream) as write:
+    with wav_file(path, voice.sample_rate, stream) as write:
         for piece in voice.join(counted()) if stream else map(voice.decode, [list(counted())]):
             first = first or time.perf_counter() - start
             samples += len(piece)
             write(piece)
-    took, seconds = time.perf_counter() - start, samples / voice.codec.sample_rate
+    took, seconds = time.perf_counter() - start, samples / voice.sample_rate
     says = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
     if not frames:
         return f"{says}; warning: the model stopped at once"

@@ -47,7 +47,7 @@ import configurator
 import lora
 import published
 from codec import load_codec, write_audio
-from data import Batches, TokenFiles, load_tokenizer, speaker_reference
+from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
 from sample import Voice, pick_device
@@ -365,14 +365,15 @@ def speak(voice, files, cfg, iter_num, say):
         text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
         path, original = os.path.join(folder, f"{iter_num:06d}_{n}.wav"), os.path.join(folder, f"original_{n}.wav")
         if not os.path.exists(original):
-            write_audio(original, voice.decode(list(torch.from_numpy(files.codes(i)))), voice.codec.sample_rate)
+            codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
+            write_audio(original, voice.codec.decode(codes)[0].float().cpu(), voice.codec.sample_rate)
         try:
             how = {key: getattr(cfg, key) for key in (*DRAWS, "seed")}
             wav = voice.say(text, speaker=speaker, **how)
         except ValueError as e:  # no reason to stop training
             say(f"{path}: {e}")
             continue
-        write_audio(path, wav, voice.codec.sample_rate)
+        write_audio(path, wav, voice.sample_rate)
         say(f"{path}: {text}{'' if voice.stopped else ' (did not stop)'}")
 
 
@@ -454,11 +455,12 @@ def train(cfg, rank, world, device, received):
     frames = held_out.index[:, 3]
     short = int((frames + 10**9 * (frames < 8)).argmin())  # the shortest that is long enough to tell the shifts apart
     text, codes = held_out.text(short), held_out.codes(short)
-    side, references = {}, None
+    side, references, timbres = {}, None, None
     if model.reference:  # what the voices sound like goes into the checkpoint
         count, size = len(meta["speakers"]), most["reference"][1]
         references = torch.from_numpy(np.stack([speaker_reference(files, i, size) for i in range(count)]))
         side = {"reference": references[held_out.speaker(short)]}
+        timbres = speaker_timbres(cfg.data_dir)
     report = contract_check(model, text, codes, **side)
     shifts = ", ".join(f"{x:.2f}" for x in report["loss_at_shift"])
     say(f"contract check: generation and teacher forcing agree to {report['max_difference']:.1e}; cross-entropy "
@@ -494,13 +496,13 @@ def train(cfg, rank, world, device, received):
             "codec": codec.pack(), "codec_fingerprint": codec.fingerprint(),
             "tokenizer": {"kind": tokenizer.kind, "model": tokenizer.model},
             "probe": {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes), **side},
-            "references": references if references is None else references.half(),
+            "references": references if references is None else references.half(), "timbres": timbres,
         }  # fmt: skip
         for name in names if master else ():
             save_checkpoint(out(name), {**checkpoint, "train": None if name == "best.pt" else state})
 
     spoken = averaged or model  # the weights that are evaluated and speak
-    voice = Voice(spoken, codec, tokenizer, meta, references=references)
+    voice = Voice(spoken, codec, tokenizer, meta, references=references, timbres=timbres)
     net = torch.compile(model, dynamic=True) if cfg.compile else model
     if world > 1:
         net = DistributedDataParallel(net)

@@ -367,10 +367,10 @@ def test_xtts_from_recordings(loaded):
     assert (rows[:, :30] - golden("xtts_mels")["out.style_mel"][..., :30].transpose(1, 2)).abs().max() < 1e-4
     mel = golden("xtts_mels")["out.dvae_mel"]
     assert torch.equal(codec.encode(wav), codec.quantizer.encode(codec.encoder(mel, Flow()))[..., :9])
-    voice = codec.embed(torch.cat([wav, noise(1, 9000)]))
+    voice = codec.timbre(torch.cat([wav, noise(1, 9000)]))
     assert voice.shape == (2, 24) and torch.allclose(voice.norm(dim=1), torch.ones(2))
     assert (voice[0] - voice[1]).norm() > 0.01
-    assert torch.allclose(codec.embed(wav), voice[:1], atol=1e-5)
+    assert torch.allclose(codec.timbre(wav), voice[:1], atol=1e-5)
 
 
 def test_xtts_codes_are_heard_where_they_are(loaded, monkeypatch):

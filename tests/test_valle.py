@@ -735,7 +735,12 @@ def test_demasking_masks_fewer_frames_in_every_round():
 
 def test_more_rounds_than_frames():
     model, counts = tiny(), []
-    model.frame_logits = lambda tokens, segment: counts.append(int((tokens[0, -3:, 0] == 17).sum())) or torch.rand(3, 4, 17)
+
+    def count(tokens, segment):
+        counts.append(int((tokens[0, -3:, 0] == 17).sum()))
+        return torch.rand(3, 4, 17)
+
+    model.frame_logits = count
     frames, stopped = spoken_by(model, utterance()[0], choose=greedy, frames=3, rounds=6)
     assert stopped and len(frames) == 3 and counts == [3, 2, 1, 1, 1, 1]
 

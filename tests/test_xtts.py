@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import tokenizers
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -13,9 +15,11 @@ from safetensors.torch import load_file
 
 import configurator
 import model as models
+import prepare
 import published
+import sample
 import train
-from codec import load_codec
+from codec import load_codec, read_audio
 from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
 from metrics import read_metrics
 from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check, from_pretrained, load_checkpoint
@@ -330,9 +334,12 @@ def test_latents_are_the_states_the_codes_came_from():
     model.code_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
     ending = iter([*codes[:, 0].tolist(), 17])
     said, _ = speak(model, text, heard, choose=lambda logits, seen: torch.tensor(next(ending)))
-    latents = model.latents(text, torch.tensor(said)[:, None], heard)
-    torch.testing.assert_close(latents, torch.stack(states[:-1]), rtol=1e-4, atol=1e-5)
+    latents, expected = model.latents(text, torch.tensor(said)[:, None], heard), torch.stack(states[:-1])
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     assert latents.shape == (9, 32)
+    ending = iter([*said, 17])
+    made = model.generate(text, choose=lambda logits, seen: torch.tensor(next(ending)), reference=heard, latents=True)
+    assert torch.equal(torch.stack(list(made)), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,8 +441,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_speaks(tokens, tmp_path):
     assert voice.report["max_difference"] < 1e-3
     for speaker in "ab":
         assert all(0 <= int(frame) < 16 for frame in voice.frames("one two", speaker=speaker))
-    heard = torch.randn(30, 20)
-    assert len(list(voice.frames("one two", reference=heard, temperature=0))) <= voice.cap(voice.text_ids("one two"))
+    frames = list(voice.frames("one two", reference=(torch.randn(30, 20), None), temperature=0))
+    assert len(frames) <= voice.cap(voice.text_ids("one two"))
 
 
 def test_it_learns(tokens, tmp_path):
@@ -649,7 +656,7 @@ def test_published_sizes():
     shapes = sheet()
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == (426, 441_018_563)
     config = XTTSConfig(**LAYOUT.sizes(shapes, {}))
-    assert config == XTTSConfig(6681, 1024, "gpt2-xtts", 261, 0) and config.max_frames == 603
+    assert config == XTTSConfig(6681, 1024, "gpt2-xtts", 261, 0, vocoder=True) and config.max_frames == 603
     with torch.device("meta"):
         own = XTTS(config).state_dict()
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -738,3 +745,117 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     assert left == {name for name in fresh if name.startswith("conditioning.")}
     again, more = run(data, tmp_path / "out", "--max_iters=3", "--init_from=resume", "--text_loss_weight=0.5")
     assert len(more) == 3 and more[:2] == lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole system: recordings, a folder as it was downloaded, speech out of the vocoder
+
+
+def download(folder):
+    """All files of XTTS-v2, small: the golden parts, made to fit each other."""
+    parts = {part: load_file(Path(__file__).parent / "golden" / f"xtts_{part}.safetensors")
+             for part in ("dvae", "hifigan", "speaker_encoder")}  # fmt: skip
+    dvae, vocoder, speaker = ({key.removeprefix("weights."): w.float() for key, w in part.items()
+                               if key.startswith("weights.")} for part in parts.values())  # fmt: skip
+    dvae["codebook.embed"] = dvae["codebook.embed"][:, :32]  # as many codes as the GPT knows
+    for key in ("fc.weight", "fc.bias"):
+        speaker[key] = speaker[key][: vocoder["cond_layer.weight"].shape[1]]
+    torch.save(dvae, folder / "dvae.pth")
+    torch.save(torch.full((80,), 2.0), folder / "mel_stats.pth")
+    more = {**{f"hifigan_decoder.waveform_decoder.{key}": w for key, w in vocoder.items()},
+            **{f"hifigan_decoder.speaker_encoder.{key}": w for key, w in speaker.items()}}  # fmt: skip
+    write(folder, more=more, gpt_start_text_token=4)
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = ["[STOP]", "[UNK]", "[SPACE]", "[en]", "[START]"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=special, show_progress=False)
+    vocabulary.train_from_iterator([" ".join(WORDS)] * 9 + ["abcdefghijklmnopqrstuvwxyz"], trainer)
+    (folder / "vocab.json").write_text(vocabulary.to_str())
+
+
+def cli(script, *flags):
+    script.main(configurator.configure(script.__file__, list(flags)))
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """The folder of a run from recordings and a download to a checkpoint."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("system")
+    (place / "xtts-v2").mkdir()
+    download(place / "xtts-v2")
+    rng, lines = np.random.default_rng(0), ["audio|text|speaker"]
+    for i in range(12):
+        wav = 0.1 * rng.standard_normal(22050 * (6 + i % 4) // 10) * np.linspace(0.2, 1, 22050 * (6 + i % 4) // 10)
+        soundfile.write(place / f"{i}.wav", wav, 22050)
+        lines.append(f"{i}.wav|{WORDS[i % 4]} {WORDS[i % 3]}|{'ab'[i % 2]}")
+    (place / "metadata.csv").write_text("\n".join(lines))
+    cli(prepare, f"--sources={place}", f"--data_dir={place}/tokens", "--codec=xtts", f"--codec_path={place}/xtts-v2",
+        f"--tokenizer={place}/xtts-v2/vocab.json", "--text_format=[en]{text}", "--references=True", "--workers=1",
+        "--val_fraction=0.2")  # fmt: skip
+    cli(train, "--arch=xtts", f"--init_from={place}/xtts-v2", f"--data_dir={place}/tokens", f"--out_dir={place}/out",
+        "--max_iters=2", "--eval_interval=1", "--eval_samples=1", "--reference_seconds=[0.2,0.5]", "--device=cpu",
+        "--max_tokens=200", "--warmup_iters=0", "--learning_rate=1e-5")  # fmt: skip
+    return place
+
+
+def test_the_vocoder_speaks_in_the_timbre_of_the_reference(spoken):
+    """What sample.py writes is what vocoder and GPT say of the codes and the recording, at the vocoder's rate."""
+    flags = (f"--ckpt={spoken}/out/best.pt", f"--out_dir={spoken}/said", "--text=one two", "--device=cpu")
+    cli(sample, *flags, f"--reference={spoken}/3.wav")
+    wav, rate = soundfile.read(spoken / "said" / "000.wav", dtype="float32")
+    voice = Voice.from_checkpoint(spoken / "out/best.pt", "cpu")
+    assert rate == voice.sample_rate == 24000 and voice.vocoder and voice.codec.name == "xtts"
+    features, timbre = voice.listen(spoken / "3.wav")
+    recording = read_audio(spoken / "3.wav", 22050)[None]
+    assert torch.equal(features, voice.codec.reference(recording)[0]) and timbre.shape == (16,)
+    key = voice.prompt((features, timbre), "")
+    assert key["latents"] is True
+    voice.vocoder = False
+    codes = torch.stack(list(voice.frames("one two", reference=(features, timbre))))
+    latents = voice.model.latents(voice.text_ids("one two"), codes, features)
+    expected = voice.codec.vocode(latents[None], voice.codec.timbre(recording))[0]
+    assert len(wav) == len(expected) == int(len(codes) * 4 * 24000 / 22050) * 256
+    assert np.abs(wav - expected.clamp(-1, 1).numpy()).max() < 1e-3 and np.abs(wav).max() > 0.01
+
+
+def test_each_speaker_has_a_timbre_of_its_own(spoken):
+    """Without a recording the speaker's own reference is heard, and the mean of what the vocoder takes of all."""
+    voice = Voice.from_checkpoint(spoken / "out/last.pt", "cpu")
+    own = [voice.codec.timbre(read_audio(spoken / f"{i}.wav", 22050)[None])[0] for i in range(0, 12, 2)]
+    torch.testing.assert_close(voice.timbres[voice.meta["speakers"].index("a")], torch.stack(own).mean(0))
+    wavs = [voice.say("one two", speaker=speaker, temperature=0) for speaker in "ab"]
+    assert len(wavs[0]) != len(wavs[1]) or not torch.allclose(*wavs)
+    samples = sorted(path.name for path in (spoken / "out/samples").glob("*.wav"))
+    assert samples == ["000001_0.wav", "000002_0.wav", "original_0.wav"]
+    rates = [soundfile.info(spoken / "out/samples" / name).samplerate for name in samples]
+    assert rates == [24000, 24000, 22050]
+    voice.timbres = None
+    with pytest.raises(ValueError, match="reads the voice off a recording: give a reference"):
+        voice.say("one two")
+
+
+def test_a_vocoder_that_streams(spoken):
+    """Pieces come before the last state, are in all as long as the frames, and up to the first seam equal the whole."""
+    voice = Voice.from_checkpoint(spoken / "out/best.pt", "cpu")
+    voice.model.code_head.bias.data[32:] = -1e4  # it never stops
+    states, drawn = list(voice.frames("one two three", speaker="a", cap_seconds=1.1)), []
+    whole = voice.decode(states)
+    pieces = voice.join((drawn.append(1) or state for state in states), block=0.2, context=0.4, ahead=0.2)
+    first = next(pieces)
+    assert len(drawn) == 10 < len(states) == 24
+    joined = torch.cat([first, *pieces])
+    assert len(joined) == round(len(states) * 24000 * 1024 / 22050) >= len(whole)
+    torch.testing.assert_close(first, whole[: len(first)], atol=1e-4, rtol=0)
+
+
+def test_a_model_of_its_own_speaks_by_its_codes(spoken):
+    """The vocoder knows the states of the published weights and of what descends from them, and no others."""
+    cli(train, "--arch=xtts", f"--data_dir={spoken}/tokens", f"--out_dir={spoken}/fresh", *SMALL[1:],
+        "--max_iters=1", "--reference_seconds=[0.2,0.5]")  # fmt: skip
+    voice = Voice.from_checkpoint(spoken / "fresh/last.pt", "cpu")
+    assert not voice.vocoder and voice.sample_rate == 22050
+    assert load_checkpoint(spoken / "out/last.pt")["model_config"]["vocoder"]
+    cli(train, "--arch=xtts", f"--data_dir={spoken}/tokens", f"--out_dir={spoken}/further", "--max_tokens=200",
+        f"--init_from={spoken}/out/last.pt", "--max_iters=1", "--reference_seconds=[0.2,0.5]", "--device=cpu")
+    assert Voice.from_checkpoint(spoken / "further/last.pt", "cpu").vocoder
