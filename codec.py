@@ -33,6 +33,7 @@ import wave
 import zipfile
 from functools import lru_cache, partial
 from glob import escape, glob
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -1482,12 +1483,23 @@ td, th {{ border-bottom: 1px solid #ccc; padding: 0.4rem; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }}
 </style>
 <h1>{title}</h1>
-<p>The recording, and what each codec keeps of it.</p>
+<p>{about}</p>
 <table>
-<tr><th>codec<th>kHz<th>codes<th>frames/s<th>bit/s<th>
 {rows}
 </table>
 """
+
+
+def write_page(path, title, about, head, rows):
+    """An HTML page with a table: cells are text or, as a Path from the page's folder, a recording with a player."""
+    lines = ["<tr><th>" + "<th>".join(map(html.escape, head))]
+    for row in rows:
+        cells = [f'<audio controls src="{quote(str(cell))}"></audio>' if isinstance(cell, Path) else html.escape(cell)
+                 for cell in row]  # fmt: skip
+        lines.append("<tr><td>" + "<td>".join(cells))
+    with open(f"{path}.partial", "w", encoding="utf-8") as page:
+        page.write(PAGE.format(title=html.escape(title), about=html.escape(about), rows="\n".join(lines)))
+    os.replace(f"{path}.partial", path)
 
 
 def round_trip(codec, source, target):
@@ -1514,12 +1526,9 @@ def compare(source, target):
             rows.append(round_trip(load_codec(name), source, f"{stem}.{name}{end}"))
         except FileNotFoundError as error:
             print(error)
-    files = [quote(os.path.basename(f"{stem}.{row[0]}{end}")) for row in rows]
-    cells = [[*row, f'<audio controls src="{file}"></audio>'] for row, file in zip(rows, files, strict=True)]
-    rows = "\n".join("<tr><td>" + "<td>".join(row) for row in cells)
-    with open(f"{stem}.html.partial", "w", encoding="utf-8") as page:
-        page.write(PAGE.format(title=html.escape(os.path.basename(source)), rows=rows))
-    os.replace(f"{stem}.html.partial", f"{stem}.html")
+    rows = [[*row, Path(f"{stem}.{row[0]}{end}").relative_to(Path(stem).parent)] for row in rows]
+    write_page(f"{stem}.html", os.path.basename(source), "The recording, and what each codec keeps of it.",
+               ["codec", "kHz", "codes", "frames/s", "bit/s", ""], rows)  # fmt: skip
     print(f"{stem}.html: to listen to them")
 
 

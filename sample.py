@@ -4,6 +4,7 @@
     python sample.py --ckpt out/digits/best.pt --file lines.txt --out_dir spoken   spoken/000.wav, 001.wav, ...
     python sample.py config/digits.py --text "three one four"                      the recipe's out_dir/best.pt speaks
     python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "what I say there" --text "my clone"
+    python sample.py --ckpt out/a/best.pt,out/b/best.pt --file lines.txt --out_dir both   both/index.html: side by side
     python sample.py --ckpt out/x/best.pt --text "..." --out_dir - | aplay -f S16_LE -r 16000
 
 - Teacher forcing and cached generation are compared on an utterance kept in the checkpoint before a word is spoken.
@@ -25,6 +26,7 @@ import os
 import sys
 import time
 import wave
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,14 +34,15 @@ from tqdm import tqdm
 
 import configurator
 import lora
-from codec import load_codec, read_audio
+from codec import load_codec, read_audio, write_page
 from data import load_tokenizer, normalise
+from metrics import read_metrics
 from model import contract_check, load_checkpoint, load_model, sampler
 
-ckpt = ""  # checkpoint; empty: best.pt in out_dir, so that a recipe alone is enough
+ckpt = ""  # checkpoint, or several with commas between; empty: best.pt in out_dir, so that a recipe alone is enough
 text = ""  # what to say
 file = ""  # or a text file, one utterance a line
-out_dir = "samples"  # folder for 000.wav, 001.wav, ...; "-": raw 16-bit mono samples to standard output, as they come
+out_dir = "samples"  # folder for 000.wav, ..., of several checkpoints one for each; "-": raw 16-bit mono samples to stdout
 speaker = ""  # one of the speakers trained on; empty: the one heard most
 reference = ""  # recording of a voice to clone
 reference_text = ""  # what is said in it, word for word; XTTS and VALL-E do without
@@ -101,7 +104,7 @@ class Voice:
         voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], *known)
         probe = dict(checkpoint["probe"])
         text, codes = (np.asarray(probe.pop(name)) for name in ("text", "codes"))
-        voice.report = contract_check(model, text, codes, **probe)
+        voice.report = {**contract_check(model, text, codes, **probe), "iter": checkpoint["iter"]}
         return voice
 
     def adapt(self, path):
@@ -310,7 +313,8 @@ def pcm(wav):
 
 
 def speak(voice, line, path, stream, **how):
-    """Speak one line into `path`; `how` as for Voice.frames. Returns what there is to say about it."""
+    """Speak one line into `path`; `how` as for Voice.frames. Returns what there is to say about it, and the seconds it
+    took and lasts."""
     frames, samples, first, start = [], 0, 0.0, time.perf_counter()
 
     def counted():
@@ -326,17 +330,17 @@ def speak(voice, line, path, stream, **how):
     took, seconds = time.perf_counter() - start, samples / voice.sample_rate
     says = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
     if not frames:
-        return f"{says}; warning: the model stopped at once"
-    says += f", real-time factor {took / seconds:.2f}, first audio after {first:.2f} s"
-    return says if voice.stopped else f"{says}; warning: cut off at the cap, it did not stop by itself"
+        says += "; warning: the model stopped at once"
+    else:
+        says += f", real-time factor {took / seconds:.2f}, first audio after {first:.2f} s"
+        says += "" if voice.stopped else "; warning: cut off at the cap, it did not stop by itself"
+    return says, took, seconds
 
 
-def main(cfg):
-    check_settings(*(getattr(cfg, key) for key in (*DRAWS, "cap_seconds")))
-    lines, piped = read_lines(cfg.text, cfg.file), cfg.out_dir == "-"
-    path = cfg.ckpt or os.path.join(cfg.out_dir, "best.pt")
-    if not cfg.ckpt and not os.path.isfile(path):
-        raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
+def read_out(cfg, path, lines, out_dir):
+    """All lines in the voice of the checkpoint `path`, into out_dir. Returns a column of the page that compares
+    several: step, lowest held-out loss, how many ended by themselves, real-time factor, and the wav files."""
+    piped = out_dir == "-"
     voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype, rounds=cfg.rounds, guidance=cfg.guidance)
     if cfg.adapter:
         voice.adapt(cfg.adapter)
@@ -345,9 +349,9 @@ def main(cfg):
     for line in lines:  # what can be refused is refused before the first line is spoken
         voice.text_ids(line, cfg.speaker)
     if not piped:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        if not os.access(cfg.out_dir, os.W_OK):
-            raise OSError(f"{cfg.out_dir}: no permission to write there")
+        os.makedirs(out_dir, exist_ok=True)
+        if not os.access(out_dir, os.W_OK):
+            raise OSError(f"{out_dir}: no permission to write there")
     how = {key: getattr(cfg, key) for key in HOW}
     how.update(reference=reference, reference_text=cfg.reference_text)
     messages = sys.stderr if piped else sys.stdout
@@ -358,9 +362,39 @@ def main(cfg):
     if "prompt" in prompt and not voice.prompted:
         print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
               file=messages)  # fmt: skip
+    ended, took, seconds, spoken = 0, 0.0, 0.0, []
     for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):
-        target = "-" if piped else os.path.join(cfg.out_dir, f"{i:03d}.wav")
-        tqdm.write(speak(voice, line, target, cfg.stream or piped, **how), file=messages)
+        target = "-" if piped else os.path.join(out_dir, f"{i:03d}.wav")
+        says, *times = speak(voice, line, target, cfg.stream or piped, **how)
+        spoken.append(Path(target).relative_to(cfg.out_dir))
+        tqdm.write(says, file=messages)
+        ended, took, seconds = ended + bool(voice.stopped), took + times[0], seconds + times[1]
+    losses = [x["val_loss"] for x in read_metrics(Path(path).with_name("metrics.jsonl")) if x.get("val_loss")]
+    held_out = f"{min(losses):.3f}" if losses else ""
+    factor = f"{took / seconds:.2f}" if seconds else ""
+    return [f"{voice.report['iter']:,}", held_out, f"{ended} of {len(lines)}", factor, *spoken]
+
+
+def main(cfg):
+    check_settings(*(getattr(cfg, key) for key in (*DRAWS, "cap_seconds")))
+    lines, paths = read_lines(cfg.text, cfg.file), cfg.ckpt.split(",")
+    if not cfg.ckpt:
+        paths = [os.path.join(cfg.out_dir, "best.pt")]
+        if not os.path.isfile(paths[0]):
+            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {paths[0]}")
+    if len(paths) == 1:
+        read_out(cfg, paths[0], lines, cfg.out_dir)
+        return
+    names = [Path(path).parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = ["_".join(Path(path).with_suffix("").parts[-2:]) for path in paths]
+    if len(set(names)) < len(names) or cfg.out_dir == "-":
+        raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
+    columns = [read_out(cfg, path, lines, Path(cfg.out_dir) / name) for path, name in zip(paths, names, strict=True)]
+    page, first = os.path.join(cfg.out_dir, "index.html"), ["step", "lowest held-out loss", "ended", "real-time factor"]
+    about = f"The same {len(lines)} lines, spoken by {', '.join(paths)}."
+    write_page(page, "Side by side", about, ["", *names], zip([*first, *lines], *columns, strict=True))
+    print(f"{page}: to listen to them")
 
 
 if __name__ == "__main__":

@@ -351,6 +351,34 @@ def test_lines_are_numbered_and_do_not_depend_on_each_other(ckpt, tmp_path, caps
     assert wav["a/000.wav"] == wav["b/001.wav"]
 
 
+def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
+    """Each in a folder of its own what it says alone, and a page with a column for each and a row for each line."""
+    (tmp_path / "lines.txt").write_text("one two\nthree\nfour")
+    for name, step in (("a", 7), ("b", 1200)):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        changed = {key: w + 0.3 * (name == "b") for key, w in checkpoint["model"].items()}
+        models.save_checkpoint(tmp_path / "out" / name / "best.pt", {**checkpoint, "iter": step, "model": changed})
+    (tmp_path / "out/b/metrics.jsonl").write_text('{"iter": 1, "val_loss": 2.5}\n{"iter": 2, "val_loss": 2.25}\n')
+    both = ",".join(str(tmp_path / "out" / name / "best.pt") for name in "ab")
+    run("--ckpt", both, "--file", tmp_path / "lines.txt", "--out_dir", tmp_path / "c d")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/c d/index.html: to listen to them"
+    for name in "ab":
+        alone = tmp_path / name
+        run("--ckpt", tmp_path / "out" / name / "best.pt", "--file", tmp_path / "lines.txt", "--out_dir", alone)
+        assert sorted(os.listdir(alone)) == ["000.wav", "001.wav", "002.wav"]
+        for path in alone.iterdir():
+            assert path.read_bytes() == (tmp_path / "c d" / name / path.name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "c d")) == ["a", "b", "index.html"]
+    rows = [row.split("<td>")[1:] for row in (tmp_path / "c d/index.html").read_text().splitlines() if "<td>" in row]
+    assert rows[:2] == [["step", "7", "1,200"], ["lowest held-out loss", "", "2.250"]]
+    assert [row[0] for row in rows[2:]] == ["ended", "real-time factor", "one two", "three", "four"]
+    assert rows[5][1:] == [f'<audio controls src="{name}/001.wav"></audio>' for name in "ab"]
+    one = str(tmp_path / "out/a/best.pt")
+    for given, out_dir in ((f"{one},{one}", tmp_path / "e"), (both, "-")):
+        with pytest.raises(ValueError, match="several checkpoints need folders of their own"):
+            run("--ckpt", given, "--text=one", "--out_dir", out_dir)
+
+
 def test_settings_reach_the_voice(ckpt, recording, tmp_path):
     how = dict(speaker="awb", temperature=0.7, top_k=9, top_p=0.9, seed=4, cap_seconds=2.0)
     flags = [f"--{key}={value}" for key, value in how.items()]
