@@ -42,7 +42,7 @@ from model import contract_check, load_checkpoint, load_model, sampler
 ckpt = ""  # checkpoint, or several with commas between; empty: best.pt in out_dir, so that a recipe alone is enough
 text = ""  # what to say
 file = ""  # or a text file, one utterance a line
-out_dir = "samples"  # folder for 000.wav, ..., of several checkpoints one for each; "-": raw 16-bit mono samples to stdout
+out_dir = "samples"  # folder for 000.wav, ..., of several checkpoints one each; "-": raw 16-bit mono samples to stdout
 speaker = ""  # one of the speakers trained on; empty: the one heard most
 reference = ""  # recording of a voice to clone
 reference_text = ""  # what is said in it, word for word; XTTS and VALL-E do without
