@@ -44,7 +44,6 @@ CODES, FRAMES = ["audio_tokens", "nano_layer_1"], ["encoded_len", "audio_tokens_
 METADATA = ["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.txt"]
 SHARDS = ["*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.jsonl", "*.jsonl.gz"]  # in a folder without metadata
 EXTENSIONS = ["wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "snd", "caf", "w64", "rf64"]
-BATCH = 64  # rows of a parquet file in memory at a time
 
 
 @dataclass(slots=True)
@@ -174,11 +173,14 @@ def read_tar(path, whole):
 
     with tarfile.open(path) as tar:
         for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
-            fields, more = {}, {}
+            fields, more, kinds = {}, {}, set()
             for member in members:
                 kind, where = member.name.rpartition(".")[2].lower(), f"{path}, {member.name}"
+                if kind in kinds:
+                    raise ValueError(f"{where}: a second .{kind} of {name}; names that agree up to a dot are one row")
+                kinds.add(kind)
                 if kind == "json":
-                    fields |= need_fields(parse(tar.extractfile(member).read(), where), where)
+                    fields = need_fields(parse(tar.extractfile(member).read(), where), where)
                 elif kind == "txt":
                     more["text"] = tar.extractfile(member).read().decode()
                 elif kind in EXTENSIONS:
@@ -191,7 +193,7 @@ def read_tar(path, whole):
 
 
 def read_parquet(path, whole):
-    """Rows of a parquet file, a batch of them in memory at a time."""
+    """Rows of a parquet file, one of its row groups in memory at a time."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -201,7 +203,8 @@ def read_parquet(path, whole):
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
             sounds = {leaf.removesuffix(".bytes") for leaf in leaves if leaf.endswith(".bytes")}
             columns = leaves if whole else [leaf for leaf in leaves if leaf.removesuffix(".bytes") not in sounds]
-            batches = file.iter_batches(BATCH, columns=columns)
+            groups = (file.iter_batches(64, [i], columns) for i in range(file.num_row_groups))
+            batches = itertools.chain.from_iterable(groups)
             for n, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"row {n}", row | {name: {"bytes": b""} | (row.get(name) or {}) for name in sounds}, ""
     except (pyarrow.ArrowException, OSError) as error:
@@ -303,11 +306,10 @@ def read_row(row, n, place, problem, path, speaker, lowercase):
     def pick(names):
         return next((text for name in names if (text := field(row, name))), "")
 
-    held = None
     try:
         held = content(row)
     except ValueError as error:
-        problem = problem or str(error)
+        held, problem = b"", problem or str(error)
     audio = pick(AUDIO)
     name = utterance_id(audio, path) or (place if held is None else f"{os.path.basename(path).partition('.')[0]}/{n}")
     u = Utterance(name, path, audio, normalise(pick(TEXT), lowercase), normalise(pick(SPEAKER)) or speaker)
