@@ -510,8 +510,8 @@ def main(cfg):
     tokenizer = None if cfg.extend_vocab else given
     for source in cfg.sources if isinstance(cfg.sources, list) else [cfg.sources]:
         found = read_source(source, cfg.lowercase)
-        n = len({u.source for u in found})
-        print(f"{found[0].source}{f' and {n - 1:,} more files' if n > 1 else ''}: {len(found):,} utterances")
+        files = len({u.source for u in found})
+        print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
         utterances += found
     need_sound(utterances, cfg, codec, missing)
     pool = start_pool(cfg.workers)
@@ -538,13 +538,14 @@ def main(cfg):
 def get_codes(cfg, pool, used, codec, folder):
     """Codes (T, K) of each utterance: those that its source holds, or what the codec in `folder` makes of it."""
     recorded, device = [u for u in used if not u.codes], encode_device(codec, cfg.device)
-    held = (u.content[:, : codec.n_codebooks] for u in load([u for u in used if u.codes]))
+    coded = [u for u in used if u.codes]
+    held = load(tqdm(coded, "reading codes ", unit=" utt", disable=None if coded else True))
     if device.type == "cpu" or not recorded:
         made = in_order(f"encoding {codec.name}", pool, encode, recorded, codec.name, folder)
     else:
         wavs = in_order(f"encoding {codec.name}", pool, read, recorded, codec.sample_rate)
         made = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
-    return (next(held if u.codes else made) for u in used)
+    return (next(held).content[:, : codec.n_codebooks] if u.codes else next(made) for u in used)
 
 
 def write(cfg, folder, pool, used, val, tokenizer, codec, findings):

@@ -110,8 +110,8 @@ def column_name(name):
 
 def read_text(path, head):
     """Rows of a text file: json where it begins so, else a table."""
-    is_open = gzip.open if head[:2] == b"\x1f\x8b" else open
-    with is_open(path, "rt", encoding="utf-8-sig", newline="") as file:
+    opener = gzip.open if head[:2] == b"\x1f\x8b" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         while (first := file.read(1)).isspace():
             pass
         file.seek(0)
@@ -120,8 +120,9 @@ def read_text(path, head):
                 yield f"row {n}", need_fields(row, path), ""
         elif first == "{":
             for n, line in enumerate(file, 1):
+                where = f"{path}, line {n}"
                 if line.strip():
-                    yield f"line {n}", need_fields(parse(line, f"{path}, line {n}"), f"{path}, line {n}"), ""
+                    yield f"line {n}", need_fields(parse(line, where), where), ""
         else:
             yield from read_table(path, file.read())
 
@@ -151,11 +152,11 @@ def read_table(path, text):
         yield f"line {n}", dict(zip(header, row, strict=False)), problem
 
 
-def parse(text, where):
+def parse(text, where, read=json.loads, kind="JSON"):
     try:
-        return json.loads(text)
+        return read(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not {kind} ({error})") from None
 
 
 def need_fields(row, where):
@@ -182,7 +183,7 @@ def read_tar(path, whole):
                 if kind == "json":
                     fields = need_fields(parse(tar.extractfile(member).read(), where), where)
                 elif kind == "txt":
-                    more["text"] = tar.extractfile(member).read().decode()
+                    more["text"] = parse(tar.extractfile(member).read(), where, bytes.decode, "UTF-8")
                 elif kind in EXTENSIONS:
                     more["audio"] = {"path": member.name, "bytes": tar.extractfile(member).read() if whole else b""}
             if fields or more:

@@ -197,7 +197,7 @@ def test_codes_become_token_files(layout, tmp_path, monkeypatch, capsys):
         save(part, tmp_path / "x" / name.format(f"part{i}"))
     argv = (f"--sources={tmp_path / 'x' / asked}", f"--codec={codec}", f"--codec_args={{'n_codebooks': {wanted}}}")
     command(monkeypatch, *argv, f"--data_dir={tmp_path / 't'}")
-    assert "24 of 24 utterances are used" in (screen := capsys.readouterr().out) and "and 1 more files" in screen
+    assert "24 of 24 utterances are used" in (screen := capsys.readouterr().out) and "2 files like" in screen
     assert f"hf download {'kyutai' if codec == 'mimi' else 'nvidia'}" in screen
     found, meta = read_back(tmp_path / "t")
     assert len(found) == 24
@@ -413,6 +413,7 @@ WRONG = {
     "broken gz": (["--sources=cut.gz"], "cut.gz: is broken"),
     "tar that is none": (["--sources=rubbish.tar"], "rubbish.tar: neither parquet nor a tar, and not a text file"),
     "rubbish in a tar": (["--sources=rubbish_inside.tar"], "rubbish_inside.tar, x.json: not JSON"),
+    "a text in a tar": (["--sources=latin.tar"], "latin.tar, x.txt: not UTF-8"),
     "a list in a tar": (["--sources=list.tar"], "list.tar, x.json: [1, 2] is not an object"),
     "rubbish in jsonl": (["--sources=rubbish.jsonl"], "rubbish.jsonl, line 2: not JSON"),
     "deep rubbish": (["--sources=deep.json"], "deep.json: not JSON"),
@@ -451,6 +452,8 @@ def yard(tmp_path_factory):
     with tarfile.open(folder / "twice.tar", "w") as tar:
         add(tar, "x.1.json", b'{"text": "a", "audio_tokens": [[1]]}')
         add(tar, "x.2.json", b'{"text": "a", "audio_tokens": [[1]]}')
+    with tarfile.open(folder / "latin.tar", "w") as tar:
+        add(tar, "x.txt", "café".encode("latin-1"))
     for name, text in (("rubbish_inside", b'{"text": '), ("list", b"[1, 2]")):
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
             add(tar, "x.json", text)
