@@ -230,7 +230,7 @@ def misfit(u, limits):
     """What the length of an utterance says against it, as (reason, detail), or two empty strings."""
     if u.seconds > limits["max_seconds"]:
         return "too long", f"{u.seconds:.1f} s"
-    if u.seconds < max(limits["min_seconds"], 1e-4):
+    if u.seconds < max(limits["min_seconds"], 1e-4):  # which is a sample or two
         return "too short", f"{u.seconds:.2f} s"
     speed = len(u.text) / u.seconds
     if not limits["min_chars_per_second"] <= speed <= limits["max_chars_per_second"]:

@@ -232,7 +232,7 @@ def read_codes(row):
     layers = [name for name in row if name.startswith("nano_layer_")]
     if layers:
         books = [row.get(f"nano_layer_{k}") or [] for k in range(1, len(layers) + 1)]
-    elif row.get("audio_tokens") is not None:
+    elif "audio_tokens" in row:
         books = row["audio_tokens"]
     else:
         return None

@@ -204,6 +204,8 @@ def test_codes_become_token_files(layout, tmp_path, monkeypatch, capsys):
     for text, speaker, codes in rows:
         assert np.array_equal(found[text][0], codes.T[:, :wanted]) and found[text][1] == speaker
     assert meta["codec"] == {"name": codec, "fingerprint": "unknown", **PUBLISHED[codec], "n_codebooks": wanted}
+    pack = torch.load(tmp_path / "t" / "codec.pt", weights_only=True)
+    assert pack == {"name": codec, "options": {"n_codebooks": wanted}, "weights": "", "fingerprint": "unknown"}
     command(monkeypatch, *argv, f"--data_dir={tmp_path / 'again'}")
     assert contents(tmp_path / "again") == contents(tmp_path / "t")
 
