@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from codec import CODECS, FSQ, PUBLISHED, load_codec, read_audio
+from codec import CODECS, FSQ, PUBLISHED, UNKNOWN, load_codec, read_audio
 from data import (
     HuggingFace,
     SentencePiece,
@@ -90,7 +90,6 @@ seed = 1337  # of the codec's fit
 max_tokens = 8192  # train.py's batch: only to say how many steps an epoch will take
 
 FOLDERS = ["", "wavs", "clips", "audio"]  # where the audio lies, seen from its metadata
-UNKNOWN = "unknown"  # the fingerprint of a codec whose weights are not here
 BY_CHOICE = ["filtered out", "beyond the cap"]  # reasons that say nothing against an utterance
 
 
@@ -406,7 +405,7 @@ def need_sound(utterances, cfg, codec, missing):
     if missing and any(not u.codes and not u.reason for u in utterances):
         raise missing
     if missing:
-        print(f"the codes are taken as they are; before training, fetch the codec and prepare again ({missing})")
+        print(f"the codes are taken as they are; for training, fetch the codec ({missing})")
 
 
 def fit_codec(codec, cfg, train, pool):

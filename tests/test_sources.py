@@ -13,11 +13,13 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from test_prepare import RATE, config, contents, make_set, run, words, write_csv
+from test_train import run as train_on
 
 import configurator
 import prepare
 from codec import PUBLISHED, load_codec, resample
 from data import TokenFiles, load_tokenizer
+from sample import Voice
 from sources import load, read_rows, read_source, utterance_id
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -254,11 +256,15 @@ def test_codes_and_recordings_together(tokens, tmp_path):
     assert load_codec("mel", str(tmp_path / "t")).fingerprint() == meta["codec"]["fingerprint"]
 
 
-def test_codes_with_the_weights_at_hand(tmp_path):
+def nano(path):
     weights = load_file(GOLDEN / "nemo_nanocodec.safetensors")
     torch.save({name[8:]: x for name, x in weights.items() if name[:8] == "weights."}, packed := io.BytesIO())
-    with tarfile.open(tmp_path / "nano.nemo", "w") as tar:
+    with tarfile.open(path, "w") as tar:
         add(tar, "model_weights.ckpt", packed.getvalue())
+
+
+def test_codes_with_the_weights_at_hand(tmp_path):
+    nano(tmp_path / "nano.nemo")
     codec = load_codec("nanocodec", tmp_path / "nano.nemo")
     rows = coded(12, codec.n_codebooks, codec.codebook_size)
     jsonl(kani(rows), tmp_path / "x.jsonl")
@@ -270,6 +276,23 @@ def test_codes_with_the_weights_at_hand(tmp_path):
     for text, _, codes in rows:
         assert np.array_equal(found[text][0], codes.T)
     assert torch.equal(again.decode(torch.from_numpy(codes)[None]), codec.decode(torch.from_numpy(codes)[None]))
+
+
+def test_weights_that_come_later(tmp_path, monkeypatch):
+    nano(tmp_path / "nano.nemo")
+    codec = load_codec("nanocodec", tmp_path / "nano.nemo")
+    jsonl(kani(coded(24, codec.n_codebooks, codec.codebook_size)), tmp_path / "x.jsonl")
+    run(tmp_path / "x.jsonl", tmp_path / "t", codec="nanocodec", codec_args={"n_codebooks": 2})
+    with pytest.raises(FileNotFoundError, match="t/codec.pt: the hub's cache folder: no .*`hf download"):
+        train_on(tmp_path / "t", tmp_path / "run")
+    snapshot = tmp_path / "hub" / "models--nvidia--nemo-nano-codec-22khz-0.6kbps-12.5fps" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "nano.nemo").rename(snapshot / "nano.nemo")
+    train_on(tmp_path / "t", tmp_path / "run")
+    voice = Voice.from_checkpoint(tmp_path / "run" / "last.pt")
+    assert voice.codec.fingerprint() == codec.fingerprint()
+    frames = list(torch.from_numpy(TokenFiles(tmp_path / "t", "val").codes(0)))
+    assert torch.equal(voice.decode(frames), codec.decode(torch.stack(frames, 1)[None])[0])
 
 
 def test_rows_that_contradict(tmp_path):
