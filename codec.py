@@ -232,6 +232,7 @@ def dequantise(codes, codebooks):
 def kmeans(x, size, generator, rounds=20):
     """Lloyd's algorithm from a random start: x (n, D) -> codebook (size, D). An entry that loses all its vectors goes
     to one drawn at random. Where vectors are drawn, a little noise keeps any two entries apart."""
+
     def draw(n):
         picked = x[torch.randperm(len(x), generator=generator)[:n] if n <= len(x)
                    else torch.randint(len(x), (n,), generator=generator)]  # fmt: skip
@@ -284,6 +285,7 @@ class Mel(Codec):
     @staticmethod
     def divide(frame, hop):
         """(steps, samples in a step): near `hop` samples in a step, and all steps together, nearer yet, `frame`."""
+
         def misfit(steps):
             size = max(1, round(frame / steps))
             return abs(math.log(size / hop)) + 200 * abs(math.log(size * steps / frame))
@@ -715,6 +717,9 @@ def hub_folders(repository):
 # what the published codecs share
 
 
+UNKNOWN = "unknown"  # the fingerprint of weights that have not been seen yet
+
+
 class Network(Codec):
     """A codec with published weights. It says how a piece of a waveform becomes codes and a piece of codes a waveform,
 
@@ -862,12 +867,14 @@ class Network(Codec):
 
     @classmethod
     def unpack(cls, pack, where):
-        """The codec of a `pack()`: its weights where they were, or else in the hub's cache folder."""
+        """The codec of a `pack()`: its weights where they were, or else in the hub's cache folder. A pack made without
+        them, of codes from elsewhere, takes those that are there."""
         try:
             codec = cls.load(pack["weights"] if os.path.exists(pack["weights"]) else None, **pack["options"])
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{where}: {pack['weights']} is gone, and in {error}") from None
-        if codec.fingerprint() != pack["fingerprint"]:
+            gone = f"{pack['weights']} is gone, and in " if pack["weights"] else ""
+            raise FileNotFoundError(f"{where}: {gone}{error}") from None
+        if pack["fingerprint"] not in (UNKNOWN, codec.fingerprint()):
             raise ValueError(f"{codec.path}: not the weights that the codes of {where} were made with")
         return codec
 
@@ -1131,6 +1138,7 @@ def leaky(c, slope=0.01):
 
 def fusion(c, act, conv):
     """HiFi-GAN's fusion of receptive fields (Kong, Kim and Bae 2020): the mean of three chains of residual units."""
+
     def branch(kernel):
         return Chain(*(Residual(act(c), conv(c, c, kernel, dilation=d), act(c), conv(c, c, kernel)) for d in (1, 3, 5)))
 

@@ -4,8 +4,8 @@ Audio and transcripts -> token files, the folder that train.py reads.
     python prepare.py config/digits.py
     python prepare.py --sources=my/metadata.csv --data_dir=my/tokens
 
-- Metadata of any common kind, told apart by content: LJSpeech (`id|text|normalised`), csv or tsv with a header, json or
-  jsonl with the same fields.
+- Metadata of any common kind, tables and shards that hold the recordings, or codes that somebody made of them already:
+  see sources.py.
 - The doctor: every utterance is listened to before anything is computed, and each one that is not used is named with
   its reason, on the screen and in report.json. A set with more than a share `max_bad` of such ones is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
@@ -14,23 +14,21 @@ Audio and transcripts -> token files, the folder that train.py reads.
 - The folder gets its name when it is whole. After a kill the next run starts over.
 """
 
-import csv
-import hashlib
+import contextlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import string
+import tempfile
 import threading
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -39,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from codec import load_codec, read_audio
+from codec import CODECS, FSQ, PUBLISHED, UNKNOWN, load_codec, read_audio
 from data import (
     TIMBRES,
     HuggingFace,
@@ -47,13 +45,14 @@ from data import (
     TokenWriter,
     extend_tokenizer,
     load_tokenizer,
-    normalise,
     read_meta,
     train_tokenizer,
 )
+from sources import EXTENSIONS, fraction, load, read_source
 
 # from where to where
-# A source is a metadata file, a folder that holds one, or a dict with the path and any of these:
+# A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a
+# folder of the one or the others, or a dict with the path and any of these:
 # {"path": "x/metadata.csv", "speaker": "anna", "filter": {"accent": "us|england"}, "cap": 1000, "name": "x"}.
 # speaker: where no column says who speaks; filter: for each column a regular expression that has to match the whole
 # field; cap: how many utterances at most; name: put before the ids, where two sources would have the same ones.
@@ -91,182 +90,12 @@ batch_seconds = 240.0  # audio in a batch there
 seed = 1337  # of the codec's fit
 max_tokens = 8192  # train.py's batch: only to say how many steps an epoch will take
 
-# names of columns, the preferred first
-AUDIO = ["audio", "audio_path", "audio_file", "audio_filepath", "path", "file", "file_name", "filename", "wav", "id"]
-TEXT = ["normalised", "normalized", "normalised_text", "normalized_text", "normalized_transcription"]
-TEXT += ["text", "sentence", "transcript", "transcription"]
-SPEAKER = ["speaker", "speaker_name", "speaker_id", "spk", "voice", "client_id"]
-START, END, DURATION = ["start", "start_time", "begin", "offset"], ["end", "end_time", "stop"], ["duration"]
-METADATA = ["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.txt"]
 FOLDERS = ["", "wavs", "clips", "audio"]  # where the audio lies, seen from its metadata
-EXTENSIONS = ["wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "snd", "caf", "w64", "rf64"]
 BY_CHOICE = ["filtered out", "beyond the cap"]  # reasons that say nothing against an utterance
-
-
-@dataclass(slots=True)
-class Utterance:
-    id: str
-    source: str  # metadata file
-    audio: str  # as the metadata names it; the file's path once it is found
-    text: str
-    speaker: str
-    start: float = 0.0  # seconds
-    end: float | None = None
-    seconds: float = 0.0
-    reason: str = ""  # why it is not used; empty: it is
-    detail: str = ""
-
-
-# -----------------------------------------------------------------------------
-# metadata -> utterances
-
-
-def read_table(path, text):
-    """Rows of a csv, tsv or LJSpeech-like file: [(line, {column: field}, problem)], `problem` empty for a sound row."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = next((d for d in "|\t" if d in first), ";" if first.count(";") > first.count(",") else ",")
-    # In LJSpeech's layout, and in some tsv files, quotation marks belong to the text.
-    styles = {"|": [csv.QUOTE_NONE], "\t": [csv.QUOTE_MINIMAL, csv.QUOTE_NONE]}.get(delimiter, [csv.QUOTE_MINIMAL])
-    for quoting in styles:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            rows = [(reader.line_num, row) for row in reader if any(field.strip() for field in row)]
-            break
-        except csv.Error as error:
-            problem = f"{path}, line {reader.line_num}: {error}"
-    else:
-        raise ValueError(problem)
-    header = [column_name(name) for name in rows[0][1]] if rows else []
-    if delimiter == "|" and not has_columns(header):
-        header = ["id", "text", "normalised"][: len(header)]
-    else:
-        rows = rows[1:]
-    problems = ["" if len(row) == len(header) else f"{len(row)} fields instead of {len(header)}" for _, row in rows]
-    return [(n, dict(zip(header, row, strict=False)), p) for (n, row), p in zip(rows, problems, strict=True)]
-
-
-def read_json(path, text):
-    """Rows of a json (one list of objects) or jsonl file (one object a line), as read_table gives them."""
-    table = []
-    for line, chunk in [(1, text)] if text.lstrip()[:1] == "[" else enumerate(text.split("\n"), 1):
-        try:
-            value = json.loads(chunk) if chunk.strip() else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: not JSON ({error})") from None
-        for row in value if isinstance(value, list) else [value]:
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: {row!r:.40} is not an object with the fields audio and text")
-            row = {column_name(k): v.get("path") if isinstance(v, dict) else v for k, v in row.items()}
-            table.append((max(line, len(table) + 1), {k: "" if v is None else str(v) for k, v in row.items()}, ""))
-    return table
-
-
-def column_name(name):
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
-
-
-def has_columns(columns):
-    return bool(set(columns) & set(AUDIO) and set(columns) & set(TEXT))
-
-
-def read_metadata(path):
-    """The metadata file that `path` means, itself or in the folder, and its rows as read_table gives them."""
-    if os.path.isdir(path):
-        found = [file for name in METADATA if os.path.isfile(file := os.path.join(path, name))]
-        if not found:
-            script = os.path.join(path, "prepare.py")
-            advice = f"run python {script} first" if os.path.isfile(script) else "name the file itself"
-            raise ValueError(f"source {path}: none of {', '.join(METADATA)} in this folder; {advice}")
-        path = found[0]
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 (byte {error.start})") from None
-    table = (read_json if text.lstrip()[:1] in ("[", "{") else read_table)(path, text)
-    columns = {column: None for _, row, _ in table for column in row}
-    if not table:
-        raise ValueError(f"{path}: no rows in it")
-    if not has_columns(columns):
-        wanted = f"one for the audio ({', '.join(AUDIO)}) and one for the text ({', '.join(TEXT)})"
-        raise ValueError(f"{path}: its columns are {', '.join(columns)}; it needs {wanted}")
-    return path, table
-
-
-def read_source(source, lowercase=False):
-    """One source -> its utterances in the order of the file, those it does not want with their reason.
-    Raises ValueError or FileNotFoundError, one line, where it cannot be read or makes no sense."""
-    source = source if isinstance(source, dict) else {"path": source}
-    cap, wanted = source.get("cap"), source.get("filter", {})
-    if not isinstance(source.get("path"), str) or set(source) - {"path", "speaker", "filter", "cap", "name"}:
-        raise ValueError(f"source {source}: takes a path and, if need be, speaker, filter, cap, name")
-    if not isinstance(wanted, dict) or not (cap is None or type(cap) is int and cap > 0):
-        raise ValueError(f"source {source}: filter is a dict {{column: regular expression}}, cap a number above 0")
-    path, table = read_metadata(source["path"])
-    try:
-        tests = [(column_name(column), re.compile(str(pattern))) for column, pattern in wanted.items()]
-    except re.error as error:
-        raise ValueError(f"source {path}: {error.pattern!r} in its filter is no regular expression ({error})") from None
-    speaker = source.get("speaker") or os.path.basename(os.path.dirname(os.path.abspath(path))) or "speaker"
-    prefix = f"{source['name']}/" if source.get("name") else ""
-    utterances, passed = [], []
-    for line, row, problem in table:
-        u = read_row(row, f"line {line}", problem, path, normalise(str(speaker)), lowercase)
-        u.id = prefix + u.id
-        utterances.append(u)
-        if all(pattern.fullmatch(row.get(column, "").strip()) for column, pattern in tests):
-            passed.append(u)
-        else:
-            u.reason = "filtered out"
-    if not passed:
-        raise ValueError(f"{path}: none of its {len(table)} rows passes the filter {wanted}; columns: {', '.join(row)}")
-    # A fair sample, the same each time, and not the utterances that the split by hash would hold out.
-    for u in sorted(passed, key=lambda u: fraction(f"cap {u.id}"))[cap or len(passed) :]:
-        u.reason = "beyond the cap"
-    return utterances
-
-
-def read_row(row, line, problem, path, speaker, lowercase):
-    """One row {column: field} of the metadata file `path` -> an utterance, with a reason where the row is at fault."""
-
-    def pick(names):
-        return next((row[name].strip() for name in names if row.get(name, "").strip()), "")
-
-    audio, start, end, duration = pick(AUDIO), pick(START), pick(END), pick(DURATION)
-    u = Utterance(utterance_id(audio, path) or line, path, audio, normalise(pick(TEXT), lowercase), speaker)
-    u.speaker = normalise(pick(SPEAKER)) or speaker
-    try:
-        u.start = float(start or 0)
-        if end or start and duration:
-            u.end = float(end) if end else u.start + float(duration)
-        if not 0 <= u.start < (math.inf if u.end is None else u.end):
-            problem = problem or f"from {u.start:g} s to {u.end} s"
-    except ValueError:
-        problem = problem or f"start {start!r}, end {end or duration!r}: not numbers of seconds"
-    if start or end:
-        u.id += f"_{start or 0}-{end or duration}"
-    if problem or not audio:
-        u.reason, u.detail = "bad row", f"{line}: {problem or 'no audio'}"
-    elif not u.text:
-        u.reason = "empty text"
-    return u
-
-
-def utterance_id(audio, metadata):
-    """What an utterance is called: its audio's path below the metadata, without wavs/ and without extension."""
-    folder = os.path.dirname(os.path.abspath(metadata)) + os.sep
-    name = re.sub(r"^(\./|wavs/|clips/|audio/)+", "", " ".join(audio.removeprefix(folder).split()))
-    stem, _, extension = name.rpartition(".")
-    return stem if extension.lower() in EXTENSIONS else name
 
 
 # -----------------------------------------------------------------------------
 # the split
-
-
-def fraction(name):
-    """A number in [0, 1) that depends on nothing but the name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 def divide(utterances, cfg):
@@ -320,12 +149,12 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def in_order(what, pool, function, items, *args, chunk=8):
-    """function(some of the items, *args) -> list, called in the pool; yields the results one by one in the order of
-    the items, behind a progress bar. A bounded number of calls is under way, so a long list costs no memory."""
-    rest, waiting = iter(items), deque()
+def in_order(what, pool, function, utterances, *args, chunk=8):
+    """function(some of the utterances, *args) -> list, called in the pool; yields the results one by one in their
+    order, behind a progress bar. A bounded number of calls is under way, so a long list costs no memory."""
+    rest, waiting = load(utterances), deque()
     try:
-        with tqdm(desc=what.ljust(14), total=len(items), unit=" utt", disable=None) as bar:
+        with tqdm(desc=what.ljust(14), total=len(utterances), unit=" utt", disable=None) as bar:
             while True:
                 while len(waiting) < 4 * pool._max_workers and (some := list(itertools.islice(rest, chunk))):
                     waiting.append(pool.submit(function, some, *args))
@@ -342,47 +171,90 @@ def in_order(what, pool, function, items, *args, chunk=8):
 # the doctor
 
 
+@contextlib.contextmanager
+def as_file(u):
+    """The path of an utterance's recording; one that its source holds becomes a file for as long as it is needed."""
+    if not u.content:
+        yield u.audio
+        return
+    with tempfile.NamedTemporaryFile(suffix=os.path.splitext(u.audio)[1]) as file:
+        file.write(u.content)
+        file.flush()
+        yield file.name
+
+
 def examine(utterances, limits):
     """Listen to utterances: the same, with their audio's path and length, and a reason where one is unfit."""
     for u in utterances:
-        u.reason, u.detail = fault(u, limits)
+        u.reason, u.detail = find(u) or listen(u, limits)
+        u.content = None
     return utterances
 
 
-def fault(u, limits):
-    """What is wrong with an utterance, as (reason, detail), or two empty strings. Sets its `audio` and `seconds`."""
+def find(u):
+    """Set `audio` to the path of the recording, where that is a file; returns what is wrong if there is none."""
     places = [os.path.join(os.path.dirname(u.source), sub, u.audio) for sub in FOLDERS]
     endings = ["", *(f".{e}" for extension in EXTENSIONS for e in (extension, extension.upper()))]
-    path = next((place + e for place in places for e in endings if os.path.isfile(place + e)), None)
+    path = u.audio if u.content else next((p + e for p in places for e in endings if os.path.isfile(p + e)), None)
     if path is None:
         return "missing file", places[0]
     u.audio = path
-    try:
-        info = soundfile.info(path)
-        total = info.frames / info.samplerate
-        u.seconds = max(0.0, (total if u.end is None else min(u.end, total)) - u.start)
-        if u.seconds > limits["max_seconds"]:  # said before it is read, which may take hours
-            return "too long", f"{u.seconds:.1f} s"
-        if u.seconds < max(limits["min_seconds"], 1 / info.samplerate):
-            return "too short", f"{u.seconds:.2f} s"
-        wav = read_audio(path, info.samplerate, u.start, u.end).numpy()
-    except (soundfile.SoundFileError, ValueError, OSError) as error:
-        return "NaN" if "NaN or infinite" in str(error) else "unreadable file", " ".join(str(error).split())
+
+
+def listen(u, limits):
+    """What is wrong with a recording, as (reason, detail), or two empty strings. Sets its `seconds`."""
+    with as_file(u) as path:
+        try:
+            info = soundfile.info(path)
+            total = info.frames / info.samplerate
+            u.seconds = max(0.0, (total if u.end is None else min(u.end, total)) - u.start)
+            if (unfit := misfit(u, limits))[0] in ("too long", "too short"):  # said before hours of it are read
+                return unfit
+            wav = read_audio(path, info.samplerate, u.start, u.end).numpy()
+        except (soundfile.SoundFileError, ValueError, OSError) as error:
+            says = " ".join(str(error).split()).replace(path, u.audio or u.id)
+            return "NaN" if "NaN or infinite" in says else "unreadable file", says
     if len(wav) < (u.seconds - 0.1) * info.samplerate:
-        return "unreadable file", f"{path}: breaks off {u.seconds - len(wav) / info.samplerate:.2f} s before its end"
+        return "unreadable file", f"{u.audio}: breaks off {u.seconds - len(wav) / info.samplerate:.2f} s before its end"
     step = min(len(wav), max(1, info.samplerate // 50))
     power = np.square(wav[: len(wav) // step * step].reshape(-1, step)).mean(1).max()
-    level, clipped, speed = 10 * math.log10(power + 1e-20), (np.abs(wav) >= 0.99).mean(), len(u.text) / u.seconds
+    level, clipped = 10 * math.log10(power + 1e-20), (np.abs(wav) >= 0.99).mean()
     if level < limits["min_level"]:
         return "silence", f"{level:.0f} dB at its loudest"
     if clipped > limits["max_clipped"]:
         return "clipping", f"{clipped:.1%} of its samples"
+    return unfit
+
+
+def misfit(u, limits):
+    """What the length of an utterance says against it, as (reason, detail), or two empty strings."""
+    if u.seconds > limits["max_seconds"]:
+        return "too long", f"{u.seconds:.1f} s"
+    if u.seconds < max(limits["min_seconds"], 1e-4):  # which is a sample or two
+        return "too short", f"{u.seconds:.2f} s"
+    speed = len(u.text) / u.seconds
     if not limits["min_chars_per_second"] <= speed <= limits["max_chars_per_second"]:
         return "impossible speed", f"{speed:.1f} characters a second"
     return "", ""
 
 
-def diagnose(utterances, cfg, pool, tokenizer):
+def compare(u, codec):
+    """What says that the codes of an utterance are not the codec's, as (reason, detail), or None. Sets its `seconds`.
+    Residual codebooks may be more than the codec is to have, as the first of them say the most; others may not."""
+    frames, books, low, high = u.codes
+    u.seconds = frames / codec.frame_rate
+    least = most = codec.n_codebooks
+    if not isinstance(getattr(codec, "quantizer", None), FSQ):
+        most = max(least, PUBLISHED.get(codec.name, {"n_codebooks": least})["n_codebooks"])
+    if not least <= books <= most:
+        wanted = least if least == most else f"{least} to {most}"
+        return "bad codes", f"{frames} frames of {books} codebooks, and {codec.name} has {wanted}"
+    if not 0 <= low <= high < codec.codebook_size:
+        wrong = low if low < 0 else high
+        return "bad codes", f"{wrong} is among them, and those of {codec.name} are 0 to {codec.codebook_size - 1}"
+
+
+def diagnose(utterances, cfg, pool, tokenizer, codec):
     """The utterances with file and length, or with the reason why they cannot be used. `tokenizer` may be None yet."""
     seen = set()
     for u in utterances:
@@ -391,8 +263,12 @@ def diagnose(utterances, cfg, pool, tokenizer):
             seen.add(u.id)
     if tokenizer:
         proofread(utterances, cfg, tokenizer)
-    examined = iter(list(in_order("listening", pool, examine, [u for u in utterances if not u.reason], vars(cfg))))
-    return [u if u.reason else next(examined) for u in utterances]
+    for u in utterances:
+        if u.codes and not u.reason:
+            u.reason, u.detail = compare(u, codec) or misfit(u, vars(cfg))
+    recorded = [u for u in utterances if not u.codes and not u.reason]
+    examined = iter(list(in_order("listening", pool, examine, recorded, vars(cfg))))
+    return [u if u.codes or u.reason else next(examined) for u in utterances]
 
 
 def proofread(utterances, cfg, tokenizer):
@@ -506,25 +382,51 @@ def make_tokenizer(cfg, train, given=None):
 
 
 def open_codec(cfg):
+    """The codec, and None or the error that says where to get its weights: codes made elsewhere need only its sizes."""
     try:
-        return load_codec(cfg.codec, cfg.codec_path or None, **cfg.codec_args)
+        return load_codec(cfg.codec, cfg.codec_path or None, **cfg.codec_args), None
     except TypeError as error:
         raise ValueError(f"codec_args = {cfg.codec_args}: {error}") from None
+    except FileNotFoundError as error:
+        if cfg.codec_path or cfg.codec not in PUBLISHED:
+            raise
+        with torch.device("meta"):
+            codec = CODECS[cfg.codec](**cfg.codec_args)
+        codec.options, codec.mark = dict(cfg.codec_args), UNKNOWN
+        return codec, error
+
+
+def need_sound(utterances, cfg, codec, missing):
+    """Refuse what needs recordings where there are codes, and what needs the codec where there are recordings."""
+    coded = next((u.source for u in utterances if u.codes), None)
+    if coded and cfg.references:
+        raise ValueError(f"references = True: {coded} has codes, and no recordings to hear a voice in")
+    if coded and not codec.fitted:
+        raise ValueError(f"{coded} has codes: which {cfg.codec} made them? Name its tables with codec_path")
+    if missing and any(not u.codes and not u.reason for u in utterances):
+        raise missing
+    if missing:
+        print(f"the codes are taken as they are; for training, fetch the codec ({missing})")
 
 
 def fit_codec(codec, cfg, train, pool):
     """Fit a codec that needs it on `fit_seconds` of the training split."""
-    seconds, heard = 0.0, []
+    seconds, heard = 0.0, {}
     for u in sorted(train, key=lambda u: fraction(f"{cfg.seed} {u.id}")):  # drawn from everywhere in the set
         if seconds < cfg.fit_seconds:
-            heard.append(u)
+            heard[u.id] = u
             seconds += u.seconds
-    wavs = in_order(f"fitting {cfg.codec}", pool, read, heard, codec.sample_rate)
+    heard |= {u.id: u for u in load([u for u in train if u.id in heard])}  # in the order of the sources
+    wavs = in_order(f"fitting {cfg.codec}", pool, read, list(heard.values()), codec.sample_rate)
     codec.fit(map(torch.from_numpy, wavs), seed=cfg.seed)
 
 
 def read(utterances, sample_rate):
-    return [read_audio(u.audio, sample_rate, u.start, u.end).numpy() for u in utterances]
+    wavs = []
+    for u in utterances:
+        with as_file(u) as path:
+            wavs.append(read_audio(path, sample_rate, u.start, u.end).numpy())
+    return wavs
 
 
 worker_codec = lru_cache(maxsize=1)(load_codec)
@@ -605,17 +507,19 @@ def check(cfg, folder, codec):
 
 def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
-    codec = open_codec(cfg)
+    codec, missing = open_codec(cfg)
     check(cfg, folder, codec)
     given, utterances = read_tokenizer(cfg) if cfg.tokenizer else None, []
     tokenizer = None if cfg.extend_vocab else given
     for source in cfg.sources if isinstance(cfg.sources, list) else [cfg.sources]:
         found = read_source(source, cfg.lowercase)
-        print(f"{found[0].source}: {len(found):,} utterances")
+        files = len({u.source for u in found})
+        print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
         utterances += found
+    need_sound(utterances, cfg, codec, missing)
     pool = start_pool(cfg.workers)
     try:
-        utterances = diagnose(utterances, cfg, pool, tokenizer)
+        utterances = diagnose(utterances, cfg, pool, tokenizer, codec)
         judge(utterances, cfg, folder + ".report.json")
         if tokenizer is None:
             tokenizer = make_tokenizer(cfg, divide(utterances, cfg)[1], given)
@@ -634,18 +538,27 @@ def main(cfg):
     print(show_cost(cfg, folder, findings["cost"]))
 
 
+def get_codes(cfg, pool, used, codec, folder):
+    """Codes (T, K) of each utterance: those that its source holds, or what the codec in `folder` makes of it."""
+    recorded, device = [u for u in used if not u.codes], encode_device(codec, cfg.device)
+    coded = [u for u in used if u.codes]
+    held = load(tqdm(coded, "reading codes ", unit=" utt", disable=None if coded else True))
+    if device.type == "cpu" or not recorded:
+        made = in_order(f"encoding {codec.name}", pool, encode, recorded, codec.name, folder)
+    else:
+        wavs = in_order(f"encoding {codec.name}", pool, read, recorded, codec.sample_rate)
+        made = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
+    return (next(held).content[:, : codec.n_codebooks] if u.codes else next(made) for u in used)
+
+
 def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
     """Encode everything into the token folder, in the order of the metadata."""
-    speakers, device = list(findings["speakers"]), encode_device(codec, cfg.device)  # most heard first
+    speakers = list(findings["speakers"])  # most heard first
     with TokenWriter(folder, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, cfg.references) as out:
         torch.save(codec.pack(), packed := io.BytesIO())
         out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
         out.file(tokenizer.file, tokenizer.model)
-        if device.type == "cpu":
-            codes = in_order(f"encoding {codec.name}", pool, encode, used, codec.name, out.partial)
-        else:
-            wavs = in_order(f"encoding {codec.name}", pool, read, used, codec.sample_rate)
-            codes = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
+        codes = get_codes(cfg, pool, used, codec, out.partial)
         heard, timbres = itertools.repeat((None, None), len(used)), [[] for _ in speakers]
         if cfg.references:
             heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)

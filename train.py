@@ -46,7 +46,7 @@ import budget
 import configurator
 import lora
 import published
-from codec import load_codec, write_audio
+from codec import UNKNOWN, load_codec, write_audio
 from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
@@ -393,7 +393,7 @@ def train(cfg, rank, world, device, received):
     files, val_files = TokenFiles(cfg.data_dir, "train"), TokenFiles(cfg.data_dir, "val")
     meta = files.meta
     codec = load_codec(meta["codec"]["name"], cfg.data_dir)
-    if codec.fingerprint() != meta["codec"]["fingerprint"]:
+    if meta["codec"]["fingerprint"] not in (UNKNOWN, codec.fingerprint()):
         raise ValueError(f"{cfg.data_dir}: codec.pt is not the codec its codes were made with: run prepare.py again")
     with open(os.path.join(cfg.data_dir, meta["tokenizer"]["file"]), "rb") as f:
         tokenizer = load_tokenizer(meta["tokenizer"]["kind"], f.read())

@@ -1,6 +1,6 @@
 """Marvis TTS learns the voice of Elise, as its authors fine-tune: backbone frozen, depth decoder on all frames.
 
-    python prepare.py config/elise.py --sources=elise/metadata.csv
+    python prepare.py config/elise.py --sources=elise/metadata.csv    # or Marvis' own shards: --sources="elise/*.tar"
     torchrun --nproc_per_node=1 train.py config/elise.py
     python sample.py config/elise.py --text "..." --reference elise/wavs/001.wav --reference_text "..."
 

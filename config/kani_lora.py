@@ -1,6 +1,6 @@
 """KaniTTS learns a voice or a language by LoRA, as its authors fine-tune it.
 
-    python prepare.py config/kani_lora.py --sources=my/metadata.csv
+    python prepare.py config/kani_lora.py --sources=my/metadata.csv    # or the authors' codes: "nano/*.parquet", .jsonl
     python train.py config/kani_lora.py
     python sample.py config/kani_lora.py --text "..."
 

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import configurator
 import prepare
 from codec import load_codec, read_audio
-from data import TokenFiles, load_tokenizer, train_tokenizer
+from data import TokenFiles, load_tokenizer, normalise, train_tokenizer
+from sources import Utterance, read_source
 
 ROOT = Path(prepare.__file__).parent
 RATE = 16000
@@ -87,98 +88,11 @@ def tokens(raw):
 
 
 # -----------------------------------------------------------------------------
-# metadata
-
-QUOTED = '"Well," she said,\nand left.'
-LAYOUTS = {
-    "ljspeech": ("metadata.csv", 'a|He said "no.|He said "no.\nb|10 %|ten percent\nc|three|\n'),
-    "ljspeech, two columns": ("metadata.csv", 'a|He said "no.\nb|ten percent\nc|three\n'),
-    "ljspeech, header and extension": (
-        "metadata.csv", 'ID|Text|Normalised Text\na.wav|x|He said "no.\nb.wav|x|ten percent\nc.wav|x|three\n'),
-    "pipes with a header": ("list.txt", 'audio_file|text\nwavs/a.wav|He said "no.\nb.wav|ten percent\nc.wav|three\n'),
-    "csv": ("metadata.csv", 'Audio,text,other\na.wav,"He said ""no.",1\nwavs/b.wav,ten percent,2\n./c.wav,three,3\n'),
-    "csv, semicolons": ("metadata.csv", 'audio;text\na.wav;"He said ""no."\nb.wav;ten percent\nc.wav;three\n'),
-    "tsv": ("x.tsv", 'path\tsentence\na.wav\t"He said ""no."\nb.wav\tten percent\nc.wav\tthree\n'),
-    "tsv with stray quotes": ("x.tsv", 'path\tsentence\na.wav\tHe said "no.\nb.wav\tten percent\nc.wav\tthree\n'),
-    "json": ("x.json", json.dumps([{"audio": {"path": "a.wav"}, "text": 'He said "no.'},
-                                   {"file": "b.wav", "text": "ten percent", "speaker": None},
-                                   {"audio": "c.wav", "text": "three"}], indent=1)),
-    "jsonl": ("x.jsonl", '{"audio_filepath": "a.wav", "text": "He said \\"no."}\n\n'
-                         '{"file_name": "b.wav", "text": "ten percent"}\n{"path": "c.wav", "text": "three"}'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_reads_the_same(tmp_path, layout, newline, bom):
-    name, text = LAYOUTS[layout]
-    (tmp_path / name).write_bytes(bom + text.replace("\n", newline).encode())
-    got = prepare.read_source(str(tmp_path / name))
-    assert [(u.id, u.text) for u in got] == [("a", 'He said "no.'), ("b", "ten percent"), ("c", "three")]
-    assert not any(u.reason for u in got)
-    assert {u.speaker for u in got} == {tmp_path.name}
-
-
-def test_quoted_fields_with_commas_and_line_breaks(tmp_path):
-    write_csv(tmp_path / "metadata.csv", [("a.wav", QUOTED, "x"), ("b.wav", "b", "y")])
-    got = prepare.read_source(str(tmp_path))
-    assert [(u.id, u.text, u.speaker) for u in got] == [("a", '"Well," she said, and left.', "x"), ("b", "b", "y")]
-
-
-def test_ids(tmp_path):
-    at = str(tmp_path / "metadata.csv")
-    names = ["wavs/a.wav", "a.FLAC", "x/a.wav", str(tmp_path / "x" / "a.ogg"), "v1.2", "v1.2.mp3", "/elsewhere/a.wav"]
-    assert [prepare.utterance_id(n, at) for n in names] == ["a", "a", "x/a", "x/a", "v1.2", "v1.2", "/elsewhere/a"]
-
-
-def test_cuts(tmp_path):
-    lines = [{"audio": "talk.wav", "text": "t", **extra} for extra in (
-        {"start": 0.5, "end": 1.25}, {"offset": 2, "duration": 1.5}, {"duration": 9}, {"end": "3"}, {"start": 4},
-        {"start": 3, "end": 2}, {"start": "soon"}, {"start": float("nan")}, {"start": -1},
-    )]  # fmt: skip
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    got = prepare.read_source(str(tmp_path / "m.jsonl"))
-    assert [(u.start, u.end) for u in got[:5]] == [(0.5, 1.25), (2.0, 3.5), (0.0, None), (0.0, 3.0), (4.0, None)]
-    assert [u.id for u in got[:5]] == ["talk_0.5-1.25", "talk_2-1.5", "talk", "talk_0-3", "talk_4-"]
-    assert [u.reason for u in got] == [""] * 5 + ["bad row"] * 4
-
-
-def test_source_options(tmp_path):
-    rows = [(f"{i}.wav", f"text {i}", "us" if i % 2 else "england", "x" if i == 1 else "") for i in range(10)]
-    write_csv(tmp_path / "m.csv", rows, ("audio", "text", "Accent", "speaker"))
-    wanted = {"accent": "u.", "text": r"\D+[1-7]"}
-    source = {"path": str(tmp_path / "m.csv"), "speaker": "anna", "name": "set", "filter": wanted}
-    got = prepare.read_source(source)
-    used = [u for u in got if not u.reason]
-    assert [u.id for u in used] == ["set/1", "set/3", "set/5", "set/7"]
-    assert [u.speaker for u in used] == ["x", "anna", "anna", "anna"]  # a column says more than the source
-    assert [u.reason for u in got if u not in used] == ["filtered out"] * 6
-    capped = [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
-    assert len(capped) == 2 and set(capped) < {u.id for u in used}
-    assert capped == [u.id for u in prepare.read_source({**source, "cap": 2}) if not u.reason]
-
-
-def test_a_cap_leaves_both_splits_their_share(tmp_path):
-    write_csv(tmp_path / "m.csv", [(f"{i}.wav", "text", "s") for i in range(2000)])
-    capped = [u for u in prepare.read_source({"path": str(tmp_path / "m.csv"), "cap": 200}) if not u.reason]
-    assert 5 < len(prepare.held_out(capped, "", 0.1)) < 40
-
-
-def test_rows_at_fault(tmp_path):
-    (tmp_path / "m.csv").write_text("audio,text\na.wav,one\nb.wav,two, and three\nc.wav\n,no audio\nd.wav,  \n")
-    got = prepare.read_source(str(tmp_path / "m.csv"))
-    assert [(u.id, u.reason) for u in got] == [
-        ("a", ""), ("b", "bad row"), ("c", "bad row"), ("line 5", "bad row"), ("d", "empty text")]  # fmt: skip
-    assert got[1].detail == "line 3: 3 fields instead of 2"
-
-
-# -----------------------------------------------------------------------------
 # the split
 
 
 def utterances(ids):
-    return [prepare.Utterance(name, "", "", "", "") for name in ids]
+    return [Utterance(name, "", "", "", "") for name in ids]
 
 
 def test_adding_data_moves_nobody():
@@ -293,12 +207,13 @@ def test_the_fit_hears_a_part_of_the_training_split(raw):
         def fit(self, wavs, seed):
             self.heard = [len(wav) / RATE for wav in wavs]
 
-    train, listener, pool = prepare.read_source(str(raw))[:20], Listener(), ThreadPoolExecutor(1)
+    train, listener, pool = read_source(str(raw))[:20], Listener(), ThreadPoolExecutor(1)
     train = prepare.examine(train, vars(config()))
     prepare.fit_codec(listener, config(fit_seconds=3.0), train, pool)
     assert 3.0 <= sum(listener.heard) < 4.0 and set(listener.heard) <= {u.seconds for u in train}
     prepare.fit_codec(listener, config(), train, pool)
-    assert sorted(listener.heard) == sorted(u.seconds for u in train)
+    drawn = sorted(train, key=lambda u: prepare.fraction(f"{config().seed} {u.id}"))
+    assert listener.heard == [u.seconds for u in drawn]
 
 
 def test_batches_on_a_device_give_the_same_codes(tokens):
@@ -404,7 +319,7 @@ def test_too_many_bad_ones(sick, tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_unseen_characters_survive_the_tokenizer(text):
     tokenizer = given_tokenizer()
-    text = prepare.normalise(text)
+    text = normalise(text)
     assert unicodedata.is_normalized("NFC", text) and text == text.strip()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and not tokenizer.unknown(text)
@@ -514,7 +429,7 @@ def die(chunk):
 
 def test_a_worker_that_dies():
     with pytest.raises(OSError, match="a worker process was killed"):
-        list(prepare.in_order("dying", prepare.start_pool(1), die, [1, 2]))
+        list(prepare.in_order("dying", prepare.start_pool(1), die, utterances("ab")))
 
 
 def test_disk_full(raw, tmp_path):

@@ -1,0 +1,513 @@
+import gzip
+import io
+import itertools
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from test_prepare import RATE, config, contents, make_set, run, words, write_csv
+from test_train import run as train_on
+
+import configurator
+import prepare
+from codec import PUBLISHED, load_codec, resample
+from data import TokenFiles, load_tokenizer
+from sample import Voice
+from sources import load, read_rows, read_source, utterance_id
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch, tmp_path):
+    """A hub's cache folder without anything in it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+# -----------------------------------------------------------------------------
+# metadata
+
+QUOTED = '"Well," she said,\nand left.'
+LAYOUTS = {
+    "ljspeech": ("metadata.csv", 'a|He said "no.|He said "no.\nb|10 %|ten percent\nc|three|\n'),
+    "ljspeech, two columns": ("metadata.csv", 'a|He said "no.\nb|ten percent\nc|three\n'),
+    "ljspeech, header and extension": (
+        "metadata.csv", 'ID|Text|Normalised Text\na.wav|x|He said "no.\nb.wav|x|ten percent\nc.wav|x|three\n'),
+    "pipes with a header": ("list.txt", 'audio_file|text\nwavs/a.wav|He said "no.\nb.wav|ten percent\nc.wav|three\n'),
+    "csv": ("metadata.csv", 'Audio,text,other\na.wav,"He said ""no.",1\nwavs/b.wav,ten percent,2\n./c.wav,three,3\n'),
+    "csv, semicolons": ("metadata.csv", 'audio;text\na.wav;"He said ""no."\nb.wav;ten percent\nc.wav;three\n'),
+    "tsv": ("x.tsv", 'path\tsentence\na.wav\t"He said ""no."\nb.wav\tten percent\nc.wav\tthree\n'),
+    "tsv with stray quotes": ("x.tsv", 'path\tsentence\na.wav\tHe said "no.\nb.wav\tten percent\nc.wav\tthree\n'),
+    "json": ("x.json", json.dumps([{"audio": {"path": "a.wav"}, "text": 'He said "no.'},
+                                   {"file": "b.wav", "text": "ten percent", "speaker": None},
+                                   {"audio": "c.wav", "text": "three"}], indent=1)),
+    "jsonl": ("x.jsonl", '{"audio_filepath": "a.wav", "text": "He said \\"no."}\n\n'
+                         '{"file_name": "b.wav", "text": "ten percent"}\n{"path": "c.wav", "text": "three"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_the_same(tmp_path, layout, newline, bom):
+    name, text = LAYOUTS[layout]
+    (tmp_path / name).write_bytes(bom + text.replace("\n", newline).encode())
+    got = read_source(str(tmp_path / name))
+    assert [(u.id, u.text) for u in got] == [("a", 'He said "no.'), ("b", "ten percent"), ("c", "three")]
+    assert not any(u.reason for u in got)
+    assert {u.speaker for u in got} == {tmp_path.name}
+
+
+def test_quoted_fields_with_commas_and_line_breaks(tmp_path):
+    write_csv(tmp_path / "metadata.csv", [("a.wav", QUOTED, "x"), ("b.wav", "b", "y")])
+    got = read_source(str(tmp_path))
+    assert [(u.id, u.text, u.speaker) for u in got] == [("a", '"Well," she said, and left.', "x"), ("b", "b", "y")]
+
+
+def test_ids(tmp_path):
+    at = str(tmp_path / "metadata.csv")
+    names = ["wavs/a.wav", "a.FLAC", "x/a.wav", str(tmp_path / "x" / "a.ogg"), "v1.2", "v1.2.mp3", "/elsewhere/a.wav"]
+    assert [utterance_id(n, at) for n in names] == ["a", "a", "x/a", "x/a", "v1.2", "v1.2", "/elsewhere/a"]
+
+
+def test_cuts(tmp_path):
+    lines = [{"audio": "talk.wav", "text": "t", **extra} for extra in (
+        {"start": 0.5, "end": 1.25}, {"offset": 2, "duration": 1.5}, {"duration": 9}, {"end": "3"}, {"start": 4},
+        {"start": 3, "end": 2}, {"start": "soon"}, {"start": float("nan")}, {"start": -1},
+    )]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    got = read_source(str(tmp_path / "m.jsonl"))
+    assert [(u.start, u.end) for u in got[:5]] == [(0.5, 1.25), (2.0, 3.5), (0.0, None), (0.0, 3.0), (4.0, None)]
+    assert [u.id for u in got[:5]] == ["talk_0.5-1.25", "talk_2-1.5", "talk", "talk_0-3", "talk_4-"]
+    assert [u.reason for u in got] == [""] * 5 + ["bad row"] * 4
+
+
+def test_source_options(tmp_path):
+    rows = [(f"{i}.wav", f"text {i}", "us" if i % 2 else "england", "x" if i == 1 else "") for i in range(10)]
+    write_csv(tmp_path / "m.csv", rows, ("audio", "text", "Accent", "speaker"))
+    wanted = {"accent": "u.", "text": r"\D+[1-7]"}
+    source = {"path": str(tmp_path / "m.csv"), "speaker": "anna", "name": "set", "filter": wanted}
+    got = read_source(source)
+    used = [u for u in got if not u.reason]
+    assert [u.id for u in used] == ["set/1", "set/3", "set/5", "set/7"]
+    assert [u.speaker for u in used] == ["x", "anna", "anna", "anna"]  # a column says more than the source
+    assert [u.reason for u in got if u not in used] == ["filtered out"] * 6
+    capped = [u.id for u in read_source({**source, "cap": 2}) if not u.reason]
+    assert len(capped) == 2 and set(capped) < {u.id for u in used}
+    assert capped == [u.id for u in read_source({**source, "cap": 2}) if not u.reason]
+
+
+def test_a_cap_leaves_both_splits_their_share(tmp_path):
+    write_csv(tmp_path / "m.csv", [(f"{i}.wav", "text", "s") for i in range(2000)])
+    capped = [u for u in read_source({"path": str(tmp_path / "m.csv"), "cap": 200}) if not u.reason]
+    assert 5 < len(prepare.held_out(capped, "", 0.1)) < 40
+
+
+def test_rows_at_fault(tmp_path):
+    (tmp_path / "m.csv").write_text("audio,text\na.wav,one\nb.wav,two, and three\nc.wav\n,no audio\nd.wav,  \n")
+    got = read_source(str(tmp_path / "m.csv"))
+    assert [(u.id, u.reason) for u in got] == [
+        ("a", ""), ("b", "bad row"), ("c", "bad row"), ("line 5", "bad row"), ("d", "empty text")]  # fmt: skip
+    assert got[1].detail == "line 3: 3 fields instead of 2"
+
+
+# -----------------------------------------------------------------------------
+# codes that are there already
+
+
+def coded(n=24, books=32, size=2048, seed=0):
+    """Rows (text, speaker, codes (K, T)) as somebody's encoder left them."""
+    draw = np.random.default_rng(seed)
+    return [(words(i), "ann" if i % 2 else "bob", draw.integers(0, size, (books, 9 + i % 5))) for i in range(n)]
+
+
+def marvis(rows, path, compressed=""):
+    """A shard as Marvis' preprocess_mimi.py and create_shards_from_directory.py write it."""
+    with tarfile.open(path, f"w:{compressed}") as tar:
+        for i, (text, speaker, codes) in enumerate(rows):
+            fields = {"duration": 1.0, "speaker_id": speaker, "text": text, "audio_tokens": codes.tolist()}
+            fields |= {"audio_tokens_length": codes.shape[1], "text_tokens": [1, 9, 2], "text_tokens_length": 3}
+            add(tar, f"{path.name.partition('.')[0]}-{i:03d}.json", json.dumps(fields).encode())
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def kani(rows):
+    """Rows as nineninesix's pipeline writes them."""
+    layers = ({f"nano_layer_{k}": book for k, book in enumerate(codes.tolist(), 1)} for _, _, codes in rows)
+    return [{"text": text, **books, "encoded_len": codes.shape[1], "speaker": speaker}
+            for (text, speaker, codes), books in zip(rows, layers, strict=True)]  # fmt: skip
+
+
+def jsonl(rows, path):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def parquet(rows, path, **how):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(rows), path, **how)
+
+
+HELD = {  # what is written, what is asked for, of which codec
+    "marvis": (marvis, "{}.tar", "*.tar", "mimi"),
+    "marvis, compressed": (lambda rows, path: marvis(rows, path, "gz"), "{}.tar.gz", "", "mimi"),
+    "kani, jsonl": (lambda rows, path: jsonl(kani(rows), path), "{}.jsonl", "", "nanocodec"),
+    "kani, compressed": (lambda rows, path: jsonl(kani(rows), path), "train-{}.jsonl.gz", "", "nanocodec"),
+    "kani, json": (lambda rows, path: path.write_text(json.dumps(kani(rows))), "{}.json", "*.json", "nanocodec"),
+    "kani, parquet": (lambda rows, path: parquet(kani(rows), path), "data/{}.parquet", "", "nanocodec"),
+}
+
+
+def command(monkeypatch, *argv):
+    """prepare.py as it is called."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--val_fraction=0.2", "--workers=1", "--vocab_size=400", *argv])
+    configurator.run(prepare.main, prepare.__file__)
+
+
+def read_back(folder):
+    """{text: (codes (T, K), speaker)} of a token folder, and its meta.json."""
+    found = {}
+    for split in ("train", "val"):
+        files = TokenFiles(folder, split)
+        tokenizer = load_tokenizer(files.meta["tokenizer"]["kind"], (folder / "tokenizer.model").read_bytes())
+        for i in range(len(files)):
+            assert (prepare.fraction(files.name(i)) < 0.2) == (split == "val")
+            speaker = files.meta["speakers"][files.speaker(i)]
+            found[tokenizer.decode(files.text(i)).removeprefix(f"[{speaker}]")] = files.codes(i), speaker
+    return found, files.meta
+
+
+@pytest.mark.parametrize("layout", HELD)
+def test_codes_become_token_files(layout, tmp_path, monkeypatch, capsys):
+    save, name, asked, codec = HELD[layout]
+    books, size = PUBLISHED[codec]["n_codebooks"], PUBLISHED[codec]["codebook_size"]
+    rows, wanted = coded(24, books, size), 8 if codec == "mimi" else books
+    (tmp_path / "x" / name).parent.mkdir(parents=True)
+    for i, part in enumerate((rows[:13], rows[13:])):
+        save(part, tmp_path / "x" / name.format(f"part{i}"))
+    argv = (f"--sources={tmp_path / 'x' / asked}", f"--codec={codec}", f"--codec_args={{'n_codebooks': {wanted}}}")
+    command(monkeypatch, *argv, f"--data_dir={tmp_path / 't'}")
+    assert "24 of 24 utterances are used" in (screen := capsys.readouterr().out) and "2 files like" in screen
+    assert f"hf download {'kyutai' if codec == 'mimi' else 'nvidia'}" in screen
+    found, meta = read_back(tmp_path / "t")
+    assert len(found) == 24
+    for text, speaker, codes in rows:
+        assert np.array_equal(found[text][0], codes.T[:, :wanted]) and found[text][1] == speaker
+    assert meta["codec"] == {"name": codec, "fingerprint": "unknown", **PUBLISHED[codec], "n_codebooks": wanted}
+    pack = torch.load(tmp_path / "t" / "codec.pt", weights_only=True)
+    assert pack == {"name": codec, "options": {"n_codebooks": wanted}, "weights": "", "fingerprint": "unknown"}
+    command(monkeypatch, *argv, f"--data_dir={tmp_path / 'again'}")
+    assert contents(tmp_path / "again") == contents(tmp_path / "t")
+
+
+def test_ids_and_speakers_of_rows(tmp_path):
+    rows = coded(3)
+    for name in ("a", "b"):
+        marvis(rows, tmp_path / f"{name}-01.tar")
+        jsonl([{**row, "speaker": None} for row in kani(rows)], tmp_path / f"{name}-01.jsonl.gz")
+    jsonl([{"id": f"wavs/{i}.wav", **row} for i, row in enumerate(kani(rows))], tmp_path / "c.txt")
+    tars, tables = (read_source(str(tmp_path / f"*.{kind}")) for kind in ("tar", "jsonl.gz"))
+    assert [u.id for u in tars] == [f"{name}-01-{i:03d}" for name in "ab" for i in range(3)]
+    assert [u.id for u in tables] == ["a-01/0", "a-01/1", "a-01/2", "b-01/0", "b-01/1", "b-01/2"]
+    assert [u.id for u in read_source(str(tmp_path / "c.txt"))] == ["0", "1", "2"]
+    assert [u.speaker for u in tars[:3]] == ["bob", "ann", "bob"] and {u.speaker for u in tables} == {tmp_path.name}
+    source = {"path": str(tmp_path / "*.tar"), "cap": 1, "filter": {"speaker_id": "ann"}, "name": "s"}
+    passed = {u.id: u.reason for u in read_source(source) if u.reason != "filtered out"}
+    assert set(passed) == {"s/a-01-001", "s/b-01-001"} and set(passed.values()) == {"", "beyond the cap"}
+    assert len(read_source(str(tmp_path))) == 12  # a folder's shards, and not a text that may be anything
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mel")
+    make_set(folder / "raw", 12)
+    run(folder / "raw", folder / "tokens")
+    return folder
+
+
+def test_codes_and_recordings_together(tokens, tmp_path):
+    """The codes of a set, taken out of its token files, are worth as much as its recordings."""
+    found, meta = read_back(tokens / "tokens")
+    rows = [{"text": text, "speaker": speaker, "audio_tokens": codes.T.tolist()}
+            for text, (codes, speaker) in sorted(found.items())]  # fmt: skip
+    jsonl(rows, tmp_path / "codes.jsonl")
+    both = [str(tmp_path / "codes.jsonl"), {"path": str(tokens / "raw"), "name": "again"}]
+    given = dict(data_dir=str(tmp_path / "t"), codec_args={}, codec_path=str(tokens / "tokens"))
+    prepare.main(config(sources=both, **given))
+    files = [TokenFiles(tmp_path / "t", split) for split in ("train", "val")]
+    assert files[0].meta["codec"] == meta["codec"] and sum(map(len, files)) == 24
+    for f in files:
+        for i in range(len(f)):
+            text = load_tokenizer("sentencepiece", (tmp_path / "t/tokenizer.model").read_bytes()).decode(f.text(i))
+            assert np.array_equal(f.codes(i), found[text[5:]][0])
+    prepare.main(config(sources=both[0], **given))
+    assert load_codec("mel", str(tmp_path / "t")).fingerprint() == meta["codec"]["fingerprint"]
+
+
+def nano(path):
+    weights = load_file(GOLDEN / "nemo_nanocodec.safetensors")
+    torch.save({name[8:]: x for name, x in weights.items() if name[:8] == "weights."}, packed := io.BytesIO())
+    with tarfile.open(path, "w") as tar:
+        add(tar, "model_weights.ckpt", packed.getvalue())
+
+
+def test_codes_with_the_weights_at_hand(tmp_path):
+    nano(tmp_path / "nano.nemo")
+    codec = load_codec("nanocodec", tmp_path / "nano.nemo")
+    rows = coded(12, codec.n_codebooks, codec.codebook_size)
+    jsonl(kani(rows), tmp_path / "x.jsonl")
+    run(tmp_path / "x.jsonl", tmp_path / "t", codec="nanocodec", codec_path=str(tmp_path / "nano.nemo"), codec_args={},
+        min_seconds=0.0, max_chars_per_second=1e9)  # fmt: skip
+    found, meta = read_back(tmp_path / "t")
+    again = load_codec(meta["codec"]["name"], tmp_path / "t")  # as train.py does
+    assert again.fingerprint() == codec.fingerprint() == meta["codec"]["fingerprint"]
+    for text, _, codes in rows:
+        assert np.array_equal(found[text][0], codes.T)
+    assert torch.equal(again.decode(torch.from_numpy(codes)[None]), codec.decode(torch.from_numpy(codes)[None]))
+
+
+def test_weights_that_come_later(tmp_path, monkeypatch):
+    nano(tmp_path / "nano.nemo")
+    codec = load_codec("nanocodec", tmp_path / "nano.nemo")
+    jsonl(kani(coded(24, codec.n_codebooks, codec.codebook_size)), tmp_path / "x.jsonl")
+    run(tmp_path / "x.jsonl", tmp_path / "t", codec="nanocodec", codec_args={"n_codebooks": 2})
+    with pytest.raises(FileNotFoundError, match="t/codec.pt: the hub's cache folder: no .*`hf download"):
+        train_on(tmp_path / "t", tmp_path / "run")
+    snapshot = tmp_path / "hub" / "models--nvidia--nemo-nano-codec-22khz-0.6kbps-12.5fps" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "nano.nemo").rename(snapshot / "nano.nemo")
+    train_on(tmp_path / "t", tmp_path / "run")
+    voice = Voice.from_checkpoint(tmp_path / "run" / "last.pt")
+    assert voice.codec.fingerprint() == codec.fingerprint()
+    frames = list(torch.from_numpy(TokenFiles(tmp_path / "t", "val").codes(0)))
+    assert torch.equal(voice.decode(frames), codec.decode(torch.stack(frames, 1)[None])[0])
+
+
+def test_rows_that_contradict(tmp_path):
+    rows = kani(coded(30, 4, 4032))
+    book = rows[0]["nano_layer_2"]
+    says = "is among them, and those of nanocodec are 0 to 4031"
+    wrong = {  # what a row has instead, and what is said of it
+        20: ({"nano_layer_2": [*book[1:], 4032]}, "bad codes", f"4032 {says}"),
+        21: ({"nano_layer_2": [*book[1:], -1]}, "bad codes", f"-1 {says}"),
+        22: ({"nano_layer_2": book[1:]}, "bad row", "row 23: its codebooks have 9, 8, 9, 9 codes"),
+        23: ({"encoded_len": 10}, "bad row", "row 24: encoded_len is 10, but it has 9 frames"),
+        24: ({"nano_layer_2": [x / 2 for x in book]}, "bad row", "row 25: its codes are not whole numbers"),
+        25: ({"nano_layer_2": None}, "bad row", "row 26: its codebooks have 9, 0, 9, 9 codes"),
+        26: ({"nano_layer_2": "1 2 3"}, "bad row", "row 27: its codes are no lists, one for each codebook"),
+        27: ({"text": " "}, "empty text", ""),
+        28: ({"nano_layer_4": ...}, "bad codes", "9 frames of 3 codebooks, and nanocodec has 4"),
+        29: ({f"nano_layer_{k}": book[:1] for k in range(1, 5)} | {"encoded_len": [1]}, "too short", "0.08 s"),
+    }  # fmt: skip
+    for i, (change, _, _) in wrong.items():
+        row = {**rows[0], "text": words(i), **change}
+        rows[i] = {name: value for name, value in row.items() if value is not ...}
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    report = run(tmp_path / "x.json", tmp_path / "t", codec="nanocodec", codec_args={}, max_bad=0.9, val_fraction=0.3)
+    assert [(x["id"], x["reason"], x["detail"]) for x in report["not_used"]] == [
+        (f"x/{i}", reason, detail) for i, (_, reason, detail) in wrong.items()]  # fmt: skip
+    assert report["used"] == 20
+
+
+def test_shards_that_are_another_codecs(tmp_path):
+    marvis([(text, speaker, codes.T) for text, speaker, codes in coded()], tmp_path / "x.tar")
+    says = "24 bad codes.*, none is left; for example x-000: bad codes 32 frames of 9 codebooks, and mimi has 32"
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path / "x.tar", tmp_path / "t", codec="mimi", codec_args={})
+    marvis([(text, speaker, codes[:, [0] * 99].T) for text, speaker, codes in coded()], tmp_path / "x.tar")
+    with pytest.raises(ValueError, match="bad codes 32 frames of 99 codebooks, and mimi has 8 to 32"):  # frames x books
+        run(tmp_path / "x.tar", tmp_path / "t", codec="mimi", codec_args={"n_codebooks": 8})
+
+
+# -----------------------------------------------------------------------------
+# recordings inside a file
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Recordings of several kinds and rates, with their metadata, their fields and their bytes."""
+    folder, rows = tmp_path_factory.mktemp("mixed"), []
+    make_set(folder, 16)
+    (folder / "metadata.csv").unlink()
+    for i, kind in zip(range(16), itertools.cycle(["wav", "flac", "ogg", "mp3"])):
+        rate = (8000, 16000, 22050, 44100)[i % 3]
+        wav, _ = soundfile.read(path := folder / "wavs" / f"u{i:02d}.wav", dtype="float32")
+        path.unlink()
+        soundfile.write(path.with_suffix(f".{kind}"), resample(torch.from_numpy(wav), RATE, rate).numpy(), rate)
+        rows.append((f"u{i:02d}.{kind}", words(i), "ann" if i % 2 else "bob"))
+    (folder / "wavs" / "u05.flac").write_bytes(b"rubbish" * 99)
+    write_csv(folder / "metadata.csv", rows)
+    inside = [{"audio": {"bytes": (folder / "wavs" / name).read_bytes(), "path": name}, "sentence": text,
+               "speaker": speaker, "start": 3.5} for name, text, speaker in rows]  # fmt: skip
+    return folder, inside
+
+
+def same(a, b):
+    """Two token folders, but for where they are from."""
+    a, b = contents(a), contents(b)
+    for folder in (a, b):
+        folder["report.json"] = {**json.loads(folder["report.json"]), "not_used": 0}
+        made = folder["meta.json"] = json.loads(folder["meta.json"])
+        made["made_by"].pop("sources")
+    return a == b
+
+
+def test_recordings_in_tables_and_shards(mixed, tmp_path):
+    folder, rows = mixed
+    reports = {"csv": run(folder, tmp_path / "csv")}
+    parquet(rows[:9], tmp_path / "a.parquet", row_group_size=2)
+    parquet(rows[9:], tmp_path / "b.parquet")
+    for name, part in (("a", rows[:5]), ("b", rows[5:])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for row in part:
+                key, _, kind = row["audio"]["path"].partition(".")
+                add(tar, f"./{key}.{kind}", row["audio"]["bytes"])
+                add(tar, f"./{key}.json", json.dumps({"speaker": row["speaker"], "duration": 1.5}).encode())
+                add(tar, f"./{key}.txt", row["sentence"].encode())
+    for kind in ("parquet", "tar"):
+        reports[kind] = run(tmp_path / f"*.{kind}", tmp_path / kind)
+        assert same(tmp_path / "csv", tmp_path / kind)
+    for report in reports.values():
+        assert [(x["id"], x["reason"]) for x in report["not_used"]] == [("u05", "unreadable file")]
+    assert reports["parquet"]["not_used"][0]["detail"] == "Error opening 'u05.flac': Format not recognised."
+    assert reports["parquet"]["not_used"][0]["source"] == str(tmp_path / "a.parquet")
+
+
+def test_a_table_may_name_recordings_too(mixed, tmp_path):
+    """datasets writes paths without bytes where it was told not to embed them."""
+    folder, rows = mixed
+    rows = [{**row, "audio": {"bytes": None, "path": str(folder / "wavs" / row["audio"]["path"])}} for row in rows]
+    parquet([*rows, {**rows[0], "audio": None}], tmp_path / "x.parquet")
+    utterances = read_source(str(tmp_path / "x.parquet"))
+    assert [u.reason for u in prepare.examine(list(load(utterances)), vars(config()))] == [
+        "unreadable file" if i == 5 else "missing file" if i == 16 else "" for i in range(17)]  # fmt: skip
+
+
+def test_a_table_is_read_a_part_at_a_time(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    noise = np.random.default_rng(0)
+    rows = [{"audio": {"bytes": noise.bytes(2**16), "path": f"{i}.wav"}, "text": "x"} for i in range(500)]
+    parquet(rows, tmp_path / "x.parquet", row_group_size=16)
+    del rows
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _, row, _ in read_rows(str(tmp_path / "x.parquet"), whole=True):
+        assert len(row["audio"]["bytes"]) == 2**16
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 2**20 < most < 12 * 2**20  # of 32 MB
+    assert all(row["audio"]["bytes"] == b"" for _, row, _ in read_rows(str(tmp_path / "x.parquet")))
+
+
+def test_load_follows_any_order(tmp_path):
+    rows = coded(9, 2)
+    for name, part in (("a", rows[:5]), ("b", rows[5:])):
+        jsonl(kani(part), tmp_path / f"{name}.jsonl")
+    utterances = read_source(str(tmp_path))
+    for order in (range(9), [8, 0, 3, 3, 1, 7, 2]):
+        for i, u in zip(order, load([utterances[i] for i in order]), strict=True):
+            assert u.id == utterances[i].id and np.array_equal(u.content, rows[i][2].T)
+    assert all(u.content is None for u in utterances)
+
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+def test_a_source_that_changes_leaves_nothing_behind(tmp_path, monkeypatch):
+    jsonl(kani(coded(24, 4, 4032)), tmp_path / "x.jsonl")
+    monkeypatch.setattr(prepare, "show", lambda findings: jsonl(kani(coded(9, 4)), tmp_path / "x.jsonl"))
+    with pytest.raises(ValueError, match="x.jsonl: has changed while it was read"):
+        run(tmp_path / "x.jsonl", tmp_path / "t", codec="nanocodec", codec_args={})
+    assert os.listdir(tmp_path) == ["x.jsonl"]
+
+
+WRONG = {
+    "broken tar": (["--sources=cut.tar"], "cut.tar: is broken"),
+    "tar cut between members": (["--sources=short.tar"], "short.tar: is broken (breaks off after 2,048 bytes)"),
+    "broken gz": (["--sources=cut.gz"], "cut.gz: is broken"),
+    "tar that is none": (["--sources=rubbish.tar"], "rubbish.tar: neither parquet nor a tar, and not a text file"),
+    "rubbish in a tar": (["--sources=rubbish_inside.tar"], "rubbish_inside.tar, x.json: not JSON"),
+    "a text in a tar": (["--sources=latin.tar"], "latin.tar, x.txt: not UTF-8"),
+    "a list in a tar": (["--sources=list.tar"], "list.tar, x.json: [1, 2] is not an object"),
+    "rubbish in jsonl": (["--sources=rubbish.jsonl"], "rubbish.jsonl, line 2: not JSON"),
+    "deep rubbish": (["--sources=deep.json"], "deep.json: not JSON"),
+    "broken parquet": (["--sources=cut.parquet"], "cut.parquet: is broken"),
+    "no codes": (["--sources=text.jsonl"], "its columns are text, speaker; it needs one for the audio"),
+    "no text": (["--sources=codes.jsonl"], "its columns are audio_tokens; it needs one for the audio"),
+    "two rows of a name": (["--sources=twice.tar"], "twice.tar, x.2.json: a second .json of x;"),
+    "empty shard": (["--sources=empty.tar"], "empty.tar: no rows in it"),
+    "no match": (["--sources=*.tgz"], "source *.tgz: no file matches this pattern"),
+    "references": (["--codec=xtts", "--references=True"], "references = True: good.jsonl has codes, and no recordings"),
+    "codes of nobody": (["--codec=mel"], "good.jsonl has codes: which mel made them? Name its tables with codec_path"),
+    "no such weights": (["--codec_path=nowhere"], "nowhere: no *.nemo of the codec nanocodec"),
+    "recordings without weights": (["--sources=raw"], "error: the hub's cache folder: no *.nemo"),
+    "both without weights": (["--sources=['good.jsonl', 'raw']"], "error: the hub's cache folder: no *.nemo"),
+    "fewer of what cannot be cut": (["--codec_args={'n_codebooks': 2}"], "of 4 codebooks, and nanocodec has 2"),
+    "another codec": (["--codec=encodec"], "of 4 codebooks, and encodec has 8"),
+    "codec option": (["--codec_args={'books': 3}"], "nanocodec has no option 'books'"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def yard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("yard")
+    make_set(folder / "raw", 12)
+    jsonl(kani(coded(24, 4, 4032)), folder / "good.jsonl")
+    jsonl([{"text": "a", "speaker": "b"}], folder / "text.jsonl")
+    jsonl([{"audio_tokens": [[1]]}], folder / "codes.jsonl")
+    jsonl(kani(coded(24, 4, 4032)), folder / "whole.gz")
+    marvis(coded(), folder / "whole.tar")
+    for name, source, size in (("cut.tar", "whole.tar", 3000), ("cut.gz", "whole.gz", 900)):
+        (folder / name).write_bytes((folder / source).read_bytes()[:size])
+    with tarfile.open(folder / "short.tar", "w") as tar:
+        add(tar, "x.json", b'{"text": "a", "audio_tokens": [[1]]}')
+        add(tar, "y.json", b'{"text": "a", "audio_tokens": [[1]]}')
+    (folder / "short.tar").write_bytes((folder / "short.tar").read_bytes()[:2048])
+    with tarfile.open(folder / "twice.tar", "w") as tar:
+        add(tar, "x.1.json", b'{"text": "a", "audio_tokens": [[1]]}')
+        add(tar, "x.2.json", b'{"text": "a", "audio_tokens": [[1]]}')
+    with tarfile.open(folder / "latin.tar", "w") as tar:
+        add(tar, "x.txt", "café".encode("latin-1"))
+    for name, text in (("rubbish_inside", b'{"text": '), ("list", b"[1, 2]")):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            add(tar, "x.json", text)
+    tarfile.open(folder / "empty.tar", "w").close()
+    (folder / "rubbish.tar").write_bytes(bytes(range(256)) * 9)
+    (folder / "rubbish.jsonl").write_text('{"text": "a", "audio_tokens": [[1]]}\n{"text": \n')
+    (folder / "deep.json").write_text("[" * 99999)
+    (folder / "cut.parquet").write_bytes(b"PAR1" + bytes(range(99)))
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_sources_get_one_line(case, yard, monkeypatch, capsys):
+    argv, message = WRONG[case]
+    monkeypatch.chdir(yard)
+    if case == "broken parquet":
+        pytest.importorskip("pyarrow")
+    before = set(os.listdir(yard))
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "--sources=good.jsonl", "--data_dir=t", "--codec=nanocodec", *argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert set(os.listdir(yard)) - before <= {"t.report.json"}
+
+
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" * 9)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="x.parquet: parquet files need the package pyarrow: pip install pyarrow"):
+        run(tmp_path / "x.parquet", tmp_path / "t")
