@@ -208,7 +208,8 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     n = max(1, min(N, buffer // C))
     n = math.ceil(N / math.ceil(N / n)) if N else 1  # the last one is not much smaller
     g = max(1, min(H, buffer // (n * C)))
-    pitch = math.ceil(C / 64) * 64 if hidden.is_cuda else C  # rows aligned as tensor cores like them
+    # rows begin where caches and tensor cores like them to: with 2,051 in a row the first product takes half as long again
+    pitch = math.ceil(C / 64) * 64 if hidden.is_cuda or C > 640 else C
     memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
 
     hidden, grad_hidden = (None if x is None else x.view(N, H, D).transpose(0, 1) for x in (hidden, grads[0]))
