@@ -10,7 +10,7 @@ Audio and transcripts -> token files, the folder that train.py reads.
   its reason, on the screen and in report.json. A set with more than a share `max_bad` of such ones is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
 - All cores work, each on one utterance at a time, so that the files do not depend on how many cores there are; a codec
-  with network weights encodes in batches on `device`.
+  with network weights encodes on a GPU in batches of like length, while the cores read ahead.
 - The folder gets its name when it is whole. After a kill the next run starts over.
 """
 
@@ -543,20 +543,55 @@ def features(utterances, name, path):
     return [codec.reference(torch.from_numpy(wav)[None])[0].numpy().astype(np.float16) for wav in wavs]
 
 
-def encode_batches(codec, wavs, device, batch_seconds, window=1024):
-    """Codes (T, K) of each recording, encoded on `device` in batches of like length; yields in the order of `wavs`."""
-    wavs = iter(wavs)
-    while group := list(itertools.islice(wavs, window)):
-        codes, batch, order = {}, [], sorted(range(len(group)), key=lambda i: -len(group[i]))
-        for n, i in enumerate(order, 1):
-            batch.append(i)
-            if n == len(order) or (len(batch) + 1) * len(group[batch[0]]) > batch_seconds * codec.sample_rate:
-                lengths = [len(group[j]) for j in batch]
-                wav = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(group[j]) for j in batch], batch_first=True)
-                out = codec.encode(wav.to(device), torch.tensor(lengths, device=device)).cpu().numpy()
-                codes |= {j: c[:, : codec.frames(n)].T for j, c, n in zip(batch, out, lengths, strict=True)}
-                batch = []
-        yield from (codes[i] for i in range(len(group)))
+def longest_first(utterances, window=1024):
+    """The order to encode in: by length, so that batches hold little padding and no core ends with a long one alone;
+    in windows, so that few codes wait for their turn."""
+    n = len(utterances)
+    windows = [range(first, min(first + window, n)) for first in range(0, n, window)]
+    return [i for these in windows for i in sorted(these, key=lambda i: -utterances[i].seconds)]
+
+
+def put_back(order, results):
+    """The results, which come in this order of their indices, in the order of the indices."""
+    waiting, n = {}, 0
+    for i, result in zip(order, results, strict=True):
+        waiting[i] = result
+        while n in waiting:
+            yield waiting.pop(n)
+            n += 1
+
+
+def encode_all(codec, utterances, pool, device, folder, batch_seconds):
+    """Codes (T, K) of each utterance, in order. `folder` holds the codec: on a CPU each core encodes with its own, one
+    utterance at a time; on another `device` it encodes batches, which the cores read ahead."""
+    order, what = longest_first(utterances), f"encoding {codec.name}"
+    utterances = [utterances[i] for i in order]
+    if device.type == "cpu":
+        chunk = 1 if list(codec.parameters()) else 8
+        return put_back(order, in_order(what, pool, encode, utterances, codec.name, folder, chunk=chunk))
+    wavs = in_order(what, pool, read, utterances, codec.sample_rate)
+    return put_back(order, encode_batches(codec.to(device), wavs, device, batch_seconds))
+
+
+def batches(wavs, most):
+    """The recordings (N,), in lists that padding makes no more than so many samples, or one recording."""
+    batch = []
+    for wav in wavs:
+        if batch and (len(batch) + 1) * max(len(wav), *map(len, batch)) > most:
+            yield batch
+            batch = []
+        batch.append(wav)
+    if batch:
+        yield batch
+
+
+def encode_batches(codec, wavs, device, batch_seconds):
+    """Codes (T, K) of each recording in turn, encoded on `device` in batches of so much audio."""
+    for batch in batches(wavs, batch_seconds * codec.sample_rate):
+        lengths = [len(wav) for wav in batch]
+        x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wav) for wav in batch], batch_first=True)
+        codes = codec.encode(x.to(device), torch.tensor(lengths, device=device)).cpu().numpy()
+        yield from (c[:, : codec.frames(n)].T for c, n in zip(codes, lengths, strict=True))
 
 
 def encode_device(codec, name):
@@ -637,11 +672,7 @@ def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
         torch.save(codec.pack(), packed := io.BytesIO())
         out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
         out.file(tokenizer.file, tokenizer.model)
-        if device.type == "cpu":
-            codes = in_order(f"encoding {codec.name}", pool, encode, used, codec.name, out.partial)
-        else:
-            wavs = in_order(f"encoding {codec.name}", pool, read, used, codec.sample_rate)
-            codes = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
+        codes = encode_all(codec, used, pool, device, out.partial, cfg.batch_seconds)
         heard = itertools.repeat(None, len(used))
         if cfg.references:
             heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
