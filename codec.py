@@ -297,15 +297,15 @@ class Mel(Codec):
     def bands(self, wav, lengths=None, limit=512):
         """wav (B, N) -> mel bands (B, t * S, M) in float64, for stretches of at most about `limit` frames in turn.
         Samples past `lengths` count as silence."""
-        wav = wav.double()
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=wav.device)
-            wav = wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
         n, size, edge = self.frames(wav.shape[1]), self.samples_per_frame, 3 * self.hop
-        wav = nn.functional.pad(wav, (edge // 2, n * size - wav.shape[1] + edge - edge // 2))
+        ends = torch.as_tensor([wav.shape[1]] if lengths is None else lengths, device=wav.device)[:, None]
         stretch = max(1, limit // len(wav))
         for first in range(0, n, stretch):
-            spectra = self.spectra(wav[:, first * size : min(first + stretch, n) * size + edge])
+            start, end = first * size - edge // 2, min(first + stretch, n) * size + edge - edge // 2
+            own = wav[:, max(0, start) : end].double()
+            own *= torch.arange(max(0, start), max(0, start) + own.shape[1], device=wav.device) < ends
+            left = max(0, -start)
+            spectra = self.spectra(nn.functional.pad(own, (left, end - start - left - own.shape[1])))
             yield (spectra.abs() @ self.filters.double()).pow(1 / 3)
 
     def reference(self, wav):
@@ -1089,8 +1089,8 @@ class DAC(Network):
     codebooks  of 8 numbers each
     decoder    conv -> 1536; all this mirrored, half the channels at each stride; tanh"""
 
-    name = "dac"
-    encoder_context = decoder_context = 16
+    name, at_once = "dac", 5
+    encoder_context, decoder_context = 9, 12
     rates = {(512, 9): 44100, (320, 32): 24000, (320, 12): 16000}  # of the published, by frame and codebooks
 
     def __init__(self, sample_rate=44100, n_codebooks=9, codebook_size=1024, dims=8, channels=64, decoder_channels=1536,
