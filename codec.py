@@ -1089,8 +1089,8 @@ class DAC(Network):
     codebooks  of 8 numbers each
     decoder    conv -> 1536; all this mirrored, half the channels at each stride; tanh"""
 
-    name, at_once = "dac", 5
-    encoder_context, decoder_context = 9, 12
+    name = "dac"
+    encoder_context, decoder_context = 8, 10
     rates = {(512, 9): 44100, (320, 32): 24000, (320, 12): 16000}  # of the published, by frame and codebooks
 
     def __init__(self, sample_rate=44100, n_codebooks=9, codebook_size=1024, dims=8, channels=64, decoder_channels=1536,
@@ -1212,7 +1212,7 @@ class NanoCodec(Network):
                half snake, conv, cut at 1"""
 
     name, download = "nanocodec", "nvidia/nemo-nano-codec-22khz-0.6kbps-12.5fps"
-    files, at_once = ("*.nemo",), 40
+    files, at_once = ("*.nemo",), 20
     sample_rate, causal, edge = 22050, True, "replicate"
     names = (
         (r"^(?!audio_encoder|audio_decoder|vector_quantizer)", None),  # discriminators and losses
@@ -1264,7 +1264,7 @@ class AudioCodec44k(NanoCodec):
     As above with strides 2, 4, 8, 8, 48 channels in the encoder and 768 in the decoder, where convs see them all."""
 
     name, download = "audiocodec44k", "nvidia/audio-codec-44khz"
-    sample_rate, causal, edge = 44100, False, "reflect"
+    sample_rate, causal, edge, at_once = 44100, False, "reflect", 10
 
     def __init__(self, n_codebooks=8, levels=(8, 5, 5, 5), channels=48, decoder_channels=768, strides=(2, 4, 8, 8)):
         super().__init__(n_codebooks, levels, channels, decoder_channels, strides)
