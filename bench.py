@@ -1,7 +1,8 @@
 """Bench: every number that the README quotes, from one command.
 
     python bench.py data     word error rate of a raw data set: are the recordings themselves understood?
-    python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI); how fast it is
+    python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI); how fast all codecs
+                             are, ours beside others', in what memory, and what of that prepare.py reaches
     python bench.py sample   word error rate, stops and speed of a model that speaks held-out strings of digits
     python bench.py families the families side by side: trains what is not trained yet, then listens to all of them
     python bench.py loss     time and memory of the loss of K classification heads, ours beside others'
@@ -10,8 +11,8 @@
 - `recognise` hears strings of digits: pocketsphinx, whose acoustic model comes inside its wheel, with a grammar of the
   ten digits. It is a weak recogniser, so that what it understands is spoken clearly.
 - `word_errors` counts substitutions, insertions and deletions (Levenshtein), the numerator of a word error rate.
-- `loss` and `train` measure ours and others' in one run, so that all meet the same machine. On a CPU memory is the
-  system's own count of a fresh process, on a GPU that of torch. What is not installed is left out, with a line that
+- `codec`, `loss` and `train` measure ours and others' in one run, so that all meet the same machine. On a CPU memory is
+  the system's own count of a fresh process, on a GPU that of torch. What is not installed is left out, with a line that
   says so. The environment variables MARVIS and CSM_FINETUNE may name clones of Marvis' repository and of
   sesame-finetune (which itself wants CSM_REPO_PATH, a clone of Sesame's csm); both need torchtune.
 
@@ -27,6 +28,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from concurrent.futures import ProcessPoolExecutor
@@ -44,25 +46,28 @@ from tqdm import tqdm
 
 import codec as codecs
 import configurator
+import prepare
 import train
 from metrics import read_metrics
 from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
 from sample import Voice, pick_device
+from sources import Utterance
 
 name = "data"  # what to measure: data, codec, sample, families, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
 limit = 0  # most utterances to listen to; 0: all of a data set, 60 of a model
 show_errors = False  # print every utterance that was misheard
 speech = ""  # codec: folder of recordings in LJSpeech's layout, 16 to fit on, then 8; empty: none
+minutes = 1.0  # codec: of the recording that is encoded to measure memory
 ckpt = "out/digits/best.pt"  # sample: the model that speaks
 speaker = "slt"  # sample: whose held-out strings it speaks
 temperature: float | None = None  # sample: of the draw; None: as the checkpoint's recipe says
 seed = 1337  # sample: of the draw
 recipes = ""  # families: names of recipes in config/, with commas between; empty: all that are for digits
 seeds = "1337,1,2"  # families: of the training runs, likewise
-sizes = ""  # loss, train: names of the sizes to take, with commas between; empty: all
+sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
 dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
-repeats = 3  # loss, train: how often each is timed, after once to warm up; the median counts
+repeats = 3  # codec, loss, train: how often each is timed, after once to warm up; the median counts
 large_batch = 32  # train, on a GPU: utterances of the larger batch
 
 GRAMMAR = """#JSGF V1.0;
@@ -189,7 +194,7 @@ def round_trip(codec, wavs):
     return out, f"{seconds / (middle - start):.0f} x", f"{seconds / (end - middle):.0f} x"
 
 
-def bench_codec(cfg):
+def bench_mel(cfg):
     """mel: word error rate of held-out digits through it, STOI of real speech it was not fitted on."""
     rows = read_raw(cfg.raw)
     held_out = {path for path, _, _ in rows}
@@ -214,19 +219,15 @@ def bench_codec(cfg):
         table_rows.append((frame_rate, bit_rate(codec), error_rate(out), f"{fitted:.0f} s", *speeds))
     print(table(table_rows, ["frames/s", "bit/s", "word error rate", "fit", "encode", "decode"]))
 
-    metadata = os.path.join(cfg.speech, "metadata.csv")
-    if not cfg.speech or not os.path.exists(metadata):
-        print("no real speech: --speech=folder names recordings in LJSpeech's layout")
+    paths = read_speech(cfg.speech)
+    if not paths:
         return
     try:
         from pystoi import stoi
     except ImportError as error:
         raise ValueError("STOI needs pystoi: pip install pystoi") from error
 
-    with open(metadata, encoding="utf-8") as file:
-        names = [line.split("|")[0] for line in file][:24]
-    files = {os.path.splitext(name)[0]: name for name in os.listdir(os.path.join(cfg.speech, "wavs"))}
-    wavs = [codecs.read_audio(os.path.join(cfg.speech, "wavs", files[name]), 24000) for name in names]
+    wavs = [codecs.read_audio(path, 24000) for path in paths]
     table_rows = []
     for frame_rate, size in ((12.5, 256), (12.5, 1024), (20, 256), (25, 256), (50, 256)):
         codec = codecs.load_codec("mel", sample_rate=24000, frame_rate=frame_rate, codebook_size=size).fit(wavs[:16])
@@ -236,6 +237,19 @@ def bench_codec(cfg):
     seconds = sum(map(len, wavs[:16])) / 24000
     print(f"\nreal speech at 24 kHz: fitted on {seconds:.0f} s of 16 recordings, measured on 8 others")
     print(table(table_rows, ["frames/s", "entries", "bit/s", "STOI", "least", "encode", "decode"]))
+
+
+def read_speech(folder, most=24):
+    """The first recordings of a folder in LJSpeech's layout; none, and a line that says so, where there is no such."""
+    metadata = os.path.join(folder, "metadata.csv")
+    if not folder or not os.path.exists(metadata):
+        print("no real speech: --speech=folder names recordings in LJSpeech's layout")
+        return []
+    with open(metadata, encoding="utf-8") as file:
+        names = [line.split("|")[0] for line in file][:most]
+    wavs = os.path.join(folder, "wavs")
+    files = {os.path.splitext(name)[0]: os.path.join(wavs, name) for name in os.listdir(wavs)}
+    return [files[name] for name in names]
 
 
 def bit_rate(codec):
@@ -915,6 +929,282 @@ def bench_train(cfg):
     except ImportError as error:
         print(f"not compared with transformers: {first_line(error)}")
     compare_steps(sizes, dtypes, cfg.repeats, large_batch=cfg.large_batch)
+
+
+# -----------------------------------------------------------------------------
+# codecs with network weights
+
+# For each way: a codec of full size with random weights, which it saves in its own layout, and the path of that.
+
+
+def codes_of_one_length(model):
+    """Fills the codebooks: entries of one length, so that their direction decides and none is always the nearest."""
+    for name, x in model.state_dict().items():
+        if "codebook" in name and x.ndim > 1:
+            x.copy_(0.1 * F.normalize(torch.randn_like(x), dim=-1))
+    return model.eval()
+
+
+def transformers_mimi(folder):
+    from transformers import MimiConfig, MimiModel
+
+    model = codes_of_one_length(MimiModel(MimiConfig()))
+    model.save_pretrained(folder)
+    encode = lambda wav: model.encode(wav[:, None]).audio_codes  # noqa: E731
+    return folder, model, encode, lambda codes: model.decode(codes).audio_values[:, 0]
+
+
+def moshi_mimi(folder):
+    from moshi.models.loaders import get_mimi
+    from safetensors.torch import save_file
+
+    model, path = codes_of_one_length(get_mimi(None, num_codebooks=32)), os.path.join(folder, "model.safetensors")
+    save_file(model.state_dict(), path)
+    return path, model, lambda wav: model.encode(wav[:, None]), lambda codes: model.decode(codes)[:, 0]
+
+
+def transformers_encodec(folder):
+    from transformers import EncodecConfig, EncodecModel
+
+    model = codes_of_one_length(EncodecModel(EncodecConfig()))
+    model.save_pretrained(folder)
+    encode = lambda wav: model.encode(wav[:, None], bandwidth=6.0).audio_codes[0]  # noqa: E731
+    return folder, model, encode, lambda codes: model.decode(codes[None], [None]).audio_values[:, 0]
+
+
+def encodec_encodec(folder):
+    sys.modules.setdefault("torchaudio", MagicMock())  # with which it reads files
+    from encodec import EncodecModel
+
+    model, path = codes_of_one_length(EncodecModel.encodec_model_24khz(pretrained=False)), f"{folder}/model.th"
+    model.set_target_bandwidth(6.0)
+    torch.save(model.state_dict(), path)
+    return path, model, lambda wav: model.encode(wav[:, None])[0][0], lambda codes: model.decode([(codes, None)])[:, 0]
+
+
+def transformers_dac(rate, books, strides, folder):
+    from transformers import DacConfig, DacModel
+
+    config = DacConfig(sampling_rate=rate, n_codebooks=books, downsampling_ratios=strides)
+    model = codes_of_one_length(DacModel(config))
+    model.save_pretrained(folder)
+    encode = lambda wav: model.encode(wav[:, None]).audio_codes  # noqa: E731
+    return folder, model, encode, lambda codes: model.decode(audio_codes=codes).audio_values
+
+
+def descript_dac(rate, books, strides, folder):
+    if "audiotools" not in sys.modules:  # which it needs to read files and to train
+        base = type("BaseModel", (torch.nn.Module,), {"INTERN": [], "EXTERN": []})
+        sys.modules["audiotools"] = MagicMock(ml=MagicMock(BaseModel=base))
+        sys.modules["audiotools.ml"] = sys.modules["audiotools"].ml
+    import dac
+
+    sizes = dict(n_codebooks=books, encoder_rates=strides, decoder_rates=strides[::-1])
+    model, path = codes_of_one_length(dac.DAC(sample_rate=rate, **sizes)), os.path.join(folder, "weights.pth")
+    torch.save({"state_dict": model.state_dict()}, path)
+    decode = lambda codes: model.decode(model.quantizer.from_codes(codes)[0])[:, 0]  # noqa: E731
+    return path, model, lambda wav: model.encode(wav[:, None])[1], decode
+
+
+def dac_ways(*sizes):
+    return {"transformers": partial(transformers_dac, *sizes), "descript-audio-codec": partial(descript_dac, *sizes)}
+
+
+# Our codec and its options, seconds of audio, and who else has it
+CODEC_SIZES = {
+    "mimi": ("mimi", {}, 10, {"transformers": transformers_mimi, "moshi": moshi_mimi}),
+    "encodec": ("encodec", {}, 10, {"transformers": transformers_encodec, "encodec": encodec_encodec}),
+    "dac24": ("dac", {"sample_rate": 24000}, 3, dac_ways(24000, 32, [2, 4, 5, 8])),
+    "dac44": ("dac", {}, 2, dac_ways(44100, 9, [2, 4, 8, 8])),
+    "nanocodec": ("nanocodec", {}, 5, {}),
+    "audiocodec44k": ("audiocodec44k", {}, 2, {}),
+    "xtts": ("xtts", {}, 10, {}),
+}
+AT_ONCE = 4  # recordings in a batch, together as long as the one alone
+STREAMED = 2  # seconds, frame by frame
+
+
+def open_network(name, options, path, device):
+    """Our codec with the weights at `path`, or random ones where that is empty."""
+    if path:
+        return codecs.load_codec(name, path, **options).to(device)
+    codec = codes_of_one_length(codecs.CODECS[name](**options)).requires_grad_(False)
+    for module in codec.modules():
+        if isinstance(module, codecs.RVQ):
+            module.measure()
+    return codec.to(device)
+
+
+def check_codecs(ours, encode, decode, wav):
+    """The share of codes that ours has in common with another's, and how far their waveforms of the same codes are
+    apart. Raises ValueError where they do not do the same work."""
+    codes = encode(wav)
+    alike = (ours.encode(wav) == codes).double().mean().item()
+    a, b = ours.decode(codes), decode(codes)
+    n = min(a.shape[1], b.shape[1])
+    difference = apart_from(a[:, :n], b[:, :n])
+    if alike < 0.95 or difference > 1e-3:
+        raise ValueError(f"{alike:.1%} of the codes agree, the waveforms differ by {difference:.1e}")
+    return alike, difference
+
+
+def codec_works(encode, decode, wav, codes):
+    """{column: what to time}: one recording, and a batch of as much audio."""
+    n, t = wav.shape[1] // AT_ONCE, codes.shape[2] // AT_ONCE
+    wavs, parts = wav[:, : n * AT_ONCE].view(AT_ONCE, n), torch.cat(codes[..., : t * AT_ONCE].chunk(AT_ONCE, 2))
+    return {"encode": lambda: encode(wav), "decode": lambda: decode(codes),
+            "encode batch": lambda: encode(wavs), "decode batch": lambda: decode(parts)}  # fmt: skip
+
+
+def streams(codec, wav, codes):
+    """{column: what to time}: frame by frame, as far as the codec can."""
+    wavs, parts = wav.split(codec.samples_per_frame, 1), codes.split(1, 2)
+    works = {"encode stream": lambda: list(codec.encode_stream(wavs)),
+             "decode stream": lambda: list(codec.decode_stream(parts))}  # fmt: skip
+    return {column: work for column, work in works.items()
+            if codec.streams and not (column == "encode stream" and codec.encoder_context)}  # fmt: skip
+
+
+def moshi_streams(model, wav, codes):
+    def run(step, pieces):
+        with model.streaming(1):
+            for piece in pieces:
+                step(piece)
+
+    wavs, parts = wav[:, None].split(model.frame_size, 2), codes.split(1, 2)
+    return {"encode stream": lambda: run(model.encode, wavs), "decode stream": lambda: run(model.decode, parts)}
+
+
+def codec_times(works, repeats, device):
+    """works {way: {column: what to time}} -> the same with median seconds, taken in turns."""
+    seconds = {way: {column: [] for column in mine} for way, mine in works.items()}
+    for column in next(iter(works.values())):
+        for _ in range(1 + repeats):
+            for way in works:
+                if column in works[way]:
+                    seconds[way][column].append(timed(works[way][column], device))
+    return {way: {column: statistics.median(s[1:]) for column, s in mine.items()} for way, mine in seconds.items()}
+
+
+def make_peers(size, folder, device):
+    """{way: (path of its weights, model, encode, decode)} of those that are installed."""
+    peers = {}
+    for way, make in CODEC_SIZES[size][3].items():
+        os.mkdir(place := os.path.join(folder, way))
+        try:
+            peers[way] = make(place)
+            peers[way][1].to(device)
+        except ImportError as error:
+            tqdm.write(f"{size} without {way}: {first_line(error)}")
+    return peers
+
+
+@torch.no_grad()
+def compare_codec(size, repeats, device):
+    """Times of one size, {way: {column: times real time}}, and [(size, way, share of codes alike, difference)]."""
+    name, options, length, _ = CODEC_SIZES[size]
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = make_peers(size, folder, device)
+        loaded = {way: open_network(name, options, path, device) for way, (path, *_) in peers.items()}
+        ours = next(iter(loaded.values()), None) or open_network(name, options, "", device)
+        rate, frame = ours.frame_rate, ours.samples_per_frame
+        wav = 0.1 * torch.randn(1, round(length * rate) * frame, device=device)
+        short, codes = wav[:, : round(STREAMED * rate) * frame], ours.encode(wav)
+        few = codes[..., : round(STREAMED * rate)]
+        works = {"ours": codec_works(ours.encode, ours.decode, wav, codes) | streams(ours, short, few)}
+        for way, (_, model, encode, decode) in peers.items():
+            works[way] = codec_works(encode, decode, wav, codes)
+            works[way] |= moshi_streams(model, short, few) if way == "moshi" else {}
+        checks = [(size, way, *check_codecs(loaded[way], *peers[way][2:], short)) for way in peers]
+        times = codec_times(works, repeats, device)
+    seconds = {column: STREAMED if column.endswith("stream") else length for column in times["ours"]}
+    return {way: {column: seconds[column] / s for column, s in mine.items()} for way, mine in times.items()}, checks
+
+
+def codec_memory(size, minutes):
+    """The most bytes that a process holds while it encodes so many minutes, codec and recording included, and those of
+    the samples themselves."""
+    name, options, *_ = CODEC_SIZES[size]
+    torch.manual_seed(0)
+    codec = open_network(name, options, "", "cpu")
+    wav = torch.randn(1, int(minutes * 60 * codec.sample_rate)).mul_(0.1)
+    forget_peak("cpu")
+    codec.encode(wav)
+    return peak("cpu"), wav.nbytes
+
+
+def compare_codecs(sizes, repeats, minutes):
+    """Print the tables of the codecs with network weights."""
+    device, rows, checks, memory = pick_device("auto"), [], [], []
+    columns = ["encode", "decode", "encode batch", "decode batch", "encode stream", "decode stream"]
+    for size in tqdm(sizes, "codecs"):
+        speeds, checked = compare_codec(size, repeats, device)
+        checks += checked
+        for way, mine in speeds.items():
+            cells = [f"{mine[column]:.3g} x" if column in mine else "" for column in columns]
+            rows.append((size, way, f"{CODEC_SIZES[size][2]} s", *cells))
+        most, samples = apart(codec_memory, size, minutes)
+        if most is not None:
+            memory.append((size, f"{most / 1e6:.0f}", f"{(most + samples * (60 / minutes - 1)) / 1e9:.2f}"))
+    print(f"\nTimes faster than real time, median of {repeats}, float32; batch: {AT_ONCE} recordings, together as long "
+          f"as the one; stream: {STREAMED} s frame by frame")  # fmt: skip
+    print(table(rows, ["codec", "way", "audio", *columns]))
+    if checks:
+        print("Ours with another's weights against it:")
+        checks = [(size, way, f"{alike:.2%}", f"{difference:.1e}") for size, way, alike, difference in checks]
+        print(table(checks, ["codec", "way", "codes alike", "waveforms differ by"]))
+    print(f"All that a process holds while it encodes {minutes:g} minutes on a CPU; an hour: with the samples of one")
+    print(table(memory, ["codec", "MB", "GB for an hour"]))
+
+
+@torch.no_grad()
+def compare_prepare(speech, repeats):
+    """Print what prepare.py reaches of the codec's own speed: Mimi at its full size, the same recordings."""
+    paths, device = read_speech(speech), torch.device(pick_device("auto"))
+    if not paths:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            transformers_mimi(folder)
+        except ImportError as error:
+            print(f"prepare.py is not measured: {first_line(error)}")
+            return
+        codec = codecs.load_codec("mimi", folder).to(device)
+        codec.save(folder)
+        wavs = [codecs.read_audio(path, codec.sample_rate) for path in paths]
+        seconds = [len(wav) / codec.sample_rate for wav in wavs]
+        rows = [Utterance("", "", path, "", "", seconds=s) for path, s in zip(paths, seconds, strict=True)]
+        ordered = [wavs[i].numpy() for i in prepare.longest_first(rows)]
+        pool = prepare.start_pool(0)
+
+        def own():
+            if device.type == "cuda":
+                list(prepare.encode_batches(codec, ordered, device, prepare.batch_seconds))
+            else:
+                for wav in wavs:
+                    codec.encode(wav[None])
+
+        def prepared():
+            list(prepare.encode_all(codec, rows, pool, device, folder, prepare.batch_seconds))
+
+        times = codec_times({"own": {"": own}, "prepare": {"": prepared}}, repeats, device.type)
+        pool.shutdown()
+    own, prepared = times["own"][""], times["prepare"][""]
+    speeds = f"{sum(seconds) / own:.3g} x real time, prepare.py {sum(seconds) / prepared:.3g} x, {own / prepared:.0%}"
+    print(f"\n{len(wavs)} recordings, {sum(seconds):.0f} s, to Mimi's codes: the codec alone {speeds} of that")
+
+
+def bench_codec(cfg):
+    """What mel keeps; the speed and memory of all others, ours and others'; that of prepare.py."""
+    parts = chosen(cfg.sizes, {"mel": None, **CODEC_SIZES, "prepare": None}, "sizes")
+    print(machine(pick_device("auto")))
+    if "mel" in parts:
+        bench_mel(cfg)
+    if networks := [size for size in parts if size in CODEC_SIZES]:
+        compare_codecs(networks, cfg.repeats, cfg.minutes)
+    if "prepare" in parts:
+        compare_prepare(cfg.speech, cfg.repeats)
 
 
 BENCHES = {

@@ -214,12 +214,12 @@ def squares(x, codebook):
     return x.square().sum(1, keepdim=True) - 2 * x @ codebook.T + codebook.square().sum(1)
 
 
-def quantise(x, codebooks, distance=squares):
+def quantise(x, codebooks, lengths=None):
     """Vectors (n, D) -> codes (n, K): each of the codebooks (K, V, D) codes what those before it left over (residual
-    vector quantisation, as in SoundStream, Zeghidour et al. 2021)."""
-    codes = []
-    for codebook in codebooks:
-        codes.append(distance(x, codebook).argmin(1))
+    vector quantisation, as in SoundStream, Zeghidour et al. 2021). `lengths` (K, V): those of the entries, squared."""
+    lengths, codes = codebooks.square().sum(2) if lengths is None else lengths, []
+    for codebook, length in zip(codebooks, lengths, strict=True):
+        codes.append(torch.addmm(length, x, codebook.T, alpha=-2).argmin(1))  # x's own length is the same for all
         x = x - codebook[codes[-1]]
     return torch.stack(codes, 1)
 
@@ -300,15 +300,15 @@ class Mel(Codec):
     def bands(self, wav, lengths=None, limit=512):
         """wav (B, N) -> mel bands (B, t * S, M) in float64, for stretches of at most about `limit` frames in turn.
         Samples past `lengths` count as silence."""
-        wav = wav.double()
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=wav.device)
-            wav = wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
         n, size, edge = self.frames(wav.shape[1]), self.samples_per_frame, 3 * self.hop
-        wav = nn.functional.pad(wav, (edge // 2, n * size - wav.shape[1] + edge - edge // 2))
+        ends = torch.as_tensor([wav.shape[1]] if lengths is None else lengths, device=wav.device)[:, None]
         stretch = max(1, limit // len(wav))
         for first in range(0, n, stretch):
-            spectra = self.spectra(wav[:, first * size : min(first + stretch, n) * size + edge])
+            start, end = first * size - edge // 2, min(first + stretch, n) * size + edge - edge // 2
+            own = wav[:, max(0, start) : end].double()
+            own *= torch.arange(max(0, start), max(0, start) + own.shape[1], device=wav.device) < ends
+            left = max(0, -start)
+            spectra = self.spectra(nn.functional.pad(own, (left, end - start - left - own.shape[1])))
             yield (spectra.abs() @ self.filters.double()).pow(1 / 3)
 
     def reference(self, wav):
@@ -432,8 +432,9 @@ def pad(x, left, right, edge, lengths=None):
     to a row as short as what is to be mirrored. `lengths` (B,): the padding on the right begins where a row ends."""
     n, most = x.shape[2], max(left, right)
     if lengths is None:
-        short = max(0, most + 1 - n) if edge == "reflect" else 0
-        return nn.functional.pad(nn.functional.pad(x, (0, short)), (left, right), edge)[..., : left + n + right]
+        if edge == "reflect" and n <= most:
+            x = nn.functional.pad(x, (0, most + 1 - n))
+        return nn.functional.pad(x, (left, right), edge)[..., : left + n + right]
     ends, at = lengths[:, None], torch.arange(-left, n + right, device=x.device)[None]
     if edge == "constant":
         return nn.functional.pad(x * (at[:, left : left + n] < ends)[:, None], (left, right))
@@ -451,22 +452,33 @@ class Conv(nn.Conv1d):
     signal ends within a stride: every piece but the last must be a multiple of it."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, bias=True, causal=False, edge="constant"):
-        super().__init__(c_in, c_out, kernel, stride, dilation=dilation, bias=bias)
         self.causal, self.edge, self.reach = causal, edge, (kernel - 1) * dilation + 1 - stride
+        zeros = 0 if causal or edge != "constant" else (self.reach + 1) // 2  # which torch adds without a copy
+        super().__init__(c_in, c_out, kernel, stride, zeros, dilation, bias=bias)
 
     def forward(self, x, flow):
         n, stride, lengths = x.shape[2], self.stride[0], flow.lengths
-        left, right = (self.reach, -n % stride) if self.causal else [(self.reach + 1) // 2] * 2
+        left, right = (self.reach, -n % stride) if self.causal else [(self.reach + 1) // 2 - self.padding[0]] * 2
         before = flow.memory.get(self)
-        if before is not None:
+        if before is None and self.causal and self.edge == "constant":
+            before = x.new_zeros(*x.shape[:2], left)
+        if before is not None and self.reach:
             x, left, lengths = torch.cat([before, x], 2), 0, None if lengths is None else lengths + self.reach
-        if self.reach:
+        if self.reach and (left or right or lengths is not None):
             x = pad(x, left, right, self.edge, lengths)
         if self.reach and self.causal:
             flow.memory[self] = x[..., n : n + self.reach].clone()
         if lengths is not None:
             flow.lengths = -(-flow.lengths // stride)
+        if self.causal and self.dilation == (1,) and len(x) * n <= 128 * stride:
+            return product(x.unfold(2, *self.kernel_size, stride).transpose(1, 2).flatten(2), self.weight, self.bias)
         return super().forward(x)
+
+
+def product(x, weight, bias):
+    """x (B, L, n) times weight (C, ...) of n numbers for each C -> (B, C, L). For few steps torch's convolutions spend
+    most of their time on putting the weights into another order."""
+    return nn.functional.linear(x, weight.flatten(1), bias).transpose(1, 2).contiguous()
 
 
 class Transposed(nn.ConvTranspose1d):
@@ -480,10 +492,21 @@ class Transposed(nn.ConvTranspose1d):
     def forward(self, x, flow):
         if not self.causal:
             return super().forward(x)
-        n, before = x.shape[2], flow.memory.get(self, x[..., :0])
-        flow.memory[self] = x[..., -1:].clone()
-        x = super().forward(torch.cat([before, x], 2))
-        return x[..., before.shape[2] * self.stride[0] :][..., : n * self.stride[0]]
+        n, stride = x.shape[2], *self.stride
+        if self.groups > 1:
+            before = flow.memory.get(self, x[..., :0])
+            flow.memory[self] = x[..., -1:].clone()
+            x = super().forward(torch.cat([before, x], 2))
+            return x[..., before.shape[2] * stride :][..., : n * stride]
+        # a product, and what it says of the step itself and of the next, added up: faster than torch's own way
+        bias = nn.functional.pad(self.bias[:, None].expand(-1, stride), (0, stride)).flatten()
+        x = nn.functional.linear(x.transpose(1, 2), self.weight.flatten(1).T, bias)
+        own, after = x.unflatten(2, (-1, 2, stride)).permute(3, 0, 2, 1, 4)  # (B, C, L, stride)
+        out = torch.empty_like(own, memory_format=torch.contiguous_format)
+        torch.add(own[:, :, 1:], after[:, :, :-1], out=out[:, :, 1:])
+        torch.add(own[:, :, 0], flow.memory.get(self, 0), out=out[:, :, 0])
+        flow.memory[self] = after[:, :, -1].clone()
+        return out.flatten(2)
 
 
 class Snake(nn.Module):
@@ -494,7 +517,8 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, c, 1))
 
     def forward(self, x, flow=None):
-        return (self.alpha * x).sin_().square_().mul_(1 / (self.alpha + 1e-9)).add_(x)
+        wave = (self.alpha * x).sin_().square_()
+        return torch.addcmul(x, wave, 1 / (self.alpha + 1e-9), out=wave)
 
 
 class HalfSnake(Snake):
@@ -521,7 +545,7 @@ class Residual(Chain):
     """A chain whose answer is added to what it was asked."""
 
     def forward(self, x, flow):
-        return x + super().forward(x, flow)
+        return super().forward(x, flow).add_(x)
 
 
 class Sum(nn.ModuleList):
@@ -532,7 +556,11 @@ class Sum(nn.ModuleList):
         self.share = share
 
     def forward(self, x, flow):
-        return sum(layer(x, flow) for layer in self) * self.share
+        first, *others = self
+        y = first(x, flow)
+        for layer in others:
+            y.add_(layer(x, flow))
+        return y if self.share == 1 else y.mul_(self.share)
 
 
 class LSTM(nn.LSTM):
@@ -599,19 +627,23 @@ class Transformer(nn.ModuleList):
 class RVQ(nn.Module):
     """K codebooks of V vectors (D,) for a signal (B, C, T), which is projected to D channels where C differs."""
 
-    def __init__(self, n_codebooks, codebook_size, dims, width, distance=squares):
+    def __init__(self, n_codebooks, codebook_size, dims, width):
         super().__init__()
-        self.distance = distance
         self.register_buffer("codebooks", torch.zeros(n_codebooks, codebook_size, dims))
+        self.register_buffer("lengths", self.codebooks.sum(2), persistent=False)  # of the entries, squared
+        self.register_load_state_dict_post_hook(RVQ.measure)
         self.input_proj, self.output_proj = nn.Identity(), nn.Identity()
         if width != dims:
             self.input_proj = nn.Conv1d(width, dims, 1, bias=False)
             self.output_proj = nn.Conv1d(dims, width, 1, bias=False)
 
+    def measure(self, _=None):
+        self.lengths = self.codebooks.square().sum(2)
+
     def encode(self, x):
         """x (B, C, T) -> codes (B, K, T)."""
         x = self.input_proj(x).transpose(1, 2)
-        codes = quantise(x.flatten(0, 1), self.codebooks, self.distance)
+        codes = quantise(x.flatten(0, 1), self.codebooks, self.lengths)
         return codes.unflatten(0, x.shape[:2]).transpose(1, 2)
 
     def decode(self, codes):
@@ -733,7 +765,7 @@ class Network(Codec):
 
     download, files = "", ("model*.safetensors",)
     encoder_context, decoder_context = 0, 0
-    at_once = 10  # seconds of audio in a piece on a CPU
+    at_once = 10  # seconds of audio in a piece on a CPU; small blocks of memory are used again, large ones made anew
     lookahead = 1  # frames that a stream begins with
 
     def __init__(self, options, sample_rate, samples_per_frame, n_codebooks, codebook_size):
@@ -911,14 +943,15 @@ CONTAINERS = (r"\.(layers|model|conv|convtr|lstm|transformer|vq|net|quantizers)(
 def seanet(width, c, strides, last, conv, residual, middle=None):
     """The convolutions of SEANet (Tagliasacchi et al. 2020), an encoder and the decoder that mirrors it. Each stride is
     a stage that doubles the channels c; `middle` stands between the stages and the code."""
-    encoder, decoder = [conv(1, c, 7)], [nn.ELU(), conv(c, 1, last)]
+    elu = partial(nn.ELU, inplace=True)
+    encoder, decoder = [conv(1, c, 7)], [elu(), conv(c, 1, last)]
     for stride in strides:
-        encoder += [residual(c), nn.ELU(), conv(c, 2 * c, 2 * stride, stride)]
-        decoder = [nn.ELU(), Transposed(2 * c, c, stride, causal=True), residual(c), *decoder]
+        encoder += [residual(c), elu(), conv(c, 2 * c, 2 * stride, stride)]
+        decoder = [elu(), Transposed(2 * c, c, stride, causal=True), residual(c), *decoder]
         c *= 2
     encoder += [middle(c)] if middle else []
     decoder = [middle(c), *decoder] if middle else decoder
-    return Chain(*encoder, nn.ELU(), conv(c, width, last)), Chain(conv(width, c, 7), *decoder)
+    return Chain(*encoder, elu(), conv(c, width, last)), Chain(conv(width, c, 7), *decoder)
 
 
 class Mimi(Network):
@@ -929,7 +962,7 @@ class Mimi(Network):
     codebooks    a semantic one, and 31 acoustic ones that code the same 512 numbers anew, each in 256 of its own
     decoder      all this mirrored"""
 
-    name, download = "mimi", "kyutai/mimi model.safetensors"
+    name, download, at_once = "mimi", "kyutai/mimi model.safetensors", 4
     files = ("tokenizer-*.safetensors", "model*.safetensors")
     names = (
         (r"^codec_model\.", ""), CONTAINERS, (r"\.block(?=\.)", ""),
@@ -949,14 +982,14 @@ class Mimi(Network):
         conv = partial(Conv, causal=True)
 
         def residual(c):
-            return Residual(nn.ELU(), conv(c, c // 2, 3), nn.ELU(), conv(c // 2, c, 1))
+            return Residual(nn.ELU(), conv(c, c // 2, 3), nn.ELU(inplace=True), conv(c // 2, c, 1))
 
         self.encoder, self.decoder = seanet(width, channels, strides, 3, conv, residual)
         self.encoder_transformer, self.decoder_transformer = (Transformer(width, layers, window) for _ in range(2))
         self.downsample = conv(width, width, 4, 2, bias=False, edge="replicate")
         self.upsample = Transposed(width, width, 2, groups=width, bias=False, causal=True)
         books = (1, n_codebooks - 1)[:n_codebooks]
-        self.quantizer = nn.ModuleList(RVQ(n, codebook_size, dims, width, torch.cdist) for n in books)
+        self.quantizer = nn.ModuleList(RVQ(n, codebook_size, dims, width) for n in books)
 
     def analyse(self, wav, flow):
         x = self.encoder_transformer(self.encoder(wav[:, None], flow), flow)
@@ -1000,7 +1033,7 @@ class EnCodec(Network):
     codebooks  of 128 numbers each; 8 of them are 6 kbit/s
     decoder    all this mirrored"""
 
-    name, download = "encodec", "facebook/encodec_24khz model.safetensors"
+    name, download, at_once = "encodec", "facebook/encodec_24khz model.safetensors", 3
     lookahead = 7  # the first frames are mirrored before the first
     names = (CONTAINERS, (r"\.block(?=\.)", ".0"), (r"\.shortcut(?=\.)", ".1"),
              (r"codebook\.(inited|cluster_size|embed_avg)", None), (r"_?codebook\.embed", "embed"))  # fmt: skip
@@ -1010,7 +1043,8 @@ class EnCodec(Network):
         conv = partial(Conv, causal=True, edge="reflect")
 
         def residual(c):
-            return Sum([Chain(nn.ELU(), conv(c, c // 2, 3), nn.ELU(), conv(c // 2, c, 1)), conv(c, c, 1)])
+            near = Chain(nn.ELU(), conv(c, c // 2, 3), nn.ELU(inplace=True), conv(c // 2, c, 1))
+            return Sum([near, conv(c, c, 1)])
 
         self.encoder, self.decoder = seanet(width, channels, strides, 7, conv, residual, middle=LSTM)
         self.quantizer = RVQ(n_codebooks, codebook_size, width, width)
@@ -1064,7 +1098,7 @@ class DAC(Network):
     decoder    conv -> 1536; all this mirrored, half the channels at each stride; tanh"""
 
     name = "dac"
-    encoder_context = decoder_context = 16
+    encoder_context, decoder_context = 8, 10
     rates = {(512, 9): 44100, (320, 32): 24000, (320, 12): 16000}  # of the published, by frame and codebooks
 
     def __init__(self, sample_rate=44100, n_codebooks=9, codebook_size=1024, dims=8, channels=64, decoder_channels=1536,
@@ -1187,7 +1221,7 @@ class NanoCodec(Network):
                half snake, conv, cut at 1"""
 
     name, download = "nanocodec", "nvidia/nemo-nano-codec-22khz-0.6kbps-12.5fps"
-    files, at_once = ("*.nemo",), 40
+    files, at_once = ("*.nemo",), 20
     sample_rate, causal, edge = 22050, True, "replicate"
     names = (
         (r"^(?!audio_encoder|audio_decoder|vector_quantizer)", None),  # discriminators and losses
@@ -1239,7 +1273,7 @@ class AudioCodec44k(NanoCodec):
     As above with strides 2, 4, 8, 8, 48 channels in the encoder and 768 in the decoder, where convs see them all."""
 
     name, download = "audiocodec44k", "nvidia/audio-codec-44khz"
-    sample_rate, causal, edge = 44100, False, "reflect"
+    sample_rate, causal, edge, at_once = 44100, False, "reflect", 10
 
     def __init__(self, n_codebooks=8, levels=(8, 5, 5, 5), channels=48, decoder_channels=768, strides=(2, 4, 8, 8)):
         super().__init__(n_codebooks, levels, channels, decoder_channels, strides)

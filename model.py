@@ -263,36 +263,28 @@ def _softmax_rows(tile, target, scale, loss, correct, smoothing, z_loss):
     """
     tile, exact = tile.unflatten(-1, (target.shape[-1], -1)), scale.dtype  # (g, n, J, V)
     g, _, J, V = tile.shape
-    inside = (target >= 0) & (target < V)
-    goal = torch.where(inside, target, 0)[..., None]
-    picked = tile.gather(-1, goal)[..., 0].to(exact)
-    top, best, likeliest, mean = (torch.zeros_like(scale) for _ in range(4))
-    backward = torch.arange(V, 0, -1, dtype=exact, device=tile.device)
     few = max(1, 2**17 // (g * J * V))  # so many rows stay in the cache from the first operation to the last
-    parts = [x.split(few, 1) for x in (tile, goal, scale, top, best, likeliest, mean)]
-    for part, goal_, scale_, top_, best_, likeliest_, mean_ in zip(*parts, strict=True):
+    parts = [x.split(few, 1) for x in (tile, target, scale, loss, correct)]
+    for part, target, scale, loss, correct in zip(*parts, strict=True):  # noqa: B020
         x = part.to(exact)  # itself, if it is of that type
-        torch.amax(x, -1, out=top_)
-        if smoothing:
-            torch.mean(x, -1, out=mean_)
-        # of equals the first; argmax would take four times as long
-        equal = torch.eq(x, top_[..., None], out=torch.empty_like(x))
-        torch.amax(equal.mul_(backward), -1, out=best_)
+        inside = (target >= 0) & (target < V)
+        goal = torch.where(inside, target, 0)[..., None]
+        (top, best), picked = x.max(-1), x.gather(-1, goal)[..., 0]
+        mean = x.mean(-1) if smoothing else 0
         torch.softmax(x, -1, out=x)
         # the likeliest class has a probability of at least 1 / V: its logarithm is safe, the target's may be -inf
-        torch.amax(x, -1, out=likeliest_)
+        lse = top - x.gather(-1, best[..., None])[..., 0].log()
+        value = lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2
+        loss.copy_(torch.where(inside, value, math.nan))
+        correct.copy_(best == target)
         if z_loss:
-            x *= 1 + 2 * z_loss * (top_ - likeliest_.log())[..., None]
+            x *= 1 + 2 * z_loss * lse[..., None]
         if smoothing:
             x -= smoothing / V
-        x.scatter_add_(-1, goal_, x.new_full((), smoothing - 1).expand_as(goal_))
-        torch.mul(x, scale_[..., None], out=x)
+        x.scatter_add_(-1, goal, x.new_full((), smoothing - 1).expand_as(goal))
+        torch.mul(x, scale[..., None], out=x)
         if x is not part:
             part.copy_(x)
-    lse = top - likeliest.log()
-    value = lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2
-    loss.copy_(torch.where(inside, value, math.nan))
-    correct.copy_(V - best == target)
 
 
 if triton:

@@ -10,7 +10,7 @@ Audio and transcripts -> token files, the folder that train.py reads.
   its reason, on the screen and in report.json. A set with more than a share `max_bad` of such ones is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
 - All cores work, each on one utterance at a time, so that the files do not depend on how many cores there are; a codec
-  with network weights encodes in batches on `device`.
+  with network weights encodes on a GPU in batches of like length, while the cores read ahead.
 - The folder gets its name when it is whole. After a kill the next run starts over.
 """
 
@@ -149,10 +149,13 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def in_order(what, pool, function, utterances, *args, chunk=8):
+def in_order(what, pool, function, utterances, *args, chunk=8, order=None):
     """function(some of the utterances, *args) -> list, called in the pool; yields the results one by one in their
-    order, behind a progress bar. A bounded number of calls is under way, so a long list costs no memory."""
+    order, or in another, given as indices, behind a progress bar. A bounded number of calls is under way, so a long
+    list costs no memory."""
     rest, waiting = load(utterances), deque()
+    if order:
+        rest = put_back(np.argsort(order).tolist(), rest)
     try:
         with tqdm(desc=what.ljust(14), total=len(utterances), unit=" utt", disable=None) as bar:
             while True:
@@ -449,20 +452,54 @@ def features(utterances, name, path):
     return heard
 
 
-def encode_batches(codec, wavs, device, batch_seconds, window=1024):
-    """Codes (T, K) of each recording, encoded on `device` in batches of like length; yields in the order of `wavs`."""
-    wavs = iter(wavs)
-    while group := list(itertools.islice(wavs, window)):
-        codes, batch, order = {}, [], sorted(range(len(group)), key=lambda i: -len(group[i]))
-        for n, i in enumerate(order, 1):
-            batch.append(i)
-            if n == len(order) or (len(batch) + 1) * len(group[batch[0]]) > batch_seconds * codec.sample_rate:
-                lengths = [len(group[j]) for j in batch]
-                wav = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(group[j]) for j in batch], batch_first=True)
-                out = codec.encode(wav.to(device), torch.tensor(lengths, device=device)).cpu().numpy()
-                codes |= {j: c[:, : codec.frames(n)].T for j, c, n in zip(batch, out, lengths, strict=True)}
-                batch = []
-        yield from (codes[i] for i in range(len(group)))
+def longest_first(utterances, window=256):
+    """The order to encode in: by length, so that batches hold little padding and no core ends with a long one alone;
+    in windows, so that few wait for their turn."""
+    n = len(utterances)
+    windows = [range(first, min(first + window, n)) for first in range(0, n, window)]
+    return [i for these in windows for i in sorted(these, key=lambda i: -utterances[i].seconds)]
+
+
+def put_back(order, things):
+    """Things that come in this order of their indices, in the order of the indices."""
+    waiting, n = {}, 0
+    for i, thing in zip(order, things, strict=True):
+        waiting[i] = thing
+        while n in waiting:
+            yield waiting.pop(n)
+            n += 1
+
+
+def encode_all(codec, utterances, pool, device, folder, batch_seconds):
+    """Codes (T, K) of each utterance, in order. `folder` holds the codec: on a CPU each core encodes with its own, one
+    utterance at a time; on another `device` it encodes batches, which the cores read ahead."""
+    order, what = longest_first(utterances), f"encoding {codec.name}"
+    if device.type == "cpu":
+        chunk = 1 if list(codec.parameters()) else 8
+        return put_back(order, in_order(what, pool, encode, utterances, codec.name, folder, chunk=chunk, order=order))
+    wavs = in_order(what, pool, read, utterances, codec.sample_rate, order=order)
+    return put_back(order, encode_batches(codec.to(device), wavs, device, batch_seconds))
+
+
+def batches(wavs, most):
+    """The recordings (N,), in lists that padding makes no more than so many samples, or one recording."""
+    batch = []
+    for wav in wavs:
+        if batch and (len(batch) + 1) * max(len(wav), *map(len, batch)) > most:
+            yield batch
+            batch = []
+        batch.append(wav)
+    if batch:
+        yield batch
+
+
+def encode_batches(codec, wavs, device, batch_seconds):
+    """Codes (T, K) of each recording in turn, encoded on `device` in batches of so much audio."""
+    for batch in batches(wavs, batch_seconds * codec.sample_rate):
+        lengths = [len(wav) for wav in batch]
+        x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(wav) for wav in batch], batch_first=True)
+        codes = codec.encode(x.to(device), torch.tensor(lengths, device=device)).cpu().numpy()
+        yield from (c[:, : codec.frames(n)].T for c, n in zip(codes, lengths, strict=True))
 
 
 def encode_device(codec, name):
@@ -540,14 +577,11 @@ def main(cfg):
 
 def get_codes(cfg, pool, used, codec, folder):
     """Codes (T, K) of each utterance: those that its source holds, or what the codec in `folder` makes of it."""
-    recorded, device = [u for u in used if not u.codes], encode_device(codec, cfg.device)
-    coded = [u for u in used if u.codes]
+    recorded, coded = [u for u in used if not u.codes], [u for u in used if u.codes]
     held = load(tqdm(coded, "reading codes ", unit=" utt", disable=None if coded else True))
-    if device.type == "cpu" or not recorded:
-        made = in_order(f"encoding {codec.name}", pool, encode, recorded, codec.name, folder)
-    else:
-        wavs = in_order(f"encoding {codec.name}", pool, read, recorded, codec.sample_rate)
-        made = encode_batches(codec.to(device), wavs, device, cfg.batch_seconds)
+    made = iter(())
+    if recorded:
+        made = encode_all(codec, recorded, pool, encode_device(codec, cfg.device), folder, cfg.batch_seconds)
     return (next(held).content[:, : codec.n_codebooks] if u.codes else next(made) for u in used)
 
 

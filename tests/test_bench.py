@@ -1,9 +1,13 @@
-"""bench.py: the benches of the loss and of a training step, at sizes that take a moment. No time is asserted."""
+"""bench.py: the benches of loss, training step and codecs, at sizes that take a moment. No time is asserted."""
 
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
+import transformers
+from test_codec_networks import TINY as TINY_CODECS
+from test_codec_networks import mimi, noise
 from test_train import run, write_tokens
 
 import bench
@@ -133,3 +137,77 @@ def test_table_of_families(monkeypatch, tmp_path, capsys):
     assert [line.split()[:2] for line in lines[-2:]] == [["digits", "1"], ["digits", "2"]]
     row = lines[-1].split()
     assert row[3:7] == ["3", "x", "16", "x"] and "33.3%" in row  # "two" heard as "one two": an error in three words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# codecs
+
+OPTIONS = {"channels": 4, "width": 16}
+
+
+def tiny_encodec(folder):
+    model = transformers.EncodecModel(transformers.EncodecConfig(num_filters=4, hidden_size=16, codebook_dim=16))
+    bench.codes_of_one_length(model).save_pretrained(folder)
+    encode = lambda wav: model.encode(wav[:, None], bandwidth=6.0).audio_codes[0]  # noqa: E731
+    return folder, model, encode, lambda codes: model.decode(codes[None], [None]).audio_values[:, 0]
+
+
+def absent(folder):
+    raise ImportError("it is not here")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    ways = {"absent": absent, "transformers": tiny_encodec}
+    dac = {"channels": 4, "decoder_channels": 32, "n_codebooks": 2}
+    sizes = {"one": ("encodec", OPTIONS, 1, ways), "alone": ("dac", dac, 1, {})}
+    monkeypatch.setattr(bench, "CODEC_SIZES", sizes)
+    monkeypatch.setattr(bench, "STREAMED", 0.4)
+
+
+def test_the_table_of_codecs(small, here, capsys):
+    with torch.no_grad():
+        bench.compare_codecs(["one", "alone"], 1, 0.1)
+    captured = capsys.readouterr()
+    assert "one without absent: it is not here" in captured.out + captured.err
+    rows = [line.split() for line in captured.out.splitlines() if line.split()[:1] in (["one"], ["alone"])]
+    rows = [row for row in rows if row[1] != "without"]
+    assert [row[:2] for row in rows[:4]] == [["one", "ours"], ["one", "transformers"], ["alone", "ours"],
+                                             ["one", "transformers"]]  # fmt: skip
+    assert [row.count("x") for row in rows[:3]] == [6, 4, 4]  # no peer here streams, nor does DAC
+    assert rows[3][2] == "100.00%" and float(rows[3][3]) < 1e-5
+    assert [row[0] for row in rows[4:]] == ["one", "alone"] and all(float(row[2]) > 0.001 for row in rows[4:])
+
+
+@torch.no_grad()
+def test_codecs_that_do_other_work_are_not_compared(small, tmp_path):
+    path, _, encode, decode = tiny_encodec(tmp_path)
+    ours, wav = bench.open_network("encodec", OPTIONS, path, "cpu"), 0.1 * noise(1, 9600)
+    assert bench.check_codecs(ours, encode, decode, wav)[0] == 1
+    with pytest.raises(ValueError, match=r"% of the codes agree, the waveforms differ by 0"):
+        bench.check_codecs(ours, lambda wav: encode(wav).roll(1, 2), ours.decode, wav)
+    with pytest.raises(ValueError, match=r"100.0% of the codes agree, the waveforms differ by .*e-0"):
+        bench.check_codecs(ours, encode, lambda codes: decode(codes) + 0.01, wav)
+
+
+def test_unknown_codecs():
+    with pytest.raises(ValueError, match="sizes = 'dac': there is mel, mimi, .*, xtts, prepare"):
+        bench.main(SimpleNamespace(name="codec", sizes="mimi,dac"))
+
+
+def test_random_codebooks_are_in_use():
+    codec = bench.open_network("encodec", OPTIONS, "", "cpu")
+    assert len(codec.encode(0.1 * noise(1, 24000)).unique()) > 8
+    torch.testing.assert_close(codec.quantizer.lengths, codec.quantizer.codebooks.square().sum(2))
+
+
+def test_what_prepare_reaches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "transformers_mimi", lambda folder: mimi(folder, **TINY_CODECS["mimi"]))
+    (tmp_path / "wavs").mkdir()
+    for i in range(3):
+        soundfile.write(tmp_path / "wavs" / f"{i}.wav", 0.1 * noise(8000 + 4000 * i).numpy(), 24000)
+    (tmp_path / "metadata.csv").write_text("2|two\n0|zero\n1|one\n")
+    bench.compare_prepare(str(tmp_path), 1)
+    assert "3 recordings, 2 s, to Mimi's codes: the codec alone" in capsys.readouterr().out
+    bench.compare_prepare("", 1)
+    assert "no real speech" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import soundfile
 import torch
 from scipy.signal import resample_poly
 
+import bench
 from bench import recognise, word_errors
 from codec import Mel, kmeans, load_codec, quantise, read_audio, resample, squares, write_audio
 
@@ -127,6 +128,18 @@ def test_long_recordings_are_encoded_in_stretches(codec):
     codes = codec.encode(wav)  # 750 frames, two stretches
     assert torch.equal(codec.encode(wav.expand(90, -1)[:, :60000])[0, :, :45], codes[0, :, :45])  # 5 frames a stretch
     assert len(list(codec.bands(wav))) == 2 and len(list(codec.bands(wav.expand(90, -1)[:, :60000]))) == 10
+
+
+def test_long_recordings_take_little_memory(codec):
+    """Twenty minutes hardly more than two: in float64 they are only stretch by stretch."""
+    wav, extra = torch.rand(1, 20 * 60 * 16000) - 0.5, []
+    for x in (wav[:, : 2 * 60 * 16000], wav):
+        before = bench.forget_peak("cpu")
+        if before is None:
+            pytest.skip("this system does not tell a process's peak")
+        codec.encode(x)
+        extra.append(bench.peak("cpu") - before)
+    assert extra[1] < extra[0] + wav.nbytes / 2
 
 
 def test_each_codebook_adds_to_those_before(codec):

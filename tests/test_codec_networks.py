@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import bench
 import codec as codecs
 from codec import CODECS, FSQ, PUBLISHED, Flow, Network, load_codec, read_audio, resample, squares
 from sample import Voice
@@ -449,6 +450,51 @@ def test_pieces_are_the_whole(codec, monkeypatch):
         assert torch.equal(row[:, : codec.frames(n)], alone[:, : codec.frames(n)])
     if codec.name != "xtts":  # Griffin-Lim chooses the phases of each piece anew
         assert (codec.decode(codes) - wav).abs().max() < 1e-5 and wav.std() > 0.001
+
+
+def reach(network, x, at, scale):
+    """How many frames to each side of frame `at`, whose input changes, the output of a network does."""
+    changed = x.clone()
+    changed[..., at] += 1
+    hit = (network(x, Flow()) != network(changed, Flow())).any(1)[0].nonzero()[:, 0]
+    return at[0] // scale[0] - hit.min() // scale[1], hit.max() // scale[1] - at[0] // scale[0]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: codecs.DAC(channels=4, decoder_channels=32, n_codebooks=1),
+    lambda: codecs.DAC(24000, channels=4, decoder_channels=32, n_codebooks=1, strides=(2, 4, 5, 8)),
+    lambda: codecs.NanoCodec(channels=2, decoder_channels=64),
+    lambda: codecs.AudioCodec44k(channels=2, decoder_channels=32),
+])  # fmt: skip
+@torch.no_grad()
+def test_pieces_are_given_what_they_look_at(make):
+    """The networks reach no further to either side than the context, at the strides of the published codecs."""
+    torch.manual_seed(0)
+    codec = make().double()
+    size, frames = codec.samples_per_frame, 60
+    wav = noise(1, 1, frames * size).double()
+    before, after = reach(codec.encoder, wav, torch.arange(30 * size, 31 * size), (size, 1))
+    assert 0 < max(before, after) <= codec.encoder_context <= max(before, after) + 3
+    x = codec.encoder(wav, Flow())
+    before, after = reach(codec.decoder, x, torch.tensor([30]), (1, size))
+    assert before <= codec.decoder_context and (codec.streams or after <= codec.decoder_context <= after + 9)
+
+
+def test_long_files_take_little_memory(codec, monkeypatch):
+    """In pieces of a second, a quarter of a minute takes a small part of what it takes at once, both ways."""
+    def extra(seconds, work, x):
+        monkeypatch.setattr(type(codec), "at_once", seconds)
+        before = bench.forget_peak("cpu")
+        if before is None:
+            pytest.skip("this system does not tell a process's peak")
+        return work(x), bench.peak("cpu") - before
+
+    wav = speech(15 * codec.sample_rate)[None]
+    (codes, pieces), (_, whole) = (extra(seconds, codec.encode, wav) for seconds in (1, 15))
+    assert pieces < whole / 2
+    if codec.name != "xtts":  # Griffin-Lim takes little beside the waveform
+        pieces, whole = (extra(seconds, codec.decode, codes)[1] for seconds in (1, 15))
+        assert pieces - wav.nbytes < (whole - wav.nbytes) / 2
 
 
 def cut(x, *sizes):

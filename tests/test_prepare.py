@@ -10,6 +10,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,10 +221,28 @@ def test_batches_on_a_device_give_the_same_codes(tokens):
     codec = load_codec("mel", str(tokens))
     wavs = [clip(i, 0.5 + 0.13 * (i * 5 % 11)) for i in range(23)]
     for batch_seconds in (0.1, 3.0, 100.0):
-        got = list(prepare.encode_batches(codec, iter(wavs), torch.device("cpu"), batch_seconds, window=10))
+        got = list(prepare.encode_batches(codec, iter(wavs), torch.device("cpu"), batch_seconds))
         assert len(got) == len(wavs)
         for wav, codes in zip(wavs, got, strict=True):
             assert np.array_equal(codes, codec.encode(torch.from_numpy(wav)[None])[0].T)
+
+
+def test_batches_keep_to_their_size():
+    wavs = [np.zeros(n, np.float32) for n in (9, 8, 8, 3, 2, 1, 30, 7, 7, 1)]
+    sizes = [[len(wav) for wav in batch] for batch in prepare.batches(iter(wavs), 20)]
+    assert sizes == [[9, 8], [8, 3], [2, 1], [30], [7, 7], [1]]
+    assert list(prepare.batches(iter([]), 20)) == []
+
+
+def test_the_longest_of_a_window_go_first():
+    """Codes come back in the order of the utterances, and none waits for another window than its own."""
+    lengths = [1, 3, 2, 5, 4, 9, 8, 7, 6, 10]
+    order = prepare.longest_first([SimpleNamespace(seconds=n) for n in lengths], window=4)
+    assert [lengths[i] for i in order] == [5, 3, 2, 1, 9, 8, 7, 4, 10, 6]
+    taken, asked = iter(order), []
+    results = prepare.put_back(order, (asked.append(i) or lengths[i] for i in taken))
+    assert [next(results) for _ in range(4)] == lengths[:4] and len(asked) == 4
+    assert list(results) == lengths[4:]
 
 
 def test_which_codecs_go_to_the_device():
