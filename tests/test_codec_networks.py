@@ -481,7 +481,8 @@ def test_pieces_are_given_what_they_look_at(make):
 
 
 def test_long_files_take_little_memory(codec, monkeypatch):
-    """In pieces of a second, a quarter of a minute takes a small part of what it takes at once, to encode and to decode."""
+    """Fifteen seconds take little in pieces of one, beside what they take at once, to encode and to decode."""
+
     def extra(seconds, work, x):
         monkeypatch.setattr(type(codec), "at_once", seconds)
         before = bench.forget_peak("cpu")
