@@ -1097,7 +1097,7 @@ class DAC(Network):
     codebooks  of 8 numbers each
     decoder    conv -> 1536; all this mirrored, half the channels at each stride; tanh"""
 
-    name = "dac"
+    name, at_once = "dac", 5
     encoder_context, decoder_context = 8, 10
     rates = {(512, 9): 44100, (320, 32): 24000, (320, 12): 16000}  # of the published, by frame and codebooks
 
@@ -1273,7 +1273,7 @@ class AudioCodec44k(NanoCodec):
     As above with strides 2, 4, 8, 8, 48 channels in the encoder and 768 in the decoder, where convs see them all."""
 
     name, download = "audiocodec44k", "nvidia/audio-codec-44khz"
-    sample_rate, causal, edge, at_once = 44100, False, "reflect", 10
+    sample_rate, causal, edge, at_once = 44100, False, "reflect", 5
 
     def __init__(self, n_codebooks=8, levels=(8, 5, 5, 5), channels=48, decoder_channels=768, strides=(2, 4, 8, 8)):
         super().__init__(n_codebooks, levels, channels, decoder_channels, strides)
