@@ -1,7 +1,7 @@
 """Bench: every number that the README quotes, from one command.
 
     python bench.py data     word error rate of a raw data set: are the recordings themselves understood?
-    python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI); how fast all codecs
+    python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI, PESQ); how fast codecs
                              are, ours beside others', in what memory, and what of that prepare.py reaches
     python bench.py sample   word error rate, stops and speed of a model that speaks held-out strings of digits
     python bench.py families the families side by side: trains what is not trained yet, then listens to all of them
@@ -195,7 +195,7 @@ def round_trip(codec, wavs):
 
 
 def bench_mel(cfg):
-    """mel: word error rate of held-out digits through it, STOI of real speech it was not fitted on."""
+    """mel: word error rate of held-out digits through it, STOI and PESQ of real speech it was not fitted on."""
     rows = read_raw(cfg.raw)
     held_out = {path for path, _, _ in rows}
     rows = rows[: cfg.limit or len(rows)]
@@ -226,6 +226,15 @@ def bench_mel(cfg):
         from pystoi import stoi
     except ImportError as error:
         raise ValueError("STOI needs pystoi: pip install pystoi") from error
+    try:
+        from pesq import pesq
+    except ImportError:
+        print("no PESQ: it needs pesq and, to build that, a C compiler: pip install pesq")
+        pesq = None
+
+    def quality(wav, out):
+        """Wide-band PESQ (ITU-T P.862.2), 1 to 4.6."""
+        return pesq(RATE, *(codecs.resample(x, 24000, RATE).numpy() for x in (wav, out)), "wb") if pesq else math.nan
 
     wavs = [codecs.read_audio(path, 24000) for path in paths]
     table_rows = []
@@ -233,10 +242,12 @@ def bench_mel(cfg):
         codec = codecs.load_codec("mel", sample_rate=24000, frame_rate=frame_rate, codebook_size=size).fit(wavs[:16])
         out, *speeds = round_trip(codec, wavs[16:])
         scores = [stoi(wav.numpy(), o.numpy(), 24000) for wav, o in zip(wavs[16:], out, strict=True)]
-        table_rows.append((frame_rate, size, bit_rate(codec), f"{np.mean(scores):.3f}", f"{min(scores):.3f}", *speeds))
+        heard = np.mean([quality(wav, o) for wav, o in zip(wavs[16:], out, strict=True)])
+        table_rows.append((frame_rate, size, bit_rate(codec), f"{np.mean(scores):.3f}", f"{min(scores):.3f}",
+                           f"{heard:.2f}", *speeds))  # fmt: skip
     seconds = sum(map(len, wavs[:16])) / 24000
     print(f"\nreal speech at 24 kHz: fitted on {seconds:.0f} s of 16 recordings, measured on 8 others")
-    print(table(table_rows, ["frames/s", "entries", "bit/s", "STOI", "least", "encode", "decode"]))
+    print(table(table_rows, ["frames/s", "entries", "bit/s", "STOI", "least", "PESQ", "encode", "decode"]))
 
 
 def read_speech(folder, most=24):
