@@ -48,6 +48,16 @@ def batch_of(model, *utterances, width=0):
     return torch.from_numpy(tokens), torch.from_numpy(np.stack([np.pad(s, (0, S - len(s))) for _, s in rows]))
 
 
+def spoken_by(model, *given, **options):
+    """All the frames, and whether the model ended by itself."""
+    speaking, frames = model.generate(*given, **options), []
+    while True:
+        try:
+            frames.append(next(speaking).tolist())
+        except StopIteration as end:
+            return frames, end.value
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

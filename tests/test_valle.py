@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_model import batch_of, gradients, spoken_by, utterance
 from test_train import exact, same, write_tokens
 
 import configurator
@@ -42,33 +43,6 @@ def tiny(cls=VallE, mode="nar", K=4, V=16, backbone=None, **options):
             p.data.normal_(std=0.3)
     model.heads.data *= 0.1
     return model
-
-
-def utterance(n=5, T=6, K=4, V=16, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(3, 30, n), rng.integers(0, V, (T, K))
-
-
-def batch_of(model, *utterances, width=0):
-    """Laid out and padded on the right, as data.py does: tokens (B, S, K + 1), segment (B, S)."""
-    rows = [model.layout(*u) for u in utterances]
-    S = max(width, *(len(s) for _, s in rows))
-    tokens = np.stack([np.pad(t, ((0, S - len(t)), (0, 0))) for t, _ in rows])
-    return torch.from_numpy(tokens), torch.from_numpy(np.stack([np.pad(s, (0, S - len(s))) for _, s in rows]))
-
-
-def spoken_by(model, *given, **options):
-    """All the frames, and whether the model ended by itself."""
-    speaking, frames = model.generate(*given, **options), []
-    while True:
-        try:
-            frames.append(next(speaking).tolist())
-        except StopIteration as end:
-            return frames, end.value
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def close(ours, theirs, atol=1e-4):
