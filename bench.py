@@ -48,7 +48,7 @@ import codec as codecs
 import configurator
 import prepare
 import train
-from metrics import read_metrics
+from metrics import lowest_loss, read_metrics
 from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
 from sample import Voice, pick_device
 from sources import Utterance
@@ -67,6 +67,7 @@ recipes = ""  # families: names of recipes in config/, with commas between; empt
 seeds = "1337,1,2"  # families: of the training runs, likewise
 sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
 dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
+ways = ""  # loss: likewise, whose; "ours" alone is quick
 repeats = 3  # codec, loss, train: how often each is timed, after once to warm up; the median counts
 large_batch = 32  # train, on a GPU: utterances of the larger batch
 
@@ -323,9 +324,9 @@ def bench_families(cfg):
         codec, n = voice.codec, sum(p.numel() for p in voice.model.parameters())
         codes = f"{codec.n_codebooks} x {codec.codebook_size} x {codec.frame_rate:g}/s"
         minutes = sum(line["timing"]["seconds"] for line in lines) / 60
-        loss = min(line["val_loss"] for line in lines if line.get("val_loss") is not None)
-        rows.append([recipe, seed, f"{n / 1e6:.2f}M", codes, lines[-1]["iter"], f"{minutes:.1f}", f"{loss:.3f}",
-                     f"{errors / max(words, 1):.1%}", f"{stopped}/{len(heard)}", f"{factor:.2f}"])  # fmt: skip
+        rows.append([recipe, seed, f"{n / 1e6:.2f}M", codes, lines[-1]["iter"], f"{minutes:.1f}",
+                     f"{lowest_loss(lines):.3f}", f"{errors / max(words, 1):.1%}", f"{stopped}/{len(heard)}",
+                     f"{factor:.2f}"])  # fmt: skip
         print(table(rows, ["recipe", "seed", "parameters", "codes", "steps", "minutes", "held-out loss", "word errors",
                            "ended", "real-time factor"]), flush=True)  # fmt: skip
 
@@ -615,7 +616,8 @@ def compare_losses(sizes, dtypes, repeats, ways=LOSSES):
 def bench_loss(cfg):
     """The loss of K heads, ours and others'."""
     print(machine(pick_device("auto")))
-    compare_losses(chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes"), cfg.repeats)
+    ways = chosen(cfg.ways, dict.fromkeys(LOSSES), "ways")
+    compare_losses(chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes"), cfg.repeats, ways)
 
 
 # -----------------------------------------------------------------------------

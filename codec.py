@@ -138,9 +138,10 @@ class Codec(nn.Module):
     frames(length) codes of a row are what it would get alone. A codec that must be fitted says in `fitted` whether it
     is, and has fit(wavs, seed). One that `streams` has decode_stream(pieces of codes), which yields pieces of wav. Some
     have reference(wav (B, N)) -> (B, T * r, M), features of a recording off which a model reads its voice, r rows a
-    frame. `options` are the arguments it was made with, its state dict holds its tables."""
+    frame. Where its codebooks are `residual`, the first of them are by themselves a coarser code. `options` are the
+    arguments it was made with, its state dict holds its tables."""
 
-    name, fitted, streams = None, True, False
+    name, fitted, streams, residual = None, True, False, True
 
     def __init__(self, **options):
         super().__init__()
@@ -889,6 +890,14 @@ class Network(Codec):
             raise ValueError(f"{where}: not the weights of {cls.name}, they {says}")
         return codec.eval().requires_grad_(False)
 
+    @classmethod
+    def unseen(cls, **options):
+        """The codec without its weights, for its sizes and for codes that somebody else has made."""
+        with torch.device("meta"):
+            codec = cls(**options)
+        codec.options, codec.mark = options, UNKNOWN
+        return codec
+
     def fingerprint(self):
         return self.mark or super().fingerprint()
 
@@ -1221,7 +1230,7 @@ class NanoCodec(Network):
                half snake, conv, cut at 1"""
 
     name, download = "nanocodec", "nvidia/nemo-nano-codec-22khz-0.6kbps-12.5fps"
-    files, at_once = ("*.nemo",), 20
+    files, at_once, residual = ("*.nemo",), 20, False
     sample_rate, causal, edge = 22050, True, "replicate"
     names = (
         (r"^(?!audio_encoder|audio_decoder|vector_quantizer)", None),  # discriminators and losses

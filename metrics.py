@@ -74,6 +74,11 @@ def read_metrics(path, until=math.inf):
     return [line for line in lines if line["iter"] <= until]
 
 
+def lowest_loss(lines):
+    """The lowest held-out loss in lines of metrics.jsonl, None where nothing was evaluated."""
+    return min((line["val_loss"] for line in lines if line.get("val_loss") is not None), default=None)
+
+
 def write_metrics(path, lines):
     """Replace metrics.jsonl by these lines."""
     with open(f"{path}.partial", "w", encoding="utf-8") as f:

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from codec import CODECS, FSQ, PUBLISHED, UNKNOWN, load_codec, read_audio
+from codec import CODECS, PUBLISHED, load_codec, read_audio
 from data import (
     TIMBRES,
     HuggingFace,
@@ -247,7 +247,7 @@ def compare(u, codec):
     frames, books, low, high = u.codes
     u.seconds = frames / codec.frame_rate
     least = most = codec.n_codebooks
-    if not isinstance(getattr(codec, "quantizer", None), FSQ):
+    if codec.residual:
         most = max(least, PUBLISHED.get(codec.name, {"n_codebooks": least})["n_codebooks"])
     if not least <= books <= most:
         wanted = least if least == most else f"{least} to {most}"
@@ -393,10 +393,7 @@ def open_codec(cfg):
     except FileNotFoundError as error:
         if cfg.codec_path or cfg.codec not in PUBLISHED:
             raise
-        with torch.device("meta"):
-            codec = CODECS[cfg.codec](**cfg.codec_args)
-        codec.options, codec.mark = dict(cfg.codec_args), UNKNOWN
-        return codec, error
+        return CODECS[cfg.codec].unseen(**cfg.codec_args), error
 
 
 def need_sound(utterances, cfg, codec, missing):

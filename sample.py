@@ -36,7 +36,7 @@ import configurator
 import lora
 from codec import load_codec, read_audio, write_page
 from data import load_tokenizer, normalise
-from metrics import read_metrics
+from metrics import lowest_loss, read_metrics
 from model import contract_check, load_checkpoint, load_model, sampler
 
 ckpt = ""  # checkpoint, or several with commas between; empty: best.pt in out_dir, so that a recipe alone is enough
@@ -338,8 +338,8 @@ def speak(voice, line, path, stream, **how):
 
 
 def read_out(cfg, path, lines, out_dir):
-    """All lines in the voice of the checkpoint `path`, into out_dir. Returns a column of the page that compares
-    several: step, lowest held-out loss, how many ended by themselves, real-time factor, and the wav files."""
+    """All lines in the voice of the checkpoint `path`, into out_dir. Returns what a page that compares several says of
+    it: step, how many ended by themselves, real-time factor, and the wav files."""
     piped = out_dir == "-"
     voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype, rounds=cfg.rounds, guidance=cfg.guidance)
     if cfg.adapter:
@@ -369,10 +369,8 @@ def read_out(cfg, path, lines, out_dir):
         spoken.append(Path(target).relative_to(cfg.out_dir))
         tqdm.write(says, file=messages)
         ended, took, seconds = ended + bool(voice.stopped), took + times[0], seconds + times[1]
-    losses = [x["val_loss"] for x in read_metrics(Path(path).with_name("metrics.jsonl")) if x.get("val_loss")]
-    held_out = f"{min(losses):.3f}" if losses else ""
     factor = f"{took / seconds:.2f}" if seconds else ""
-    return [f"{voice.report['iter']:,}", held_out, f"{ended} of {len(lines)}", factor, *spoken]
+    return [f"{voice.report['iter']:,}", f"{ended} of {len(lines)}", factor, *spoken]
 
 
 def main(cfg):
@@ -390,7 +388,10 @@ def main(cfg):
         names = ["_".join(Path(path).with_suffix("").parts[-2:]) for path in paths]
     if len(set(names)) < len(names) or cfg.out_dir == "-":
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
+    losses = [lowest_loss(read_metrics(Path(path).with_name("metrics.jsonl"))) for path in paths]
+    losses = ["" if loss is None else f"{loss:.3f}" for loss in losses]
     columns = [read_out(cfg, path, lines, Path(cfg.out_dir) / name) for path, name in zip(paths, names, strict=True)]
+    columns = [[step, loss, *rest] for loss, (step, *rest) in zip(losses, columns, strict=True)]
     page, first = os.path.join(cfg.out_dir, "index.html"), ["step", "lowest held-out loss", "ended", "real-time factor"]
     about = f"The same {len(lines)} lines, spoken by {', '.join(paths)}."
     write_page(page, "Side by side", about, ["", *names], zip([*first, *lines], *columns, strict=True))
