@@ -93,7 +93,9 @@ def test_operations_of_a_step():
 def test_unknown_sizes_and_types(name):
     for sizes, dtypes, message in (("huge", "float32", "sizes = 'huge'"), ("", "int8", "dtypes = 'int8'")):
         with pytest.raises(ValueError, match=message):
-            bench.main(SimpleNamespace(name=name, sizes=sizes, dtypes=dtypes, repeats=1))
+            bench.main(SimpleNamespace(name=name, sizes=sizes, dtypes=dtypes, ways="", repeats=1))
+    with pytest.raises(ValueError, match="ways = 'theirs': there is ours, eager"):
+        bench.main(SimpleNamespace(name="loss", sizes="", dtypes="", ways="ours,theirs", repeats=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
