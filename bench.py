@@ -511,9 +511,11 @@ def loss_pass(loss, hidden, weight, target):
 def loss_memory(way, size, dtype, device):
     """Bytes that forward and backward take at their highest, less inputs and gradients; None if not to be told."""
     loss, inputs = loss_way(way, device), loss_inputs(size, dtype, device)
-    # first what is only done once: a library's own tables; what is compiled, is compiled for the size
+    # first what is only done once: a library's own tables and stores; what is compiled, is compiled for the size
     whole = way in ("compiled", "cut cross-entropy")
     loss_pass(loss, *(inputs if whole else loss_inputs((*size[:3], 64, size[4]), dtype, device)))
+    hidden, weight, _ = (x.detach() for x in inputs)
+    three_products(hidden if size[4] else hidden[:, :1], weight if size[4] else weight[:1], device)()
     before = forget_peak(device)
     loss_pass(loss, *inputs)
     return None if before is None else peak(device) - before - inputs[0].nbytes - inputs[1].nbytes
@@ -528,7 +530,10 @@ def three_products(hidden, weight, device):
     logits = h.shape[0] * h.shape[1] * w.shape[1] * h.itemsize
     together = device == "cuda" and logits + h.nbytes + w.nbytes < free_bytes(device)
     pairs = [(h, w)] if together else list(zip(h, w, strict=True))
-    x, dh, dw = pairs[0][0] @ pairs[0][1].mT, *(torch.empty_like(a) for a in pairs[0])
+    h, w = pairs[0]
+    columns = w.shape[-2]  # of rows that begin at multiples of 64, as caches and tensor cores like it
+    x = torch.empty(*h.shape[:-1], math.ceil(columns / 64) * 64, dtype=h.dtype, device=device)[..., :columns]
+    dh, dw = torch.empty_like(h), torch.empty_like(w)
 
     def work():
         for h, w in pairs:
@@ -541,6 +546,8 @@ def three_products(hidden, weight, device):
 
 def loss_times(ways, size, dtype, device, repeats, bar):
     """{way: median seconds}, taken in turns, without those that fail; "floor" is that of `three_products`."""
+    if device == "cpu":
+        train.keep_memory()  # as train.py does: gradients of the size of the weights come and go
     inputs = loss_inputs(size, dtype, device)
     works = {way: partial(loss_pass, loss_way(way, device), *inputs) for way in ways}
     works["floor"] = three_products(inputs[0].detach(), inputs[1].detach(), device)

@@ -89,8 +89,8 @@ def multi_codebook_cross_entropy(
                   times K codebooks             In memory: the tile, loss and rank of each target, dh, dW. Not in
                                                 memory: N K V logits, their softmax, their gradient.
 
-    A tile has at most `buffer` elements; None: 1/28 of all N K V logits, but not under 2^17 and not over 2^22 (2^23 on
-    a GPU), so that together with what it takes to work on it, it stays under 1/16 of the logits in float32. Where heads
+    A tile has at most `buffer` elements; None: as much as 1/28 of all N K V logits takes in float32, but not under 0.5
+    MB and not over 12, so that together with what it takes to work on it, it stays at 1/16 of these logits. Where heads
     are small a tile holds several of them. Where all read one state they are one wide head of K V columns, so that the
     product itself sums their parts of dh. Two more things take memory: the gradient of a weight in half precision is
     summed in float32, a codebook at a time, or for all of one state together; and where the losses of a shared state
@@ -114,7 +114,7 @@ def multi_codebook_cross_entropy(
                            ("row_weight", row_weight, (N,))):  # fmt: skip
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} {tuple(x.shape)} does not fit: expected {shape}")
-    if target.device.type == "cpu" and N:
+    if N and _can_look(target):
         wrong = (target != ignore_index) & ((target < 0) | (target >= V))
         if wrong.any():
             raise ValueError(f"target {int(target[wrong][0])} is outside 0..{V - 1}")
@@ -125,17 +125,19 @@ def multi_codebook_cross_entropy(
         kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
     if kernel and triton is None:
         raise ValueError("kernel=True needs Triton: pip install triton")
-    buffer = buffer or min(max(N * K * V // 28, 2**17), 2**23 if hidden.is_cuda else 2**22)
+    buffer = buffer or min(max(N * K * V // 7, 2**19), 12 * 2**20) // dtype.itemsize
 
     exact = torch.promote_types(dtype, torch.float32)
     used = target != ignore_index
     scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
     total = scale.sum(0)
     scale = scale * torch.where(total > 0, (1 if codebook_weight is None else codebook_weight.to(exact)) / total, 0)
-    # Each factor as a share of its codebook's largest, or where they share dh of all: half precision has no room for
-    # 1 / N, which waits for backward.
-    unit = (scale.abs().amax(0) if hidden.ndim == 3 else scale.abs().amax()) if N else torch.zeros_like(total)
-    unit = torch.where(unit > 0, unit, 1).expand(K)
+    unit = torch.ones_like(total)
+    if N and dtype == torch.float16:
+        # It has no room for 1 / N, which waits for backward: each factor as a share of its codebook's largest, or where
+        # they share dh of all.
+        unit = scale.abs().amax(0) if hidden.ndim == 3 else scale.abs().amax().expand(K)
+        unit = torch.where(unit > 0, unit, 1)
     scale = scale / unit
     grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
@@ -168,10 +170,16 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
             scale, grad_loss = scale * torch.where(most > 0, grad_loss / most, 0), most.expand(len(grad_loss))
             grads = _cross_entropy_pass(hidden, weight, bias, target, scale, ctx.wanted, **ctx.options)[2]
         factor = grad_loss * unit
-        _multiply(grads[0], factor[:1] if shared else factor, -2)
-        _multiply(grads[1], factor, 0)
-        _multiply(grads[2], factor, 0)
+        if not (_can_look(factor) and (factor == 1).all()):
+            _multiply(grads[0], factor[:1] if shared else factor, -2)
+            _multiply(grads[1], factor, 0)
+            _multiply(grads[2], factor, 0)
         return *grads, None, None, None, None, None
+
+
+def _can_look(x):
+    """Whether values of x can be read at once; the host would have to wait for a GPU."""
+    return x.device.type == "cpu"
 
 
 def _multiply(grad, factor, axis):
@@ -207,9 +215,10 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     # the tile: as many rows as fit, then as many heads
     n = max(1, min(N, buffer // C))
     n = math.ceil(N / math.ceil(N / n)) if N else 1  # the last one is not much smaller
-    g = max(1, min(H, buffer // (n * C)))
+    g = max(1, min(H, min(buffer, 2**18) // (n * C)))
     # rows begin where caches and tensor cores like it: 2,051 columns end to end take a product half as long again
-    pitch = math.ceil(C / 64) * 64 if hidden.is_cuda or C > 640 else C
+    aligned = hidden.is_cuda or (dtype == torch.float32 and C > 640)
+    pitch = math.ceil(C / 64) * 64 if aligned else C
     memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
 
     hidden, grad_hidden = (None if x is None else x.view(N, H, D).transpose(0, 1) for x in (hidden, grads[0]))
@@ -261,30 +270,33 @@ def _softmax_rows(tile, target, scale, loss, correct, smoothing, z_loss):
     tile (g, n, J V) logits, overwritten; target, scale, loss and correct (g, n, J). The loss is nan where the target is
     no class.
     """
-    tile, exact = tile.unflatten(-1, (target.shape[-1], -1)), scale.dtype  # (g, n, J, V)
+    tile = tile.unflatten(-1, (target.shape[-1], -1))  # (g, n, J, V)
+    target, scale, loss, correct = (x[..., None] for x in (target, scale, loss, correct))
     g, _, J, V = tile.shape
-    few = max(1, 2**17 // (g * J * V))  # so many rows stay in the cache from the first operation to the last
-    parts = [x.split(few, 1) for x in (tile, target, scale, loss, correct)]
-    for part, target, scale, loss, correct in zip(*parts, strict=True):  # noqa: B020
-        x = part.to(exact)  # itself, if it is of that type
-        inside = (target >= 0) & (target < V)
-        goal = torch.where(inside, target, 0)[..., None]
-        (top, best), picked = x.max(-1), x.gather(-1, goal)[..., 0]
-        mean = x.mean(-1) if smoothing else 0
+    inside = (target >= 0) & (target < V)
+    goal = torch.where(inside, target, 0)
+    picked, top = tile.gather(-1, goal), tile.amax(-1, True)
+    if _can_look(tile):  # argmax is slow: only for rows where the target may be the first of the likeliest
+        rows = torch.eq(picked, top, out=correct).nonzero(as_tuple=True)[:3]
+        correct[rows] = tile[rows].argmax(-1, True) == target[rows]
+    else:
+        torch.eq(tile.argmax(-1, True), target, out=correct)
+    mean = tile.mean(-1, True, dtype=scale.dtype) if smoothing else 0
+    likeliest = torch.empty_like(scale)  # its probability is at least 1 / V: the logarithm is safe
+    few = max(1, 2**18 // (g * J * V))  # so many rows stay in the cache from the first operation to the last
+    parts = [x.split(few, 1) for x in (tile, goal, scale, top, likeliest)]
+    for part, place, factor, high, p in zip(*parts, strict=True):
+        x = part.to(scale.dtype).contiguous()
         torch.softmax(x, -1, out=x)
-        # the likeliest class has a probability of at least 1 / V: its logarithm is safe, the target's may be -inf
-        lse = top - x.gather(-1, best[..., None])[..., 0].log()
-        value = lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2
-        loss.copy_(torch.where(inside, value, math.nan))
-        correct.copy_(best == target)
+        torch.amax(x, -1, True, out=p)
         if z_loss:
-            x *= 1 + 2 * z_loss * lse[..., None]
+            x *= 1 + 2 * z_loss * (high - p.log())
         if smoothing:
             x -= smoothing / V
-        x.scatter_add_(-1, goal, x.new_full((), smoothing - 1).expand_as(goal))
-        torch.mul(x, scale[..., None], out=x)
-        if x is not part:
-            part.copy_(x)
+        x.scatter_add_(-1, place, x.new_full((), smoothing - 1).expand_as(place))
+        part.copy_(x.mul_(factor))
+    lse = top - likeliest.log()
+    loss.copy_(torch.where(inside, lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2, math.nan))
 
 
 if triton:
