@@ -639,8 +639,9 @@ TRAIN_SIZES = {
 }  # fmt: skip
 TEXT_ROWS, FRAMES = 40, 152  # of each utterance, the stop frame among these
 FRACTIONS = (1 / 16, 1.0)  # of the frames, for the depth decoder
-# Who trains, and with which AdamW: as train.py sets it up, with sparse_embeddings; as torch gives it, fused
-STEPS = [("ours", "own"), ("ours", "sparse"),
+# Who trains, and with which AdamW: as train.py sets it up, with sparse_embeddings, and with step_in_backward too; as
+# torch gives it, fused
+STEPS = [("ours", "own"), ("ours", "sparse"), ("ours", "in backward"),
          *product(("transformers", "marvis", "sesame-finetune"), ("default", "fused"))]  # fmt: skip
 
 
@@ -768,10 +769,13 @@ WAYS = {"ours": ours_way, "transformers": transformers_way, "marvis": marvis_way
 
 
 def make_optimizers(model, kind):
-    """AdamW as train.py sets it up ("own", or "sparse" for its sparse_embeddings), as torch gives it, or fused."""
-    if kind in ("own", "sparse"):
-        flags = ["--sparse_embeddings=True"] if kind == "sparse" else []
-        return train.make_optimizers(model, configurator.configure(Path(__file__).with_name("train.py"), flags))
+    """AdamW as a kind of `STEPS` has it."""
+    if kind in ("own", "sparse", "in backward"):
+        flags = [f"--sparse_embeddings={kind != 'own'}"]
+        optimizers = train.make_optimizers(model, configurator.configure(Path(train.__file__), flags))
+        if kind == "in backward":
+            train.hook_steps(optimizers, lambda optimizer, _: optimizer.step())
+        return optimizers
     return [torch.optim.AdamW(model.parameters(), fused=kind == "fused" or None)]
 
 

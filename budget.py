@@ -98,10 +98,13 @@ def dry_run(cfg, recipe, prepare_model, dtype):
 
     # parameters, and what comes with them
     parts = defaultdict(lambda: np.zeros(5))  # parameters, trained; bytes of weights, gradients, optimizer
+    largest = 0  # of the gradients that do not wait for each other: one is there at a time
     tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     for name, p in model.named_parameters():
         n, trained = p.numel(), p.numel() * p.requires_grad
         gradient = 0 if cfg.sparse_embeddings and name in tables else 4 * trained * (1 + (world > 1))
+        if cfg.step_in_backward:
+            largest, gradient = max(largest, gradient), 0
         muon = cfg.muon and ".layers." in name and p.ndim == 2
         copies = p.element_size() + 2 * (dtype != torch.float32 and p.ndim >= 2) + 4 * (cfg.ema > 0)
         parts[name.split(".")[0]] += n, trained, n * copies, gradient, trained * (8 - 4 * muon)
@@ -135,6 +138,6 @@ def dry_run(cfg, recipe, prepare_model, dtype):
 
     # memory
     activations = kept_by_autograd(model.to(dtype), [x.to(dtype) if x.is_floating_point() else x for x in batch])
-    total = sum(parts.values())[2:].sum() + activations
+    total = sum(parts.values())[2:].sum() + largest + activations
     print(f"memory of each GPU: {gigabytes(activations)} GB of activations and what is listed above, about "
           f"{gigabytes(total)} GB in all")  # fmt: skip

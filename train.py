@@ -23,6 +23,7 @@ import ctypes
 import glob
 import json
 import math
+import mmap
 import os
 import re
 import signal
@@ -115,6 +116,7 @@ weight_decay = 0.1  # on matrices only
 beta1 = 0.9  # AdamW: of the mean of the gradient
 beta2 = 0.95  # and of its square
 grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+step_in_backward = False  # each weight moves once its gradient is there, which is then freed; with grad_clip=0
 sparse_embeddings = False  # only rows that a step looks up move (SparseAdam): lighter where a vocabulary is large
 ema = 0.0  # decay of averaged weights, which then are evaluated and speak; 0: none
 max_skipped = 20  # so many steps in a row with a non-finite loss or gradient end the run (float16 starts with a few)
@@ -192,6 +194,12 @@ def check(cfg, world, device):
             raise ValueError(f"min_lr = {cfg.min_lr} is above learning_rate = {cfg.learning_rate}")
     if cfg.sparse_embeddings and world > 1 and (cfg.backend or device.type) not in ("gloo", "cpu"):
         raise ValueError("sparse_embeddings: nccl cannot add up sparse gradients, take one process or backend=gloo")
+    waits = {"grad_clip": cfg.grad_clip, "gradient_accumulation_steps": cfg.gradient_accumulation_steps > 1,
+             "dtype": cfg.dtype == "float16"}  # fmt: skip
+    for key in waits:
+        if cfg.step_in_backward and waits[key]:
+            raise ValueError(f"step_in_backward and {key} = {getattr(cfg, key)!r}: no gradient waits for others, take "
+                             "grad_clip=0, gradient_accumulation_steps=1 on one process, not float16")  # fmt: skip
     if cfg.gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} counts the micro-batches of "
                          f"all ranks together: it must be a multiple of their number, {world}")  # fmt: skip
@@ -308,10 +316,35 @@ def make_optimizers(model, cfg):
         optimizers.append(torch.optim.Muon(inside, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
     if sparse:
         optimizers.append(torch.optim.SparseAdam(sparse, rate, betas))
-        for p in sparse:  # numpy's zeros take memory only where they are written to: on a CPU, a row at a time
-            mean, square = (torch.from_numpy(np.zeros(p.shape, np.float32)).to(p.device) for _ in range(2))
+        for p in sparse:
+            mean, square = (zeros_on_demand(p.shape).to(p.device) for _ in range(2))
             optimizers[-1].state[p] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
     return optimizers
+
+
+def zeros_on_demand(shape):
+    """float32 zeros that take memory only where they are written to: on Linux, 4 KB at a time."""
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # or each row would bring 2 MB with it
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+
+
+def hook_steps(optimizers, move):
+    """Call move(optimizer, p) in the backward pass for each parameter p as soon as its gradient is whole, then free it.
+
+    All gradients together are never there (Lv et al. 2023, LOMO): 4 bytes a weight less. An optimizer that is asked for
+    a step moves what has a gradient, which then is p alone; its state is that of any other run.
+    """
+
+    def moved(optimizer, p):
+        move(optimizer, p)
+        p.grad = None
+
+    for optimizer in optimizers:
+        for p in [p for group in optimizer.param_groups for p in group["params"]]:
+            p.register_post_accumulate_grad_hook(partial(moved, optimizer))
 
 
 def keep_memory():
@@ -506,6 +539,24 @@ def train(cfg, rank, world, device, received):
     net = torch.compile(model, dynamic=True) if cfg.compile else model
     if world > 1:
         net = DistributedDataParallel(net)
+    norms = []  # of gradients that are gone already
+
+    def not_finite(norm):
+        """1 where the loss of this step or the norm of gradients is not finite, else 0; the host need not know."""
+        return (~(norm.isfinite() & step_loss.isfinite())).float()
+
+    def move(optimizer, bad):
+        """One step of an optimizer, or none where `bad` is 1."""
+        optimizer.found_inf = bad  # of this AdamW's fused step knows, and changes nothing
+        if isinstance(optimizer, torch.optim.AdamW) or not bad:
+            scaler.step(optimizer)
+
+    def move_one(optimizer, p):
+        norms.append(clip_gradients([p], 0))
+        move(optimizer, not_finite(norms[-1]))
+
+    if cfg.step_in_backward:
+        hook_steps(optimizers, move_one)
     micro_steps, stream, start, told = cfg.gradient_accumulation_steps // world, iter(batches), iter_num, 0.0
     watched = master and sys.stderr.isatty()
     bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not watched, dynamic_ncols=True, unit="step")
@@ -589,20 +640,21 @@ def train(cfg, rank, world, device, received):
                 net.require_backward_grad_sync = micro == micro_steps - 1
             with autocast:
                 loss, stats = net(*batch)  # the model takes to the device what it needs there
+            step_loss += loss.detach()
             scaler.scale(loss / micro_steps).backward()
             add(step, {**stats, "padding": padding}, device)
-            step_loss += loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = clip_gradients(trained, cfg.grad_clip)
+        if cfg.step_in_backward:
+            norm, norms[:] = torch.stack(norms).norm(), []
+        else:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = clip_gradients(trained, cfg.grad_clip)
         add(step, {"grad_norm": (norm, 1)}, device)
-        bad = (~(norm.isfinite() & step_loss.isfinite())).float()
+        bad = not_finite(norm)
         if world > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        for optimizer in optimizers:
-            optimizer.found_inf = bad  # where this is 1 AdamW's fused step changes nothing; the host need not know
-            if isinstance(optimizer, torch.optim.AdamW) or not bad:
-                scaler.step(optimizer)
+        for optimizer in optimizers if not cfg.step_in_backward else ():
+            move(optimizer, bad)
         scaler.update()
         net.zero_grad(set_to_none=True)
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad

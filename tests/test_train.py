@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -511,7 +512,9 @@ def poison(monkeypatch, when, what=float("nan")):
     monkeypatch.setattr(train, "build", poisoned)
 
 
-@pytest.mark.parametrize("optimizers", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
+@pytest.mark.parametrize("optimizers", [[], ["--muon=True", "--sparse_embeddings=True"],
+                                        ["--step_in_backward=True", "--grad_clip=0"]],
+                         ids=["adamw", "shared out", "in backward"])  # fmt: skip
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
 def test_a_non_finite_step_changes_nothing_and_is_counted(tokens, tmp_path, monkeypatch, what, optimizers):
     cfg = config(*TINY)
@@ -721,6 +724,54 @@ def test_a_codec_that_is_not_the_codes_is_refused(tmp_path):
     os.replace(Path(write_tokens(tmp_path / "b", noise=1)) / "codec.pt", Path(folder) / "codec.pt")
     with pytest.raises(ValueError, match="codec.pt is not the codec its codes were made with"):
         run(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
+def test_steps_in_backward_are_those_after_it(tokens, tmp_path, flags):
+    """Weights and optimizers to the last bit, and what is resumed goes either way."""
+    flags = ["--grad_clip=0", "--dropout=0.1", "--ema=0.9", "--lr_schedule=constant", *flags]
+    after, lines = run(tokens, tmp_path / "after", "--max_iters=8", *flags)
+    within, lines_within = run(tokens, tmp_path / "within", "--max_iters=8", "--step_in_backward=True", *flags)
+    for key in ("model", "ema"):
+        same(dict(after[key]), dict(within[key]))
+    same(after["train"]["optimizers"], within["train"]["optimizers"])
+    for a, b in zip(lines, lines_within, strict=True):
+        assert a["loss"] == b["loss"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    on, _ = run(tokens, tmp_path / "within", "--max_iters=12", "--init_from=resume", *flags)
+    whole, _ = run(tokens, tmp_path / "whole", "--max_iters=12", "--step_in_backward=True", *flags)
+    same(dict(on["model"]), dict(whole["model"]))
+
+
+def test_steps_in_backward_leave_one_gradient_at_a_time(tokens):
+    files, cfg = TokenFiles(tokens, "train"), config(*TINY, "--sparse_embeddings=True")
+    model = build("csm", files.meta, vars(cfg))
+    moved = []
+
+    def move(optimizer, p):
+        assert [q is p for q in model.parameters() if q.grad is not None] == [True]
+        moved.append(p)
+
+    train.hook_steps(train.make_optimizers(model, cfg), move)
+    model(*next(iter(Batches(files, model.layout, model.length, 60, 4))))[0].backward()
+    assert {id(p) for p in moved} == {id(p) for p in model.parameters()} and len(moved) == len({*map(id, moved)})
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("--grad_clip=1.0", "grad_clip = 1.0"), ("--gradient_accumulation_steps=2", "gradient_accumulation_steps = 2"),
+    ("--dtype=float16", "dtype = 'float16'"),
+])  # fmt: skip
+def test_steps_in_backward_wait_for_nothing(flag, said):
+    cfg = config("--step_in_backward=True", "--grad_clip=0", flag)
+    with pytest.raises(ValueError, match=f"step_in_backward and {re.escape(said)}: no gradient waits for others"):
+        train.check(cfg, 1, torch.device("cuda"))
+
+
+def test_zeros_on_demand():
+    zeros = train.zeros_on_demand((5, 3))
+    assert zeros.shape == (5, 3) and zeros.dtype == torch.float32 and not zeros.any()
+    zeros[2] += 1.5
+    assert zeros.sum() == 4.5
 
 
 def test_nccl_cannot_add_sparse_gradients():
