@@ -721,3 +721,29 @@ def test_target_out_of_range_on_a_gpu(wrong):
     hidden, weight, _, target = loss_inputs(9, 2, 4, 6, dtype=torch.float32, kernel=True)
     target[4, 1] = wrong
     assert multi_codebook_cross_entropy(hidden, weight, target)[0].isnan().tolist() == [False, True]
+
+
+COMPILE = """
+import model, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+types = dict(target="*i64", scale="*fp32", loss="*fp32", correct="*i1", smoothing="fp32", z_loss="fp32")
+for tile in ("fp32", "bf16", "fp16"):
+    for block, warps in ((32, 1), (4096, 16)):
+        names = model._softmax_kernel.arg_names
+        signature = {name: "constexpr" if name == "BLOCK" else types.get(name, "i32") for name in names}
+        source = ASTSource(model._softmax_kernel, {**signature, "tile": "*" + tile}, {"BLOCK": block})
+        target = GPUTarget("cuda", int(sys.argv[1]), 32)
+        assert triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+"""
+
+
+@TRITON
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_becomes_machine_code(capability, tmp_path):
+    """For GPUs that are not here, in every type: Triton's compiler needs none."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, str(capability)]
+    process = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
