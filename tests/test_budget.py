@@ -41,6 +41,17 @@ def test_freezing_counts():
     assert trained == ["306,964,992", "568,866,816"]
 
 
+def test_of_gradients_that_do_not_wait_the_largest_counts():
+    gradients, total = zip(*[
+        re.search(r"in all(?: +\S+){3} +(\S+).*about (\S+) GB in all", out, re.DOTALL).groups()
+        for more in ("False", "True")
+        for out in dry("elise.py", "--freeze=[]", "--grad_clip=0", f"--step_in_backward={more}")[1:2]
+    ], strict=True)  # fmt: skip
+    largest = 65632 * 1536 * 4 / 2**30  # the table of audio codes
+    assert gradients == ("2.12", "0.00")
+    assert float(total[0]) - float(total[1]) == pytest.approx(2.12 - largest, abs=0.02)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_those_of_a_real_pass(recompute):
     utterances = [utterance(5, 12, seed=i) for i in range(4)]
