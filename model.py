@@ -90,12 +90,12 @@ def multi_codebook_cross_entropy(
                                                 memory: N K V logits, their softmax, their gradient.
 
     A tile has at most `buffer` elements; None: as much as 1/28 of all N K V logits takes in float32, but not under 0.5
-    MB and not over 12, so that together with what it takes to work on it, it stays at 1/16 of these logits. Where heads
-    are small a tile holds several of them. Where all read one state they are one wide head of K V columns, so that the
-    product itself sums their parts of dh. Two more things take memory: the gradient of a weight in half precision is
-    summed in float32, a codebook at a time, or for all of one state together; and where the losses of a shared state
-    are not simply summed (one state holds one dh, but each codebook has its own factor), the backward pass does the
-    whole work a second time.
+    MB and not over 17 (4,096 rows of 2,051 columns in half precision), so that together with what it takes to work on
+    it, it stays at 1/16 of these logits. Where heads are small a tile holds several of them. Where all read one state
+    they are one wide head of K V columns, so that the product itself sums their parts of dh. Two more things take
+    memory: the gradient of a weight in half precision is summed in float32, a codebook at a time, or for all of one
+    state together; and where the losses of a shared state are not simply summed (one state holds one dh, but each
+    codebook has its own factor), the backward pass does the whole work a second time.
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
@@ -125,7 +125,7 @@ def multi_codebook_cross_entropy(
         kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
     if kernel and triton is None:
         raise ValueError("kernel=True needs Triton: pip install triton")
-    buffer = buffer or min(max(N * K * V // 7, 2**19), 12 * 2**20) // dtype.itemsize
+    buffer = buffer or min(max(N * K * V // 7, 2**19), 17_000_000) // dtype.itemsize
 
     exact = torch.promote_types(dtype, torch.float32)
     used = target != ignore_index
