@@ -546,8 +546,6 @@ def three_products(hidden, weight, device):
 
 def loss_times(ways, size, dtype, device, repeats, bar):
     """{way: median seconds}, taken in turns, without those that fail; "floor" is that of `three_products`."""
-    if device == "cpu":
-        train.keep_memory()  # as train.py does: gradients of the size of the weights come and go
     inputs = loss_inputs(size, dtype, device)
     works = {way: partial(loss_pass, loss_way(way, device), *inputs) for way in ways}
     works["floor"] = three_products(inputs[0].detach(), inputs[1].detach(), device)
@@ -622,9 +620,12 @@ def compare_losses(sizes, dtypes, repeats, ways=LOSSES):
 
 def bench_loss(cfg):
     """The loss of K heads, ours and others'."""
-    print(machine(pick_device("auto")))
+    print(machine(device := pick_device("auto")))
     ways = chosen(cfg.ways, dict.fromkeys(LOSSES), "ways")
-    compare_losses(chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes"), cfg.repeats, ways)
+    sizes, dtypes = chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
+    if device == "cpu":
+        train.keep_memory()  # as train.py does: gradients of the size of the weights come and go
+    compare_losses(sizes, dtypes, cfg.repeats, ways)
 
 
 # -----------------------------------------------------------------------------

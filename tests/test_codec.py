@@ -134,11 +134,14 @@ def test_long_recordings_take_little_memory(codec):
     """Twenty minutes hardly more than two: in float64 they are only stretch by stretch."""
     wav, extra = torch.rand(1, 20 * 60 * 16000) - 0.5, []
     for x in (wav[:, : 2 * 60 * 16000], wav):
-        before = bench.forget_peak("cpu")
-        if before is None:
-            pytest.skip("this system does not tell a process's peak")
-        codec.encode(x)
-        extra.append(bench.peak("cpu") - before)
+        tries = []  # the least counts: now and then the C library does not use again what was freed
+        for _ in range(3):
+            before = bench.forget_peak("cpu")
+            if before is None:
+                pytest.skip("this system does not tell a process's peak")
+            codec.encode(x)
+            tries.append(bench.peak("cpu") - before)
+        extra.append(min(tries))
     assert extra[1] < extra[0] + wav.nbytes / 2
 
 
