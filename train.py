@@ -551,7 +551,7 @@ def train(cfg, rank, world, device, received):
         if isinstance(optimizer, torch.optim.AdamW) or not bad:
             scaler.step(optimizer)
 
-    def move_one(optimizer, p):
+    def move_one(optimizer, p):  # it alone stays where it is if its gradient is not finite: others have moved already
         norms.append(clip_gradients([p], 0))
         move(optimizer, not_finite(norms[-1]))
 
