@@ -203,9 +203,10 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     (N, K), [gradient or None] * 3. Products are made in `dtype`, sums in that of scale.
     """
     (N, K), (_, V, D) = target.shape, weight.shape
-    H, J = (1, K) if hidden.ndim == 2 or K == 1 else (K, 1)  # H heads, J codebooks wide
+    exact, device, shared = scale.dtype, hidden.device, hidden.ndim == 2
+    # H heads, J codebooks wide: what heads add to one state must not be rounded on the way
+    H, J = (1, K) if K == 1 or (shared and (kernel or dtype != exact)) else (K, 1)
     C = J * V
-    exact, device = scale.dtype, hidden.device
     target, scale = target.contiguous(), scale.contiguous()  # the kernel takes one stride for both, loss and correct
     make = torch.empty if N else torch.zeros
     grads = [make(x.shape, dtype=x.dtype, device=device) if wanted[i] else None for i, x in enumerate((hidden, weight))]
@@ -215,13 +216,16 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     # the tile: as many rows as fit, then as many heads
     n = max(1, min(N, buffer // C))
     n = math.ceil(N / math.ceil(N / n)) if N else 1  # the last one is not much smaller
-    g = max(1, min(H, min(buffer, 2**18) // (n * C)))
+    g = 1 if shared else max(1, min(H, min(buffer, 2**18) // (n * C)))
     # rows begin where caches and tensor cores like it: 2,051 columns end to end take a product half as long again
-    aligned = hidden.is_cuda or (dtype == torch.float32 and C > 640)
+    aligned = kernel or (J == 1 and (hidden.is_cuda or (dtype == torch.float32 and C > 640)))
     pitch = math.ceil(C / 64) * 64 if aligned else C
     memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
 
-    hidden, grad_hidden = (None if x is None else x.view(N, H, D).transpose(0, 1) for x in (hidden, grads[0]))
+    one_each = (N, 1, D) if shared else (N, H, D)
+    hidden, grad_hidden = (
+        None if x is None else x.view(one_each).expand(N, H, D).transpose(0, 1) for x in (hidden, grads[0])
+    )
     weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
     bias = None if bias is None else bias.reshape(H, 1, C)
     by_head = [x.reshape(N, H, J).transpose(0, 1) for x in (target, scale, loss, correct)]
@@ -234,15 +238,16 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
             place = heads, slice(row, row + n)
             h = hidden[place].to(dtype)  # (g, n, D)
             size = *h.shape[:2], pitch
-            tile = memory[: math.prod(size)].view(size)[..., :C]
+            padded = memory[: math.prod(size)].view(size)
+            tile = padded[..., :C]
             if bias is None:
                 torch.bmm(h, w.mT, out=tile)
             else:
                 torch.baddbmm(bias[heads].to(dtype), h, w.mT, out=tile)
             rows = [x[place] for x in by_head]
-            (_launch_softmax_kernel if kernel else _softmax_rows)(tile, *rows, smoothing, z_loss)
+            (_launch_softmax_kernel if kernel else _softmax_rows)(padded, *rows, V, smoothing, z_loss)
             if grad_hidden is not None:
-                _product(tile, w, grad_hidden[place], True)
+                _product(tile, w, grad_hidden[place], not shared or head == 0)
             if total is not None:
                 _product(tile.mT, h, total, row == 0)
             if bias_sum is not None:
@@ -264,15 +269,17 @@ def _product(a, b, out, new):
         part.copy_(product) if new else part.add_(product)
 
 
-def _softmax_rows(tile, target, scale, loss, correct, smoothing, z_loss):
+def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
     """Every row's loss and rank, and in the row's place the gradient of scale * loss: the PyTorch twin of the kernel.
 
-    tile (g, n, J V) logits, overwritten; target, scale, loss and correct (g, n, J). The loss is nan where the target is
-    no class.
+    tile (g, n, J V) logits, overwritten, if J = 1 with columns behind them that are none; target, scale, loss and
+    correct (g, n, J). The loss is nan where the target is no class.
     """
-    tile = tile.unflatten(-1, (target.shape[-1], -1))  # (g, n, J, V)
+    J = target.shape[-1]
+    tile[..., J * V :] = -math.inf  # cheaper than leaving them out: whole rows lie side by side
+    tile = tile.unflatten(-1, (J, -1))  # (g, n, J, V)
     target, scale, loss, correct = (x[..., None] for x in (target, scale, loss, correct))
-    g, _, J, V = tile.shape
+    g, _, _, pitch = tile.shape
     inside = (target >= 0) & (target < V)
     goal = torch.where(inside, target, 0)
     picked, top = tile.gather(-1, goal), tile.amax(-1, True)
@@ -281,12 +288,12 @@ def _softmax_rows(tile, target, scale, loss, correct, smoothing, z_loss):
         correct[rows] = tile[rows].argmax(-1, True) == target[rows]
     else:
         torch.eq(tile.argmax(-1, True), target, out=correct)
-    mean = tile.mean(-1, True, dtype=scale.dtype) if smoothing else 0
+    mean = tile[..., :V].mean(-1, True, dtype=scale.dtype) if smoothing else 0
     likeliest = torch.empty_like(scale)  # its probability is at least 1 / V: the logarithm is safe
-    few = max(1, 2**18 // (g * J * V))  # so many rows stay in the cache from the first operation to the last
+    few = max(1, 2**18 // (g * J * pitch))  # so many rows stay in the cache from the first operation to the last
     parts = [x.split(few, 1) for x in (tile, goal, scale, top, likeliest)]
     for part, place, factor, high, p in zip(*parts, strict=True):
-        x = part.to(scale.dtype).contiguous()
+        x = part.to(scale.dtype).contiguous()  # itself where there is nothing to do
         torch.softmax(x, -1, out=x)
         torch.amax(x, -1, True, out=p)
         if z_loss:
@@ -342,10 +349,9 @@ if triton:
             tl.store(tile + column, gradient.to(tile.dtype.element_ty), column < V)
 
 
-def _launch_softmax_kernel(tile, target, scale, loss, correct, smoothing, z_loss):
-    """`_softmax_kernel` over tile (g, n, J * V); the other tensors (g, n, J), all of one stride."""
+def _launch_softmax_kernel(tile, target, scale, loss, correct, V, smoothing, z_loss):
+    """`_softmax_kernel` over tile (g, n, J V or more); the other tensors (g, n, J), all of one stride."""
     g, n, J = target.shape
-    V = tile.shape[-1] // J
     block = min(triton.next_power_of_2(V), 4096)
     _softmax_kernel[(g * n * J,)](
         tile, target, scale, loss, correct, tile.stride(1), *target.stride()[:2], n, J, V, smoothing, z_loss,
@@ -545,10 +551,15 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
 
     def forward(self, x):
-        if self.kind == "gelu":
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        wide = [self.up_proj(x)] if self.kind == "gelu" else [self.gate_proj(x), self.up_proj(x)]
+        # of what is d_ff wide only these are kept for the backward pass: the rest is quickly made again
+        return recompute(self.join, *wide, use_reentrant=False) if self.training else self.join(*wide)
+
+    def join(self, x, up=None):
+        if up is None:
+            return self.down_proj(F.gelu(x, approximate="tanh"))
         gate = F.silu if self.kind == "swiglu" else F.gelu
-        return self.down_proj(gate(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gate(x) * up)
 
 
 class Block(nn.Module):

@@ -354,10 +354,8 @@ def test_rows_write_nothing_outside_their_tile(dtype, V, kernel):
     (loss_around, loss), (correct_around, correct) = guarded(J, torch.float32), guarded(J, torch.bool)
     target.copy_(torch.tensor([[[V, 0], [-1, V - 1]], [[2**40, 3], [-101, -(2**40)]]]))
     scale.copy_(torch.rand(g, n, J, generator=generator))
-    if kernel:
-        models._launch_softmax_kernel(tile, target, scale, loss, correct, 0.0, 0.0)
-    else:
-        models._softmax_rows(tile, target, scale, loss, correct, 0.0, 0.0)
+    rows = models._launch_softmax_kernel if kernel else models._softmax_rows
+    rows(tile, target, scale, loss, correct, V, 0.0, 0.0)
     inside = (target >= 0) & (target < V)
     assert torch.equal(loss.isnan(), ~inside) and not correct[~inside].any()
     expected = F.cross_entropy(logits[inside], target[inside], reduction="none")
@@ -682,7 +680,7 @@ def test_offsets_beyond_32_bits():
     correct = torch.empty(1, n, 1, device="cuda", dtype=torch.bool)
     rows = [0, 1, n // 2, n - 2, n - 1]
     logits, goal = tile[0, rows].double(), target[0, rows, 0]
-    models._launch_softmax_kernel(tile, target, scale, loss, correct, 0.0, 0.0)
+    models._launch_softmax_kernel(tile, target, scale, loss, correct, V, 0.0, 0.0)
     assert_near([loss[0, rows, 0]], [F.cross_entropy(logits, goal, reduction="none")], 1e-5)
     assert_near([tile[0, rows]], [logits.softmax(-1) - F.one_hot(goal, V)], 1e-2)
     assert loss.isfinite().all() and torch.equal(correct[0, rows, 0], logits.argmax(-1) == goal)
