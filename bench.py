@@ -68,7 +68,7 @@ seeds = "1337,1,2"  # families: of the training runs, likewise
 sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
 dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
 ways = ""  # loss: likewise, whose; "ours" alone is quick
-repeats = 3  # codec, loss, train: how often each is timed, after once to warm up; the median counts
+repeats = 3  # codec, loss, train: how often each is timed, after it was warmed up; the median counts
 large_batch = 32  # train, on a GPU: utterances of the larger batch
 
 GRAMMAR = """#JSGF V1.0;
@@ -638,6 +638,7 @@ TRAIN_SIZES = {
     "marvis": dict(text_vocab_size=49152, n_codebooks=32, codebook_size=2048,
                    backbone="llama-250M", decoder="llama-60M"),
 }  # fmt: skip
+WARM_UP = 3  # steps
 TEXT_ROWS, FRAMES = 40, 152  # of each utterance, the stop frame among these
 FRACTIONS = (1 / 16, 1.0)  # of the frames, for the depth decoder
 # Who trains, and with which AdamW: as train.py sets it up, with sparse_embeddings, and with step_in_backward too; as
@@ -798,8 +799,9 @@ def product_share(step, device):
 def train_steps(way, optimizer, size, dtype, fraction, utterances, compiled, repeats, device):
     """Whole steps of one way: {"seconds": one number a step, "peak": bytes or None, "products": their share}.
 
-    The first step, which makes the optimizer's state, is not among them; the peak is of all steps, and on a CPU that of
-    the whole process, with the model, but without what it took to make it.
+    The first `WARM_UP` steps, in which the optimizer's state is made and a process gets the memory it goes on with, are
+    not among them. The peak is of all steps, on a CPU that of the whole process, with the model, but without what it
+    took to make it.
     """
     c = csm_config(size, fraction)
     with torch.device(device):
@@ -822,17 +824,17 @@ def train_steps(way, optimizer, size, dtype, fraction, utterances, compiled, rep
             each.zero_grad()
         return value
 
-    if way == "ours" and device == "cpu":
-        train.keep_memory()  # as train.py does
     seconds = []
     forget_peak(device)
-    for seed in range(2 + repeats):
+    for seed in range(WARM_UP + repeats + 1):
         torch.manual_seed(seed)
         batch = prepare(*csm_batch(c, utterances, seed))
-        if seed <= repeats:
+        if seed < WARM_UP + repeats:
             seconds.append(timed(partial(step, seed, *batch), device))
-    highest = peak(device)
-    return {"seconds": seconds[1:], "peak": highest, "products": product_share(partial(step, seed, *batch), device)}
+        if way == "ours" and device == "cpu" and not seed:
+            train.keep_memory()  # as train.py does after the first step
+    highest, products = peak(device), product_share(partial(step, seed, *batch), device)
+    return {"seconds": seconds[WARM_UP:], "peak": highest, "products": products}
 
 
 def csm_operations(size, fraction, utterances):

@@ -16,6 +16,8 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from codec import PUBLISHED, load_codec
 from data import Batches, TokenFiles
@@ -56,6 +58,16 @@ def supposed_batch(cfg, meta, model):
     return batch, count * frames / codec["frame_rate"]
 
 
+class FlashAttention(TorchFunctionMode):
+    """Attention as every device has it but meta, which would keep its weights (B, H, S, S)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        q, k, v, *_ = args
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+
 def kept_by_autograd(model, batch):
     """Bytes that a forward pass of a model on the meta device keeps for the backward pass, parameters not counted."""
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
@@ -67,7 +79,7 @@ def kept_by_autograd(model, batch):
             kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with FlashAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
     total = sum(storage.nbytes() for storage in kept.values())
     stacks = [m.config for m in model.modules() if isinstance(m, Transformer) and m.config.recompute]

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -453,7 +453,7 @@ def rope_table(c):
 
 
 def rotate(x, table):
-    """Rotate the pairs (j, j + head_dim / 2) of x (B, H, S, head_dim) by table (2, S, head_dim / 2)."""
+    """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by table (2, [B,] S, 1, head_dim / 2)."""
     cos, sin = table.to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -490,8 +490,22 @@ class Cache:
         return x
 
 
+def recompute(function, *inputs):
+    """function(*inputs), of which the backward pass keeps the inputs alone and makes what it needs anew."""
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the type of x, for which a GPU has a kernel. Elsewhere it is several operations, which would keep x
+    twice more, in float32."""
+
+    def forward(self, x):
+        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
+        return F.rms_norm(*inputs) if x.is_cuda else recompute(F.rms_norm, *inputs)
+
+
 def norm(c):
-    return (nn.LayerNorm if c.bias else nn.RMSNorm)(c.d_model, c.norm_eps)
+    return (nn.LayerNorm if c.bias else RMSNorm)(c.d_model, c.norm_eps)
 
 
 class Attention(nn.Module):
@@ -504,15 +518,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
         self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0):
         S = x.shape[1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # (B, H, S, head_dim)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # (B, S, H, head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # views, as then y is: nothing is copied
         causal = S > 1 and mask is None
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -552,10 +567,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         wide = [self.up_proj(x)] if self.kind == "gelu" else [self.gate_proj(x), self.up_proj(x)]
-        # of what is d_ff wide only these are kept for the backward pass: the rest is quickly made again
-        return recompute(self.join, *wide, use_reentrant=False) if self.training else self.join(*wide)
+        return recompute(self.narrow, *wide)  # what else is d_ff wide is quickly made again
 
-    def join(self, x, up=None):
+    def narrow(self, x, up=None):
         if up is None:
             return self.down_proj(F.gelu(x, approximate="tanh"))
         gate = F.silu if self.kind == "swiglu" else F.gelu
@@ -599,11 +613,11 @@ class Transformer(nn.Module):
         if end > self.config.max_positions:
             raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
         rope = self.rope
-        if rope is not None:
-            rope = rope[:, start:end] if positions is None else rope[:, positions][:, :, None]  # (2, [B, 1,] S, ...)
+        if rope is not None:  # (2, [B,] S, 1, head_dim / 2)
+            rope = (rope[:, start:end] if positions is None else rope[:, positions]).unsqueeze(-2)
         for i, block in enumerate(self.layers):
             if self.config.recompute and self.training:  # training has no cache
-                x = recompute(block, x, rope, mask, use_reentrant=False)
+                x = recompute(block, x, rope, mask)
             else:
                 x = block(x, rope, mask, cache, i)
         if cache is not None:

@@ -667,6 +667,8 @@ def train(cfg, rank, world, device, received):
                 mean.lerp_(p.detach(), 1 - decay)
         iter_num += 1
         bar.update()
+        if iter_num == start + 1 and device.type == "cpu":
+            keep_memory()  # weights and the optimizers' state, which stay, are where they leave no gaps behind
 
 
 def main(cfg):
@@ -680,8 +682,6 @@ def main(cfg):
     if cfg.dry_run:
         recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
         return budget.dry_run(cfg, recipe, partial(prepare_weights, cfg=cfg), DTYPES[cfg.dtype])
-    if device.type == "cpu":
-        keep_memory()
     if world > 1:
         dist.init_process_group(cfg.backend or ("nccl" if device.type == "cuda" else "gloo"))
     received = []
