@@ -92,10 +92,11 @@ def multi_codebook_cross_entropy(
     A tile has at most `buffer` elements; None: as much as 1/28 of all N K V logits takes in float32, but not under 0.5
     MB and not over 17 (4,096 rows of 2,051 columns in half precision), so that together with what it takes to work on
     it, it stays at 1/16 of these logits. Where heads are small a tile holds several of them. Where all read one state
-    they are one wide head of K V columns, so that the product itself sums their parts of dh. Two more things take
-    memory: the gradient of a weight in half precision is summed in float32, a codebook at a time, or for all of one
-    state together; and where the losses of a shared state are not simply summed (one state holds one dh, but each
-    codebook has its own factor), the backward pass does the whole work a second time.
+    they are, for the kernel and in half precision, one wide head of K V columns, so that the product itself sums their
+    parts of dh; otherwise each adds its own to those before it. Two more things take memory: the gradient of a weight
+    in half precision is summed in float32, a codebook at a time, or for all of one state together; and where the losses
+    of a shared state are not simply summed (one state holds one dh, but each codebook has its own factor), the backward
+    pass does the whole work a second time.
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
