@@ -205,7 +205,7 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     """
     (N, K), (_, V, D) = target.shape, weight.shape
     exact, device, shared = scale.dtype, hidden.device, hidden.ndim == 2
-    # H heads, J codebooks wide: what heads add to one state must not be rounded on the way
+    # H heads, J codebooks wide: what heads add to one state must not be rounded on the way, and one launch does for all
     H, J = (1, K) if K == 1 or (shared and (kernel or dtype != exact)) else (K, 1)
     C = J * V
     target, scale = target.contiguous(), scale.contiguous()  # the kernel takes one stride for both, loss and correct
@@ -223,9 +223,9 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     pitch = math.ceil(C / 64) * 64 if aligned else C
     memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
 
-    one_each = (N, 1, D) if shared else (N, H, D)
     hidden, grad_hidden = (
-        None if x is None else x.view(one_each).expand(N, H, D).transpose(0, 1) for x in (hidden, grads[0])
+        None if x is None else x.view(N, 1 if shared else H, D).expand(N, H, D).transpose(0, 1)
+        for x in (hidden, grads[0])
     )
     weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
     bias = None if bias is None else bias.reshape(H, 1, C)
