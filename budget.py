@@ -4,7 +4,7 @@
 
 - The model is built on the meta device, where tensors have shapes and no memory, so a laptop can plan for any GPU.
 - Activations are counted, not estimated by formula: one micro-batch runs forward there, and what autograd keeps of it
-  is added up.
+  at any one time is added up.
 - Where the token folder is not there yet, a codec's published numbers and utterances of ten seconds stand in for it.
 
 Letters in shapes: B batch, S rows, C columns.
@@ -12,7 +12,7 @@ Letters in shapes: B batch, S rows, C columns.
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
@@ -69,25 +69,35 @@ class FlashAttention(TorchFunctionMode):
 
 
 def kept_by_autograd(model, batch):
-    """Bytes that a forward pass of a model on the meta device keeps for the backward pass, parameters not counted."""
+    """Most bytes that a forward pass of a model on the meta device keeps at a time for the backward pass, parameters
+    not counted."""
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept = {}
+    users, total, most = Counter(), 0, 0  # of each storage, the saved tensors that lie in it
 
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other storage gets its address
-        return x
+    class Saved:
+        def __init__(self, x):
+            nonlocal total, most
+            self.x, self.storage = x, x.untyped_storage()  # held, so that no other storage gets its address
+            users[self.storage._cdata] += 1
+            if users[self.storage._cdata] == 1 and self.storage._cdata not in own:
+                total += self.storage.nbytes()
+                most = max(most, total)
 
-    with FlashAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
-    total = sum(storage.nbytes() for storage in kept.values())
+        def __del__(self):
+            nonlocal total
+            users[self.storage._cdata] -= 1
+            if not users[self.storage._cdata] and self.storage._cdata not in own:
+                total -= self.storage.nbytes()
+
+    with FlashAttention(), torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.x):
+        kept = model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
+    del kept
     stacks = [m.config for m in model.modules() if isinstance(m, Transformer) and m.config.recompute]
     if not stacks:
-        return total
+        return most
     for c in stacks:  # with gradient checkpointing a block's own share comes back while its turn lasts
         c.recompute = False
-    return total + (kept_by_autograd(model, batch) - total) / min(c.n_layer for c in stacks)
+    return most + (kept_by_autograd(model, batch) - most) / min(c.n_layer for c in stacks)
 
 
 def gigabytes(n):
@@ -120,6 +130,8 @@ def dry_run(cfg, recipe, prepare_model, dtype):
         muon = cfg.muon and ".layers." in name and p.ndim == 2
         copies = p.element_size() + 2 * (dtype != torch.float32 and p.ndim >= 2) + 4 * (cfg.ema > 0)
         parts[name.split(".")[0]] += n, trained, n * copies, gradient, trained * (8 - 4 * muon)
+    if cfg.step_in_backward and getattr(model.config, "decoder_chunk", 0):  # what is formed in chunks comes all at once
+        largest = max(largest, 4 * sum(p.numel() for p in model.depth_parameters() if p.requires_grad))
     print(f"{'':22}{'parameters':>14}{'trained':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}   (GB)")
     for name, row in [*parts.items(), ("in all", sum(parts.values()))]:
         print(f"  {name:20}{int(row[0]):14,}{int(row[1]):14,}{gigabytes(row[2]):>10}{gigabytes(row[3]):>11}"

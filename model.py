@@ -119,9 +119,7 @@ def multi_codebook_cross_entropy(
         wrong = (target != ignore_index) & ((target < 0) | (target >= V))
         if wrong.any():
             raise ValueError(f"target {int(target[wrong][0])} is outside 0..{V - 1}")
-    device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    dtype = _product_type(hidden)
     if kernel is None:
         kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
     if kernel and triton is None:
@@ -176,6 +174,13 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
             _multiply(grads[1], factor, 0)
             _multiply(grads[2], factor, 0)
         return *grads, None, None, None, None, None
+
+
+def _product_type(x):
+    """The type of a matrix product with x, which autocast may choose."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _can_look(x):
@@ -496,6 +501,69 @@ def recompute(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
+def in_chunks(function, size, inputs, parameters):
+    """The sum of function(*rows) over the rows of `inputs`, at most `size` of them at a time.
+
+    function gives tensors that add up over rows; the first, a scalar, has a gradient, to the inputs and to those of
+    `parameters` that are trained. It is formed in the forward pass, as that of the loss above, so that what autograd
+    keeps of a chunk is gone before the next one; the backward pass only multiplies by the gradient of the sum. While a
+    chunk's gradients are added to those before, there are two for each parameter. In float16, where gradients have to
+    be scaled before they are formed, all rows are one chunk.
+    """
+    rows, half = len(inputs[0]), _product_type(inputs[0]) == torch.float16
+    parameters = [p for p in parameters if p.requires_grad]
+    trained = torch.is_grad_enabled() and (parameters or any(x.requires_grad for x in inputs))
+    if rows <= size or (trained and half):
+        return function(*inputs)
+    size = math.ceil(rows / math.ceil(rows / size))  # the last one is not much smaller
+    if trained:
+        return _InChunks.apply(function, size, len(inputs), *inputs, *parameters)
+    chunks = zip(*(x.split(size) for x in inputs), strict=True)
+    return [sum(numbers) for numbers in zip(*(function(*chunk) for chunk in chunks), strict=True)]
+
+
+class _InChunks(torch.autograd.Function):
+    """`in_chunks` for training."""
+
+    @staticmethod
+    def forward(ctx, function, size, n, *tensors):
+        wanted, inputs, parameters = ctx.needs_input_grad[3:], tensors[:n], tensors[n:]
+        totals, sums, by_chunk = None, None, []
+        device = inputs[0].device.type if inputs[0].device.type != "meta" else "cpu"  # autocast knows no meta
+        for chunk in zip(*(x.split(size) for x in inputs), strict=True):
+            with torch.enable_grad():
+                chunk = [x.detach().requires_grad_(w) for x, w in zip(chunk, wanted, strict=False)]
+                numbers = function(*chunk)
+                leaves = [x for x in chunk if x.requires_grad]
+                with torch.autocast(device, enabled=False):  # backward knows the types
+                    grads = torch.autograd.grad(numbers[0], [*leaves, *parameters])
+            numbers = [x.detach() for x in numbers]
+            by_chunk.append(grads[: len(leaves)])
+            grads = grads[len(leaves) :]
+            if totals is None:
+                totals, sums = numbers, grads
+            else:
+                totals = [a + b for a, b in zip(totals, numbers, strict=True)]
+                for total, grad in zip(sums, grads, strict=True):
+                    total += grad
+            del numbers, grads
+        of_inputs = iter([torch.cat(grads) for grads in zip(*by_chunk, strict=True)])
+        ctx.grads = [next(of_inputs) if w else None for w in wanted[:n]] + list(sums)
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factor, *_):
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("a second backward pass through chunks, whose gradients are formed once: take one chunk")
+        if not (_can_look(factor) and factor == 1):
+            for grad in grads:
+                _multiply(grad, factor.view(1), 0)
+        return None, None, None, *grads
+
+
 class RMSNorm(nn.RMSNorm):
     """torch's, in the type of x, for which a GPU has a kernel. Elsewhere it is several operations, which would keep x
     twice more, in float32."""
@@ -694,6 +762,7 @@ class CSMConfig:
     text_eos: int = -1
     stop: str = "class"  # or "zeros", see stop_frame
     decoder_fraction: float = 1 / 16  # share of the frames the depth decoder trains on
+    decoder_chunk: int = 96  # most frames that it takes at a time, see in_chunks; 0: all at once
     decoder_loss_weight: float = 1.0
     frame_dropout: float = 0.0  # share of the input frames blanked in training, so that the text has to be read
     dropout: float | None = None  # of both transformers; None: what each of them says
@@ -709,6 +778,8 @@ class CSMConfig:
             raise ValueError(f"stop = {self.stop!r}: it is 'class' or 'zeros'")
         if not 0 < self.decoder_fraction <= 1:
             raise ValueError(f"decoder_fraction = {self.decoder_fraction} is not in (0, 1]")
+        if self.decoder_chunk < 0:
+            raise ValueError(f"decoder_chunk = {self.decoder_chunk} is negative: it is a number of frames, 0 for all")
         if self.n_codebooks < 2:
             raise ValueError("a CSM needs at least 2 codebooks: one for the backbone, the others for the depth decoder")
         if self.decoder.max_positions < self.n_codebooks:
@@ -817,12 +888,16 @@ class CSM(nn.Module):
         codes = self.audio_embedding(codes + self.offset[: codes.shape[1]])
         return self.projection(torch.cat([state[:, None], codes], 1))
 
+    def depth_parameters(self):
+        """What the depth decoder computes with, the tables of embeddings apart."""
+        return [*self.projection.parameters(), *self.decoder.parameters(), self.decoder_heads]
+
     def forward(self, tokens, segment):
         """Loss of a batch: tokens (B, S, K + 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
 
-        Codebook 0 is predicted at every frame, the others at a random `decoder_fraction` of them (at all in eval mode);
-        stop frames are always among these. Sums and counts of the stats add up over batches and ranks;
-        `loss_by_codebook` and `accuracy_by_codebook` are (K,).
+        Codebook 0 is predicted at every frame, the others at a random `decoder_fraction` of them (at all in eval mode),
+        `decoder_chunk` at a time; stop frames are always among these. Sums and counts of the stats add up over batches
+        and ranks; `loss_by_codebook` and `accuracy_by_codebook` are (K,).
         """
         c, K, (_, S), device = self.config, self.config.n_codebooks, segment.shape, self.offset.device
         x, frames, codes = self.look_up(tokens, segment)
@@ -846,18 +921,25 @@ class CSM(nn.Module):
         loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, put(frame[:, :1], device))
         depth_frame, depth_state = put(frame[kept, 1:], device), state.index_select(0, put(kept, device))
         before = codes.index_select(0, put(target[kept], device))[:, :-1]  # (N', K - 1, D)
-        depth = self.decoder(self.projection(torch.cat([depth_state[:, None], before], 1)))[:, 1:]
-        losses, correct = multi_codebook_cross_entropy(depth, self.decoder_heads, depth_frame)
-        loss = loss0[0] + c.decoder_loss_weight * losses.mean()
+        n, m = len(frame), len(depth_frame)
+
+        def depth(state, before, frame):  # of some of the frames, their share of the losses' means
+            x = self.decoder(self.projection(torch.cat([state[:, None], before], 1)))[:, 1:]
+            losses, correct = multi_codebook_cross_entropy(x, self.decoder_heads, frame)
+            losses = losses * (len(frame) / max(m, 1))
+            return losses.mean(), losses, correct
+
+        inputs = depth_state, before, depth_frame
+        decoder_loss, losses, correct = in_chunks(depth, c.decoder_chunk or m, inputs, self.depth_parameters())
+        loss = loss0[0] + c.decoder_loss_weight * decoder_loss
 
         with torch.no_grad():
-            n, m = len(frame), len(depth_frame)
             counts = torch.full((K,), m, device=device)
             counts[0] = n
             stats = {
                 "loss": (loss.detach() * n, n),
                 "backbone_loss": (loss0[0] * n, n),
-                "decoder_loss": (losses.mean() * m, m),
+                "decoder_loss": (decoder_loss * m, m),
                 "c0_accuracy": (correct0[0], n),
                 "loss_by_codebook": (torch.cat([loss0, losses]).detach() * counts, counts),
                 "accuracy_by_codebook": (torch.cat([correct0, correct]), counts),

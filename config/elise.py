@@ -25,6 +25,7 @@ arch = "csm"
 backbone = "llama-250M"  # Marvis: backbone_flavor
 decoder = "llama-60M"  # Marvis: decoder_flavor
 decoder_fraction = 1.0  # Marvis: of few frames all are used; pre-training takes 0.125
+decoder_chunk = 512  # of them at once: 2 GB of activations; a smaller GPU takes fewer
 decoder_loss_weight = 1.0  # Marvis: the two losses are added
 freeze = ["^backbone"]  # Marvis: freeze_backbone
 max_tokens = 8000  # Marvis

@@ -42,14 +42,21 @@ def test_freezing_counts():
 
 
 def test_of_gradients_that_do_not_wait_the_largest_counts():
-    gradients, total = zip(*[
-        re.search(r"in all(?: +\S+){3} +(\S+).*about (\S+) GB in all", out, re.DOTALL).groups()
-        for more in ("False", "True")
-        for out in dry("elise.py", "--freeze=[]", "--grad_clip=0", f"--step_in_backward={more}")[1:2]
-    ], strict=True)  # fmt: skip
-    largest = 65632 * 1536 * 4 / 2**30  # the table of audio codes
-    assert gradients == ("2.12", "0.00")
-    assert float(total[0]) - float(total[1]) == pytest.approx(2.12 - largest, abs=0.02)
+    def counted(within, chunk):
+        flags = f"--freeze=[] --grad_clip=0 --step_in_backward={within} --decoder_chunk={chunk}"
+        out = dry("elise.py", *flags.split())[1]
+        gradients, activations, total = re.search(
+            r"in all(?: +\S+){3} +(\S+).*each GPU: (\S+) GB.*about (\S+) GB in all", out, re.DOTALL
+        ).groups()
+        depth = [int(n.replace(",", "")) for n in re.findall(r"^  (?:decoder\S*|projection) +([\d,]+)", out, re.M)]
+        return gradients, float(total) - float(activations), [4 * n / 2**30 for n in depth]
+
+    gradients, waiting, depth = counted(False, 2048)
+    assert gradients == "2.12" and len(depth) == 3
+    table = 65632 * 1536 * 4 / 2**30  # of audio codes
+    for chunk, largest in ((0, table), (2048, sum(depth))):  # formed in chunks, the depth decoder's come together
+        gradients, within, _ = counted(True, chunk)
+        assert gradients == "0.00" and waiting - within == pytest.approx(2.12 - largest, abs=0.02)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -74,6 +81,19 @@ def test_activations_are_those_of_a_real_pass(recompute):
         model(*batch)
     real = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)
     assert counted == pytest.approx(real, rel=0.01) if not recompute else real < counted < 0.8 * everything
+
+
+def test_of_chunks_only_the_largest_counts():
+    def counted(chunk, **options):
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = tiny(decoder_chunk=chunk, **options).train()
+        return budget.kept_by_autograd(model, batch_of(model, *(utterance(5, 12, seed=i) for i in range(4))))
+
+    few, thirteen, half, whole = (counted(chunk) for chunk in (1, 13, 26, 0))
+    assert few < thirteen < half < whole
+    assert thirteen - few == pytest.approx((half - few) * 12 / 25, rel=0.02)
+    assert half - few == pytest.approx((whole - few) * 25 / 51, rel=0.05)
 
 
 def test_a_token_folder_is_counted(tmp_path):

@@ -350,6 +350,7 @@ def test_build_refuses_what_does_not_fit():
     options = dict(backbone="llama-1M", decoder="llama-300K")
     for change, message in (
         ({"decoder_fraction": 0.0}, "not in"),
+        ({"decoder_chunk": -1}, "is negative"),
         ({"stop": "never"}, "'class' or 'zeros'"),
         ({"backbone": "big"}, "no transformer preset"),
         ({"decoder": {**STACK, "max_positions": 4}}, "positions are fewer"),
@@ -497,6 +498,73 @@ def test_recompute_gives_csm_the_same_gradients():
         results.append((loss, *gradients(model).values()))
     assert len(results[0]) == 1 + len(list(model.parameters()))
     assert_same(*results, rtol=1e-5, atol=1e-6)
+
+
+def in_chunks_of(chunk, *frozen, dtype=None, **options):
+    """Loss, stats and gradients of a CSM whose depth decoder takes so many of 22 frames at a time."""
+    model = tiny(decoder_chunk=chunk, decoder_loss_weight=0.3, **options).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss, stats = model(*batch_of(model, utterance(5, 9), utterance(4, 7, seed=1), utterance(2, 3, seed=2)))
+    loss.backward()
+    return loss, stats, gradients(model)
+
+
+@pytest.mark.parametrize("frozen", [(), ("decoder", "projection"), ("backbone", "audio", "text"), ("decoder.layers",)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_of_frames_are_the_whole(frozen, recompute):
+    loss, stats, grads = in_chunks_of(0, *frozen)
+    for chunk in (1, 7, 21, 22):
+        again, stats_again, grads_again = in_chunks_of(chunk, *frozen, recompute=recompute)
+        torch.testing.assert_close(loss, again, rtol=1e-6, atol=0)
+        assert grads.keys() == grads_again.keys()
+        assert_same(grads_again.values(), grads.values(), rtol=1e-4, atol=1e-6)
+        assert stats.keys() == stats_again.keys()
+        for name, (total, count) in stats.items():
+            torch.testing.assert_close(torch.as_tensor(total), torch.as_tensor(stats_again[name][0]))
+            assert torch.equal(torch.as_tensor(count), torch.as_tensor(stats_again[name][1]))
+
+
+def test_chunks_under_autocast():
+    exact = in_chunks_of(0)[2]
+    for dtype in (torch.bfloat16, torch.float16):
+        whole, parts = in_chunks_of(0, dtype=dtype)[2], in_chunks_of(5, dtype=dtype)[2]
+        for name, grad in exact.items():
+            off = (whole[name] - grad).norm() / grad.norm()
+            assert (parts[name] - grad).norm() / grad.norm() < 1.5 * off + 1e-3, name
+
+
+def test_chunks_in_evaluation_and_what_is_run_how_often(monkeypatch):
+    rows, run = [], Transformer.forward
+
+    def spy(self, x, *more):
+        rows.append(x.shape[:2])
+        return run(self, x, *more)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    model = tiny(decoder_chunk=10)
+    batch = batch_of(model, utterance(5, 9), utterance(4, 7, seed=1), utterance(2, 3, seed=2))
+    losses = [model.train()(*batch)[0]]
+    with torch.no_grad():
+        losses.append(model.eval()(*batch)[0])
+    assert rows == 2 * [(3, 17), (8, 4), (8, 4), (6, 4)]  # as equal as can be, each once
+    torch.testing.assert_close(*losses)
+    rows.clear()
+    with torch.autocast("cpu", torch.float16):
+        model.train()(*batch)
+    assert rows[1:] == [(22, 4)]
+    model.config.decoder_chunk = 22
+    model(*batch)
+    assert rows[3:] == [(22, 4)]
+
+
+def test_a_second_backward_through_chunks_is_refused():
+    model = tiny(decoder_chunk=5).train()
+    loss, _ = model(*batch_of(model, utterance()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass through chunks"):
+        loss.backward()
 
 
 def test_every_parameter_gets_a_gradient_even_without_depth_frames():

@@ -225,7 +225,8 @@ train.main(configurator.configure(train.__file__, sys.argv[1:]))
 @pytest.mark.parametrize("flags, number", [
     ([], 5),
     (["--gradient_accumulation_steps=3", "--ema=0.9", "--dropout=0.1", "--frame_dropout=0.3", "--decoder_fraction=0.5",
-      "--loader_workers=1", "--voice_prompt=0.5", "--keep_last=1", "--muon=True", "--sparse_embeddings=True"], 19),
+      "--loader_workers=1", "--voice_prompt=0.5", "--keep_last=1", "--muon=True", "--sparse_embeddings=True",
+      "--decoder_chunk=5"], 19),
 ], ids=["plain", "everything"])  # fmt: skip
 def test_a_killed_run_goes_on_bit_for_bit(tokens, tmp_path, flags, number):
     whole, lines = run(tokens, tmp_path / "whole", "--max_iters=10", *flags)
@@ -297,7 +298,8 @@ def test_a_finished_run_has_nothing_left_to_do(tokens, tmp_path, capsys):
 @pytest.mark.parametrize("optimizers", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
 def test_two_ranks_are_one_process(tokens, tmp_path, optimizers):
     flags = [*optimizers, "--max_iters=6", "--gradient_accumulation_steps=4", "--dropout=0.2", "--frame_dropout=0.3",
-             "--eval_iters=1", "--decoder_fraction=0.5", "--lr_schedule=constant", "--log_interval=2"]  # fmt: skip
+             "--eval_iters=1", "--decoder_fraction=0.5", "--decoder_chunk=5", "--lr_schedule=constant",
+             "--log_interval=2"]  # fmt: skip
     one, lines = run(tokens, tmp_path / "one", *flags)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = start("", tokens, tmp_path / "two", *flags, launcher=launcher)
@@ -726,7 +728,8 @@ def test_a_codec_that_is_not_the_codes_is_refused(tmp_path):
         run(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("flags", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
+@pytest.mark.parametrize("flags", [[], ["--muon=True", "--sparse_embeddings=True", "--decoder_chunk=3"]],
+                         ids=["adamw", "shared out"])  # fmt: skip
 def test_steps_in_backward_are_those_after_it(tokens, tmp_path, flags):
     """Weights and optimizers to the last bit, and what is resumed goes either way."""
     flags = ["--grad_clip=0", "--dropout=0.1", "--ema=0.9", "--lr_schedule=constant", *flags]
