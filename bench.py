@@ -67,7 +67,8 @@ recipes = ""  # families: names of recipes in config/, with commas between; empt
 seeds = "1337,1,2"  # families: of the training runs, likewise
 sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
 dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
-ways = ""  # loss: likewise, whose; "ours" alone is quick
+ways = ""  # loss, train: likewise, whose; "ours" alone is quick
+fractions = ""  # train: likewise, shares of the frames that the depth decoder trains on
 repeats = 3  # codec, loss, train: how often each is timed, after it was warmed up; the median counts
 large_batch = 32  # train, on a GPU: utterances of the larger batch
 
@@ -640,11 +641,15 @@ TRAIN_SIZES = {
 }  # fmt: skip
 WARM_UP = 3  # steps
 TEXT_ROWS, FRAMES = 40, 152  # of each utterance, the stop frame among these
-FRACTIONS = (1 / 16, 1.0)  # of the frames, for the depth decoder
+FRACTIONS = {"1/16": 1 / 16, "1": 1.0}  # of the frames, for the depth decoder
 # Who trains, and with which AdamW: as train.py sets it up, with sparse_embeddings, and with step_in_backward too; as
 # torch gives it, fused
 STEPS = [("ours", "own"), ("ours", "sparse"), ("ours", "in backward"),
          *product(("transformers", "marvis", "sesame-finetune"), ("default", "fused"))]  # fmt: skip
+
+
+def step_label(way, optimizer):
+    return way if optimizer == "own" else f"{way} {optimizer}"
 
 
 def csm_config(size, fraction):
@@ -902,7 +907,7 @@ def csm_differences(size, fraction=1.0):
     return apart_from(*(loss.detach() for loss in losses)), worst
 
 
-def compare_steps(sizes, dtypes, repeats, ways=STEPS, fractions=FRACTIONS, large_batch=0):
+def compare_steps(sizes, dtypes, repeats, ways, fractions, large_batch=0):
     """Print the table of `train`: sizes {name: those of a CSMConfig}, dtypes names, ways (way, optimizer)."""
     device, rows, absent, told, base = pick_device("auto"), [], set(), set(), {}
     rate = matrix_rate() if device == "cuda" else math.nan
@@ -914,7 +919,7 @@ def compare_steps(sizes, dtypes, repeats, ways=STEPS, fractions=FRACTIONS, large
         (name, kind, fraction, utterances), (way, optimizer, compiled) = setting, run
         if way in absent:
             continue
-        label = " ".join([way, *[optimizer] * (optimizer != "own"), *["compiled"] * compiled])
+        label = step_label(way, optimizer) + " compiled" * compiled
         try:
             check_room(csm_bytes(sizes[name]), device)
             how = way, optimizer, sizes[name], kind, fraction, utterances, compiled, repeats, device
@@ -949,13 +954,15 @@ def bench_train(cfg):
     """A step that trains a CSM, ours and others'."""
     print(machine(pick_device("auto")))
     sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
+    ways = chosen(cfg.ways, {step_label(*way): way for way in STEPS}, "ways").values()
+    fractions = chosen(cfg.fractions, FRACTIONS, "fractions").values()
     try:
         loss, gradient = csm_differences(TRAIN_SIZES["small"])
         print(f"Ours against transformers with the same weights, small, float32, all frames: the loss differs by "
               f"{loss:.1e}, the gradients by at most {gradient:.1e} of the largest of each")  # fmt: skip
     except ImportError as error:
         print(f"not compared with transformers: {first_line(error)}")
-    compare_steps(sizes, dtypes, cfg.repeats, large_batch=cfg.large_batch)
+    compare_steps(sizes, dtypes, cfg.repeats, ways, fractions, cfg.large_batch)
 
 
 # -----------------------------------------------------------------------------

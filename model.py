@@ -296,7 +296,8 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
         torch.eq(tile.argmax(-1, True), target, out=correct)
     mean = tile[..., :V].mean(-1, True, dtype=scale.dtype) if smoothing else 0
     likeliest = torch.empty_like(scale)  # its probability is at least 1 / V: the logarithm is safe
-    few = max(1, 2**18 // (g * J * pitch))  # so many rows stay in the cache from the first operation to the last
+    bits = 20 if tile.dtype == scale.dtype else 18  # so many elements stay in the cache; what is copied is kept small
+    few = max(1, 2**bits // (g * J * pitch))
     parts = [x.split(few, 1) for x in (tile, goal, scale, top, likeliest)]
     for part, place, factor, high, p in zip(*parts, strict=True):
         x = part.to(scale.dtype).contiguous()  # itself where there is nothing to do

@@ -89,13 +89,19 @@ def test_operations_of_a_step():
     assert bench.csm_operations(TINY, 1 / 4, 2) == 6 * expected
 
 
-@pytest.mark.parametrize("name", ["loss", "train"])
-def test_unknown_sizes_and_types(name):
-    for sizes, dtypes, message in (("huge", "float32", "sizes = 'huge'"), ("", "int8", "dtypes = 'int8'")):
-        with pytest.raises(ValueError, match=message):
-            bench.main(SimpleNamespace(name=name, sizes=sizes, dtypes=dtypes, ways="", repeats=1))
-    with pytest.raises(ValueError, match="ways = 'theirs': there is ours, eager"):
-        bench.main(SimpleNamespace(name="loss", sizes="", dtypes="", ways="ours,theirs", repeats=1))
+@pytest.mark.parametrize("name, key, value, message", [
+    ("loss", "sizes", "huge", "sizes = 'huge': there is csm-512"),
+    ("loss", "dtypes", "int8", "dtypes = 'int8': there is float32"),
+    ("loss", "ways", "ours,theirs", "ways = 'theirs': there is ours, eager"),
+    ("train", "sizes", "huge", "sizes = 'huge': there is small, marvis"),
+    ("train", "dtypes", "int8", "dtypes = 'int8': there is float32"),
+    ("train", "ways", "ours,eager", "ways = 'eager': there is ours, ours sparse, ours in backward, transformers def"),
+    ("train", "fractions", "1/3", "fractions = '1/3': there is 1/16, 1"),
+])  # fmt: skip
+def test_what_is_chosen_has_to_be_there(name, key, value, message):
+    keys = dict(sizes="", dtypes="", ways="", fractions="", repeats=1)
+    with pytest.raises(ValueError, match=message):
+        bench.main(SimpleNamespace(**{**keys, "name": name, key: value}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
