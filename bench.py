@@ -931,8 +931,8 @@ def compare_steps(sizes, dtypes, repeats, ways, fractions, large_batch=0):
             absent |= {way} if isinstance(error, ImportError) else set()
             continue
         seconds = statistics.median(result["seconds"])
-        if run == ("ours", "own", False):
-            base[setting] = seconds
+        if way == "ours":
+            base.setdefault(setting, seconds)  # of the first of ours
         times = in_words(seconds), f"{seconds / base.get(setting, math.nan):.2f}"
         memory = "-" if result["peak"] is None else f"{result['peak'] / 1e9:.2f}"
         rest = f"{utterances * FRAMES / seconds:.4g}", memory, f"{result['products']:.0%}"

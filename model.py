@@ -27,6 +27,7 @@ import os
 import pickle
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -89,14 +90,16 @@ def multi_codebook_cross_entropy(
                   times K codebooks             In memory: the tile, loss and rank of each target, dh, dW. Not in
                                                 memory: N K V logits, their softmax, their gradient.
 
-    A tile has at most `buffer` elements; None: as much as 1/28 of all N K V logits takes in float32, but not under 0.5
-    MB and not over 17 (4,096 rows of 2,051 columns in half precision), so that together with what it takes to work on
-    it, it stays at 1/16 of these logits. Where heads are small a tile holds several of them. Where all read one state
-    they are, for the kernel and in half precision, one wide head of K V columns, so that the product itself sums their
-    parts of dh; otherwise each adds its own to those before it. Two more things take memory: the gradient of a weight
-    in half precision is summed in float32, a codebook at a time, or for all of one state together; and where the losses
-    of a shared state are not simply summed (one state holds one dh, but each codebook has its own factor), the backward
-    pass does the whole work a second time.
+    A tile has at most `buffer` elements; None: as much as 1/18 of all N K V logits takes in float32 (1/28 where several
+    heads are in half precision), so that together with what it takes to work on it, it stays at 1/16 of these; but not
+    under 0.5 MB, and no more than 17 MB (4,096 rows of 2,051 columns in half precision) or 1,024 rows: each tile adds
+    to all of dW. Where heads are small a tile holds several of them. Where all read one state they are, for the kernel
+    and in half precision, one wide head of K V columns, so that the product itself sums their parts of dh; otherwise
+    each adds its own to those before it. Two more things take memory: the gradient of a weight in half precision is
+    summed in float32, a codebook at a time, or for all of one state together (with one head of a large vocabulary that
+    alone is more than 1/16, but less would need a fourth product); and where the losses of a shared state are not
+    simply summed (one state holds one dh, but each codebook has its own factor), the backward pass does the whole work
+    a second time.
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
@@ -124,9 +127,11 @@ def multi_codebook_cross_entropy(
         kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
     if kernel and triton is None:
         raise ValueError("kernel=True needs Triton: pip install triton")
-    buffer = buffer or min(max(N * K * V // 7, 2**19), 17_000_000) // dtype.itemsize
-
     exact = torch.promote_types(dtype, torch.float32)
+    most = max(17_000_000, 1024 * V * dtype.itemsize)  # bytes; a wide head takes more for the sake of its products
+    share = 18 if K == 1 or dtype == exact else 28
+    buffer = buffer or min(max(N * K * V * 4 // share, 2**19), most) // dtype.itemsize
+
     used = target != ignore_index
     scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
     total = scale.sum(0)
@@ -269,7 +274,8 @@ def _product(a, b, out, new):
     if out.dtype == a.dtype:
         torch.bmm(a, b, out=out) if new else out.baddbmm_(a, b)
         return
-    step = max(1, 2**19 // (out.shape[0] * out.shape[2]))  # no more than so many elements in the narrow type
+    most = max(2**19, out.numel() // 40)  # elements in the narrow type
+    step = max(1, most // (out.shape[0] * out.shape[2]))
     for i in range(0, out.shape[1], step):
         part, product = out[:, i : i + step], torch.bmm(a[:, i : i + step], b)
         part.copy_(product) if new else part.add_(product)
@@ -529,27 +535,30 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, size, n, *tensors):
         wanted, inputs, parameters = ctx.needs_input_grad[3:], tensors[:n], tensors[n:]
-        totals, sums, by_chunk = None, None, []
+        sums, totals, by_chunk = [torch.zeros_like(p) for p in parameters], 0, []
         device = inputs[0].device.type if inputs[0].device.type != "meta" else "cpu"  # autocast knows no meta
-        for chunk in zip(*(x.split(size) for x in inputs), strict=True):
-            with torch.enable_grad():
-                chunk = [x.detach().requires_grad_(w) for x, w in zip(chunk, wanted, strict=False)]
-                numbers = function(*chunk)
-                leaves = [x for x in chunk if x.requires_grad]
-                with torch.autocast(device, enabled=False):  # backward knows the types
-                    grads = torch.autograd.grad(numbers[0], [*leaves, *parameters])
-            numbers = [x.detach() for x in numbers]
-            by_chunk.append(grads[: len(leaves)])
-            grads = grads[len(leaves) :]
-            if totals is None:
-                totals, sums = numbers, grads
-            else:
-                totals = [a + b for a, b in zip(totals, numbers, strict=True)]
-                for total, grad in zip(sums, grads, strict=True):
-                    total += grad
-            del numbers, grads
+
+        def add(grad, to):
+            to += grad
+            return grad.new_zeros(()).expand_as(grad)  # in its place: the chunk's other gradients do not wait with it
+
+        hooks = [p.register_hook(partial(add, to=total)) for p, total in zip(parameters, sums, strict=True)]
+        try:
+            for chunk in zip(*(x.split(size) for x in inputs), strict=True):
+                with torch.enable_grad():
+                    chunk = [x.detach().requires_grad_(w) for x, w in zip(chunk, wanted, strict=False)]
+                    numbers = function(*chunk)
+                    leaves = [x for x in chunk if x.requires_grad]
+                    with torch.autocast(device, enabled=False):  # backward knows the types
+                        grads = torch.autograd.grad(numbers[0], [*leaves, *parameters])
+                by_chunk.append(grads[: len(leaves)])
+                totals = [total + x.detach() for total, x in zip(totals or [0] * len(numbers), numbers, strict=True)]
+                del numbers, grads
+        finally:
+            for hook in hooks:
+                hook.remove()
         of_inputs = iter([torch.cat(grads) for grads in zip(*by_chunk, strict=True)])
-        ctx.grads = [next(of_inputs) if w else None for w in wanted[:n]] + list(sums)
+        ctx.grads = [next(of_inputs) if w else None for w in wanted[:n]] + sums
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
 
