@@ -513,9 +513,8 @@ def in_chunks(function, size, inputs, parameters):
 
     function gives tensors that add up over rows; the first, a scalar, has a gradient, to the inputs and to those of
     `parameters` that are trained. It is formed in the forward pass, as that of the loss above, so that what autograd
-    keeps of a chunk is gone before the next one; the backward pass only multiplies by the gradient of the sum. While a
-    chunk's gradients are added to those before, there are two for each parameter. In float16, where gradients have to
-    be scaled before they are formed, all rows are one chunk.
+    keeps of a chunk is gone before the next one; the backward pass, which can be run once, only multiplies by the
+    gradient of the sum. In float16, where gradients have to be scaled before they are formed, all rows are one chunk.
     """
     rows, half = len(inputs[0]), _product_type(inputs[0]) == torch.float16
     parameters = [p for p in parameters if p.requires_grad]
@@ -530,7 +529,7 @@ def in_chunks(function, size, inputs, parameters):
 
 
 class _InChunks(torch.autograd.Function):
-    """`in_chunks` for training."""
+    """`in_chunks` for training: totals of what function gives, with gradients to inputs and parameters."""
 
     @staticmethod
     def forward(ctx, function, size, n, *tensors):
@@ -542,7 +541,7 @@ class _InChunks(torch.autograd.Function):
             to += grad
             return grad.new_zeros(()).expand_as(grad)  # in its place: the chunk's other gradients do not wait with it
 
-        hooks = [p.register_hook(partial(add, to=total)) for p, total in zip(parameters, sums, strict=True)]
+        hooks = [p.register_hook(partial(add, to=to)) for p, to in zip(parameters, sums, strict=True)]
         try:
             for chunk in zip(*(x.split(size) for x in inputs), strict=True):
                 with torch.enable_grad():
@@ -553,7 +552,7 @@ class _InChunks(torch.autograd.Function):
                         grads = torch.autograd.grad(numbers[0], [*leaves, *parameters])
                 by_chunk.append(grads[: len(leaves)])
                 totals = [total + x.detach() for total, x in zip(totals or [0] * len(numbers), numbers, strict=True)]
-                del numbers, grads
+                del numbers, grads  # not held while the next chunk is at work
         finally:
             for hook in hooks:
                 hook.remove()
