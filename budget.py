@@ -71,27 +71,27 @@ class FlashAttention(TorchFunctionMode):
 def kept_by_autograd(model, batch):
     """Most bytes that a forward pass of a model on the meta device keeps at a time for the backward pass, parameters
     not counted."""
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    users, total, most = Counter(), 0, 0  # of each storage, the saved tensors that lie in it
+    # of each storage, how many saved tensors lie in it; the model's own have one user more, which stays
+    users = Counter({p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]})
+    total = most = 0
 
     class Saved:
         def __init__(self, x):
             nonlocal total, most
             self.x, self.storage = x, x.untyped_storage()  # held, so that no other storage gets its address
             users[self.storage._cdata] += 1
-            if users[self.storage._cdata] == 1 and self.storage._cdata not in own:
+            if users[self.storage._cdata] == 1:
                 total += self.storage.nbytes()
                 most = max(most, total)
 
         def __del__(self):
             nonlocal total
             users[self.storage._cdata] -= 1
-            if not users[self.storage._cdata] and self.storage._cdata not in own:
+            if not users[self.storage._cdata]:
                 total -= self.storage.nbytes()
 
     with FlashAttention(), torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.x):
-        kept = model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
-    del kept
+        model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
     stacks = [m.config for m in model.modules() if isinstance(m, Transformer) and m.config.recompute]
     if not stacks:
         return most
