@@ -90,16 +90,16 @@ def multi_codebook_cross_entropy(
                   times K codebooks             In memory: the tile, loss and rank of each target, dh, dW. Not in
                                                 memory: N K V logits, their softmax, their gradient.
 
-    A tile has at most `buffer` elements; None: as much as 1/18 of all N K V logits takes in float32 (1/28 where several
+    A tile has at most `buffer` elements; None: as much as 1/18 of all N K V logits takes in float32 (1/36 where several
     heads are in half precision), so that together with what it takes to work on it, it stays at 1/16 of these; but not
-    under 0.5 MB, and no more than 17 MB (4,096 rows of 2,051 columns in half precision) or 1,024 rows: each tile adds
+    under 0.5 MB, and no more than 17 MB (4,096 rows of 2,051 columns in half precision) or 2,048 rows: each tile adds
     to all of dW. Where heads are small a tile holds several of them. Where all read one state they are, for the kernel
     and in half precision, one wide head of K V columns, so that the product itself sums their parts of dh; otherwise
     each adds its own to those before it. Two more things take memory: the gradient of a weight in half precision is
-    summed in float32, a codebook at a time, or for all of one state together (with one head of a large vocabulary that
-    alone is more than 1/16, but less would need a fourth product); and where the losses of a shared state are not
-    simply summed (one state holds one dh, but each codebook has its own factor), the backward pass does the whole work
-    a second time.
+    summed in float32, a codebook at a time, or for all of one state together, half of it in the gradient's own memory
+    (of one head of a large vocabulary the other half is 1/16 of the logits where N = 8 D, before there is any tile;
+    less would need a fourth product); and where the losses of a shared state are not simply summed (one state holds one
+    dh, but each codebook has its own factor), the backward pass does the whole work a second time.
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
@@ -128,9 +128,6 @@ def multi_codebook_cross_entropy(
     if kernel and triton is None:
         raise ValueError("kernel=True needs Triton: pip install triton")
     exact = torch.promote_types(dtype, torch.float32)
-    most = max(17_000_000, 1024 * V * dtype.itemsize)  # bytes; a wide head takes more for the sake of its products
-    share = 18 if K == 1 or dtype == exact else 28
-    buffer = buffer or min(max(N * K * V * 4 // share, 2**19), most) // dtype.itemsize
 
     used = target != ignore_index
     scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
@@ -225,6 +222,9 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     loss, correct = torch.empty_like(scale), torch.empty_like(target, dtype=torch.bool)
 
     # the tile: as many rows as fit, then as many heads
+    if not buffer:
+        share = N * K * V * 4 // (18 if K == 1 or dtype == exact else 36)  # bytes
+        buffer = min(max(share, 2**19), max(17_000_000, 2048 * C * dtype.itemsize)) // dtype.itemsize
     n = max(1, min(N, buffer // C))
     n = math.ceil(N / math.ceil(N / n)) if N else 1  # the last one is not much smaller
     g = 1 if shared else max(1, min(H, min(buffer, 2**18) // (n * C)))
@@ -239,46 +239,74 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     )
     weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
     bias = None if bias is None else bias.reshape(H, 1, C)
+    wide = grad_weight is not None and n < N and grad_weight.dtype != exact  # sums of several tiles are not rounded
     by_head = [x.reshape(N, H, J).transpose(0, 1) for x in (target, scale, loss, correct)]
     for head in range(0, H if N else 0, g):
         heads = slice(head, head + g)
         w = weight[heads].to(dtype)  # (g, C, D)
-        whole = None if grad_weight is None else grad_weight[heads]
-        total = whole if whole is None or n == N or whole.dtype == exact else torch.empty_like(whole, dtype=exact)
+        sums = [] if grad_weight is None else [grad_weight[heads]]
+        if wide:
+            sums = _wide_sums(*sums, exact)
         for row in range(0, N, n):
             place = heads, slice(row, row + n)
             h = hidden[place].to(dtype)  # (g, n, D)
             size = *h.shape[:2], pitch
             padded = memory[: math.prod(size)].view(size)
             tile = padded[..., :C]
-            if bias is None:
-                torch.bmm(h, w.mT, out=tile)
-            else:
-                torch.baddbmm(bias[heads].to(dtype), h, w.mT, out=tile)
+            if bias is not None:
+                tile.copy_(bias[heads])
+            _product(h, w.mT, tile, bias is None)
             rows = [x[place] for x in by_head]
             (_launch_softmax_kernel if kernel else _softmax_rows)(padded, *rows, V, smoothing, z_loss)
             if grad_hidden is not None:
                 _product(tile, w, grad_hidden[place], not shared or head == 0)
-            if total is not None:
-                _product(tile.mT, h, total, row == 0)
+            column = 0
+            for total in sums:
+                _product(tile[..., column : column + total.shape[1]].mT, h, total, row == 0)
+                column += total.shape[1]
             if bias_sum is not None:
                 bias_sum[heads] += tile.sum(1, keepdim=True, dtype=exact)
-        if total is not whole:
-            whole.copy_(total)
+        if wide:
+            _round_sums(sums, grad_weight[heads])
     grads.append(None if bias_sum is None else bias_sum.view(K, V).to(bias.dtype))
     return loss, correct, grads
 
 
 def _product(a, b, out, new):
-    """out = a b, or out += a b where it is not `new`: (g, m, k) x (g, k, D) -> (g, m, D), whose type may be wider."""
-    if out.dtype == a.dtype:
+    """out = a b, or out += a b where it is not `new`: (g, m, k) x (g, k, d) -> (g, m, d), whose type may be wider."""
+    if out.dtype != a.dtype:
+        _, m, d = out.shape
+        step = max(1, 2**19 // d, m // 40)  # rows that are there in the narrow type
+        for x, y, total in zip(a, b, out, strict=True):
+            for rows, part in zip(x.split(step), total.split(step), strict=True):
+                product = torch.mm(rows, y)
+                part.copy_(product) if new else part.add_(product)
+    elif len(a) == 1:  # bmm would copy what does not lie as it likes it
+        torch.mm(a[0], b[0], out=out[0]) if new else out[0].addmm_(a[0], b[0])
+    else:
         torch.bmm(a, b, out=out) if new else out.baddbmm_(a, b)
-        return
-    most = max(2**19, out.numel() // 40)  # elements in the narrow type
-    step = max(1, most // (out.shape[0] * out.shape[2]))
-    for i in range(0, out.shape[1], step):
-        part, product = out[:, i : i + step], torch.bmm(a[:, i : i + step], b)
-        part.copy_(product) if new else part.add_(product)
+
+
+def _wide_sums(gradient, dtype):
+    """Where a gradient (g, C, D) of a narrower type is summed: tensors of its rows, one below the other.
+
+    As many of the last rows as fit lie in the gradient's own memory, where `_round_sums` makes them the gradient.
+    """
+    ratio = dtype.itemsize // gradient.itemsize
+    g, C, D = gradient.shape
+    own = C // ratio if g == 1 and gradient.storage_offset() % ratio == 0 else 0
+    first = torch.empty(g, C - own, D, dtype=dtype, device=gradient.device)
+    return [first, gradient.view(-1)[: own * D * ratio].view(dtype).view(-1, own, D)] if own else [first]
+
+
+def _round_sums(sums, gradient):
+    """gradient (g, C, D) = sums of `_wide_sums`, which are lost."""
+    for last in sums[1:]:  # the lowest rows first: they end where no sum is that is still to be read
+        start, step = sums[0].shape[1], max(1, 2**19 // gradient.shape[2])
+        for i in reversed(range(0, last.shape[1], step)):
+            rows = last[:, i : i + step].to(gradient.dtype)
+            gradient[:, start + i : start + i + rows.shape[1]] = rows
+    gradient[:, : sums[0].shape[1]] = sums[0]
 
 
 def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
@@ -291,19 +319,20 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
     tile[..., J * V :] = -math.inf  # cheaper than leaving them out: whole rows lie side by side
     tile = tile.unflatten(-1, (J, -1))  # (g, n, J, V)
     target, scale, loss, correct = (x[..., None] for x in (target, scale, loss, correct))
-    g, _, _, pitch = tile.shape
-    inside = (target >= 0) & (target < V)
-    goal = torch.where(inside, target, 0)
+    n = tile.shape[1]
+    goal = target.clamp(0, V - 1)
     picked, top = tile.gather(-1, goal), tile.amax(-1, True)
     if _can_look(tile):  # argmax is slow: only for rows where the target may be the first of the likeliest
         rows = torch.eq(picked, top, out=correct).nonzero(as_tuple=True)[:3]
         correct[rows] = tile[rows].argmax(-1, True) == target[rows]
     else:
         torch.eq(tile.argmax(-1, True), target, out=correct)
-    mean = tile[..., :V].mean(-1, True, dtype=scale.dtype) if smoothing else 0
+    mean = tile[..., :V].mean(-1, True, dtype=scale.dtype) if smoothing else None
     likeliest = torch.empty_like(scale)  # its probability is at least 1 / V: the logarithm is safe
-    bits = 20 if tile.dtype == scale.dtype else 18  # so many elements stay in the cache; what is copied is kept small
-    few = max(1, 2**bits // (g * J * pitch))
+    # a part stays in the cache, and what is copied is at most half of the tile; rows by twos, for two cores
+    parts = max(1 if tile.dtype == scale.dtype else 2, math.ceil(tile.numel() / 2**20))
+    few = 2 * math.ceil(n / parts / 2)
+    at_goal = scale.new_full((), smoothing - 1)
     parts = [x.split(few, 1) for x in (tile, goal, scale, top, likeliest)]
     for part, place, factor, high, p in zip(*parts, strict=True):
         x = part.to(scale.dtype).contiguous()  # itself where there is nothing to do
@@ -313,10 +342,15 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
             x *= 1 + 2 * z_loss * (high - p.log())
         if smoothing:
             x -= smoothing / V
-        x.scatter_add_(-1, place, x.new_full((), smoothing - 1).expand_as(place))
+        x.scatter_add_(-1, place, at_goal.expand_as(place))
         part.copy_(x.mul_(factor))
     lse = top - likeliest.log()
-    loss.copy_(torch.where(inside, lse - (1 - smoothing) * picked - smoothing * mean + z_loss * lse**2, math.nan))
+    value = lse - picked
+    if smoothing:
+        value += smoothing * (picked - mean)
+    if z_loss:
+        value += z_loss * lse**2
+    loss.copy_(value.masked_fill_(goal != target, math.nan))
 
 
 if triton:

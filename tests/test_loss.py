@@ -449,22 +449,35 @@ def forbidden(*_):
     raise AssertionError("not this one")
 
 
+@pytest.fixture
+def columns(monkeypatch):
+    """How many columns each matrix product had that was made."""
+    made, product = [], models._product
+
+    def counted(a, b, out, new):
+        made.append(out.shape[-1])
+        product(a, b, out, new)
+
+    monkeypatch.setattr(models, "_product", counted)
+    return made
+
+
 @both
-def test_no_gradient_is_computed_of_what_needs_none(kernel, monkeypatch):
+def test_no_gradient_is_computed_of_what_needs_none(kernel, columns):
     inputs = loss_inputs(4, 2, 8, 20, False, True, torch.float32, kernel=kernel)
     hidden, weight, bias, target = (x.detach() for x in inputs)
-    monkeypatch.setattr(models, "_product", forbidden)
     assert_near(multi_codebook_cross_entropy(hidden, weight, target, bias, kernel=kernel), exact(*inputs)[:2], 1e-5)
+    assert set(columns) == {20}  # the logits alone
 
 
 @both
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_no_gradient_is_computed_where_none_is_recorded(context, kernel, monkeypatch):
+def test_no_gradient_is_computed_where_none_is_recorded(context, kernel, columns):
     hidden, weight, bias, target = inputs = loss_inputs(4, 2, 8, 20, False, True, torch.float32, kernel=kernel)
-    monkeypatch.setattr(models, "_product", forbidden)
     with context():
         ours = multi_codebook_cross_entropy(hidden, weight, target, bias, kernel=kernel)
     assert_near(ours, exact(*inputs)[:2], 1e-5)
+    assert set(columns) == {20}
 
 
 def as_columns(x):
@@ -574,6 +587,31 @@ def test_without_triton(monkeypatch):
     multi_codebook_cross_entropy(hidden, weight, target)
     with pytest.raises(ValueError, match="^kernel=True needs Triton: pip install triton$"):
         multi_codebook_cross_entropy(hidden, weight, target, kernel=True)
+
+
+@pytest.mark.parametrize(
+    "heads, head, C, D",
+    [(1, 0, 1, 1), (1, 0, 2, 3), (1, 0, 5, 3), (1, 0, 2501, 512), (3, 1, 5, 3), (3, 1, 4, 2), (3, 2, 1101, 1024)],
+)
+def test_wide_sums_round_to_the_gradient(heads, head, C, D):
+    gradients = torch.full((heads, C, D), math.nan, dtype=torch.bfloat16)
+    gradient = gradients[head : head + 1]
+    sums = models._wide_sums(gradient, torch.float32)
+    assert sum(x.numel() for x in sums) == gradient.numel()
+    for x in sums:
+        x.normal_()
+    expected = torch.cat(sums, 1).bfloat16()
+    models._round_sums(sums, gradient)
+    assert torch.equal(gradient, expected)
+    assert gradients.isnan().sum() == (heads - 1) * C * D  # those beside it are as they were
+
+
+def test_half_of_the_sums_lie_in_the_gradient():
+    gradient = torch.empty(1, 10, 4, dtype=torch.bfloat16)
+    first, last = models._wide_sums(gradient, torch.float32)
+    assert first.shape == last.shape == (1, 5, 4) and last.data_ptr() == gradient.data_ptr()
+    (both,) = models._wide_sums(gradient.expand(2, -1, -1).contiguous(), torch.float32)
+    assert both.shape == (2, 10, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
