@@ -315,42 +315,36 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
     tile (g, n, J V) logits, overwritten, if J = 1 with columns behind them that are none; target, scale, loss and
     correct (g, n, J). The loss is nan where the target is no class.
     """
-    J = target.shape[-1]
+    n, J = target.shape[1:]
     tile[..., J * V :] = -math.inf  # cheaper than leaving them out: whole rows lie side by side
-    tile = tile.unflatten(-1, (J, -1))  # (g, n, J, V)
-    target, scale, loss, correct = (x[..., None] for x in (target, scale, loss, correct))
-    n = tile.shape[1]
-    goal = target.clamp(0, V - 1)
-    picked, top = tile.gather(-1, goal), tile.amax(-1, True)
-    if _can_look(tile):  # argmax is slow: only for rows where the target may be the first of the likeliest
-        rows = torch.eq(picked, top, out=correct).nonzero(as_tuple=True)[:3]
-        correct[rows] = tile[rows].argmax(-1, True) == target[rows]
-    else:
-        torch.eq(tile.argmax(-1, True), target, out=correct)
-    mean = tile[..., :V].mean(-1, True, dtype=scale.dtype) if smoothing else None
-    likeliest = torch.empty_like(scale)  # its probability is at least 1 / V: the logarithm is safe
     # a part stays in the cache, and what is copied is at most half of the tile; rows by twos, for two cores
-    parts = max(1 if tile.dtype == scale.dtype else 2, math.ceil(tile.numel() / 2**20))
-    few = 2 * math.ceil(n / parts / 2)
-    at_goal = scale.new_full((), smoothing - 1)
-    parts = [x.split(few, 1) for x in (tile, goal, scale, top, likeliest)]
-    for part, place, factor, high, p in zip(*parts, strict=True):
-        x = part.to(scale.dtype).contiguous()  # itself where there is nothing to do
+    many = max(1 if tile.dtype == scale.dtype else 2, math.ceil(tile.numel() / 2**20))
+    few = 2 * math.ceil(n / many / 2)
+    whole = tile.unflatten(-1, (J, -1)), *(x[..., None] for x in (target, scale, loss, correct))
+    minus = scale.new_full((), smoothing - 1)
+    for part, goal, factor, value, first in zip(*(x.split(few, 1) for x in whole), strict=True):
+        x = part.to(scale.dtype).contiguous()  # (g, few, J, V), itself where there is nothing to do
+        place = goal.clamp(0, V - 1)
+        picked, top = x.gather(-1, place), x.amax(-1, True)
+        if _can_look(x):  # argmax is slow: only for rows where the target may be the first of the likeliest
+            rows = torch.eq(picked, top, out=first).nonzero(as_tuple=True)[:3]
+            first[rows] = x[rows].argmax(-1, True) == goal[rows]
+        else:
+            torch.eq(x.argmax(-1, True), goal, out=first)
+        mean = x[..., :V].mean(-1, True) if smoothing else None
         torch.softmax(x, -1, out=x)
-        torch.amax(x, -1, True, out=p)
+        lse = top - x.amax(-1, True).log()  # the likeliest's probability is at least 1 / V: the logarithm is safe
+        nll = lse - picked
+        if smoothing:
+            nll += smoothing * (picked - mean)
         if z_loss:
-            x *= 1 + 2 * z_loss * (high - p.log())
+            nll += z_loss * lse**2
+            x *= 1 + 2 * z_loss * lse
         if smoothing:
             x -= smoothing / V
-        x.scatter_add_(-1, place, at_goal.expand_as(place))
+        value.copy_(nll.masked_fill_(place != goal, math.nan))
+        x.scatter_add_(-1, place, minus.expand_as(place))
         part.copy_(x.mul_(factor))
-    lse = top - likeliest.log()
-    value = lse - picked
-    if smoothing:
-        value += smoothing * (picked - mean)
-    if z_loss:
-        value += z_loss * lse**2
-    loss.copy_(value.masked_fill_(goal != target, math.nan))
 
 
 if triton:
