@@ -20,7 +20,6 @@ Letters in shapes: K codebooks, V classes, D width, N rows, B utterances, S rows
 """
 
 import csv
-import ctypes
 import gc
 import math
 import os
@@ -359,11 +358,6 @@ def system_says(path, field):
         return None
 
 
-def c_library(name, *numbers):
-    """Call a function of the C library, if it has it."""
-    getattr(ctypes.CDLL(None), name, lambda *_: None)(*numbers)
-
-
 def forget_peak(device):
     """From now on `peak` counts anew. Returns the bytes in use now, None where the system does not tell."""
     gc.collect()
@@ -371,7 +365,7 @@ def forget_peak(device):
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     # memory that was freed, but that the C library keeps in store, would hide the next use of it
-    c_library("malloc_trim", 0)
+    train.glibc("malloc_trim", 0)
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -517,7 +511,7 @@ def loss_pass(loss, hidden, weight, target):
 def loss_memory(way, size, dtype, device):
     """Bytes that forward and backward take at their highest, less inputs and gradients; None if not to be told."""
     if device == "cpu":  # each block by itself, so that it leaves when it is freed: gaps in the heap are nobody's need
-        c_library("mallopt", -3, 2**16)  # M_MMAP_THRESHOLD
+        train.glibc("mallopt", -3, 2**16)  # M_MMAP_THRESHOLD
     loss, inputs = loss_way(way, device), loss_inputs(size, dtype, device)
     # first what is only done once: a library's own tables and stores; what is compiled, is compiled for the size
     whole = way in ("compiled", "cut cross-entropy")

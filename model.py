@@ -239,13 +239,14 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     )
     weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
     bias = None if bias is None else bias.reshape(H, 1, C)
-    wide = grad_weight is not None and n < N and grad_weight.dtype != exact  # sums of several tiles are not rounded
+    # what several tiles add up to is rounded once, at the end
+    narrow = grad_weight is not None and n < N and grad_weight.dtype != exact
     by_head = [x.reshape(N, H, J).transpose(0, 1) for x in (target, scale, loss, correct)]
     for head in range(0, H if N else 0, g):
         heads = slice(head, head + g)
         w = weight[heads].to(dtype)  # (g, C, D)
         sums = [] if grad_weight is None else [grad_weight[heads]]
-        if wide:
+        if narrow:
             sums = _wide_sums(*sums, exact)
         for row in range(0, N, n):
             place = heads, slice(row, row + n)
@@ -266,7 +267,7 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
                 column += total.shape[1]
             if bias_sum is not None:
                 bias_sum[heads] += tile.sum(1, keepdim=True, dtype=exact)
-        if wide:
+        if narrow:
             _round_sums(sums, grad_weight[heads])
     grads.append(None if bias_sum is None else bias_sum.view(K, V).to(bias.dtype))
     return loss, correct, grads
@@ -331,12 +332,10 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
             first[rows] = x[rows].argmax(-1, True) == goal[rows]
         else:
             torch.eq(x.argmax(-1, True), goal, out=first)
-        mean = x[..., :V].mean(-1, True) if smoothing else None
+        spread = smoothing * x[..., :V].mean(-1, True) if smoothing else 0
         torch.softmax(x, -1, out=x)
         lse = top - x.amax(-1, True).log()  # the likeliest's probability is at least 1 / V: the logarithm is safe
-        nll = lse - picked
-        if smoothing:
-            nll += smoothing * (picked - mean)
+        nll = lse - (1 - smoothing) * picked - spread
         if z_loss:
             nll += z_loss * lse**2
             x *= 1 + 2 * z_loss * lse

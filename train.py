@@ -31,6 +31,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -349,15 +350,17 @@ def hook_steps(optimizers, move):
             p.register_post_accumulate_grad_hook(partial(moved, optimizer))
 
 
+def glibc(name, *numbers):
+    """Call a function of the GNU C library; where there is none, nothing happens."""
+    with suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), name)(*numbers)
+
+
 def keep_memory():
     """Have glibc keep what torch frees on a CPU. By itself it hands large blocks back to the system and gets them again
-    page by page, which costs a large model much of its step. Elsewhere nothing happens."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself, which freeing it would unmap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+    page by page, which costs a large model much of its step."""
+    glibc("mallopt", -4, 0)  # M_MMAP_MAX: no block is mapped by itself, which freeing it would unmap
+    glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def clip_gradients(parameters, most):

@@ -306,6 +306,17 @@ def test_classes_barred_by_the_bias(barred, kernel):
 
 @quiet
 @both
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_loss_is_infinite_where_the_target_is_barred(label_smoothing, kernel):
+    hidden, weight, bias, target = loss_inputs(3, 1, 4, 6, False, True, torch.float32, ignored=0, kernel=kernel)
+    bias.data[0, 2] = -math.inf
+    target[:, 0] = 2
+    loss, _ = multi_codebook_cross_entropy(hidden, weight, target, bias, label_smoothing=label_smoothing, kernel=kernel)
+    assert loss.tolist() == [math.inf]
+
+
+@quiet
+@both
 def test_loss_is_nan_where_the_hidden_state_is(kernel):
     hidden, weight, _, target = loss_inputs(3, 2, 4, 6, dtype=torch.float32, ignored=0, kernel=kernel)
     hidden.data[1, 0] = math.nan
