@@ -24,6 +24,7 @@ import gc
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -547,13 +548,13 @@ def three_products(hidden, weight, device):
 
 
 def loss_times(ways, size, dtype, device, repeats, bar):
-    """{way: median seconds}, taken in turns, without those that fail; "floor" is that of `three_products`."""
+    """{way: median seconds}, in an order drawn anew each time, without those that fail; "floor": `three_products`."""
     inputs = loss_inputs(size, dtype, device)
     works = {way: partial(loss_pass, loss_way(way, device), *inputs) for way in ways}
     works["floor"] = three_products(inputs[0].detach(), inputs[1].detach(), device)
     seconds = {way: [] for way in works}
     for _ in range(1 + repeats):
-        for way in list(works):
+        for way in random.sample(list(works), len(works)):
             try:
                 seconds[way].append(timed(works[way], device))
             except RuntimeError as error:  # above all for want of memory

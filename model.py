@@ -90,16 +90,17 @@ def multi_codebook_cross_entropy(
                   times K codebooks             In memory: the tile, loss and rank of each target, dh, dW. Not in
                                                 memory: N K V logits, their softmax, their gradient.
 
-    A tile has at most `buffer` elements; None: as much as 1/18 of all N K V logits takes in float32 (1/36 where several
-    heads are in half precision), so that together with what it takes to work on it, it stays at 1/16 of these; but not
-    under 0.5 MB, and no more than 17 MB (4,096 rows of 2,051 columns in half precision) or 2,048 rows: each tile adds
-    to all of dW. Where heads are small a tile holds several of them. Where all read one state they are, for the kernel
-    and in half precision, one wide head of K V columns, so that the product itself sums their parts of dh; otherwise
-    each adds its own to those before it. Two more things take memory: the gradient of a weight in half precision is
-    summed in float32, a codebook at a time, or for all of one state together, half of it in the gradient's own memory
-    (of one head of a large vocabulary the other half is 1/16 of the logits where N = 8 D, before there is any tile;
-    less would need a fourth product); and where the losses of a shared state are not simply summed (one state holds one
-    dh, but each codebook has its own factor), the backward pass does the whole work a second time.
+    A tile has at most `buffer` elements; None: as much as 1/18 of all N K V logits takes in float32 (1/30 in half
+    precision), so that together with what it takes to work on it, it stays at 1/16 of these; but not under 0.5 MB, and
+    no more than 17 MB (4,096 rows of 2,051 columns in half precision) or 2,048 rows. Each tile adds to all of dW: one
+    of a single head in half precision has 1,024 rows if these alone are no more than 1/16. Where heads are small a tile
+    holds several of them. Where all read one state they are, for the kernel and in half precision, one wide head of K V
+    columns, so that the product itself sums their parts of dh; otherwise each adds its own to those before it. Two more
+    things take memory: the gradient of a weight in half precision is summed in float32, a codebook at a time, or for
+    all of one state together, half of it in the gradient's own memory (of one head of a large vocabulary the other half
+    is 1/16 of the logits where N = 8 D, before there is any tile; less would need a fourth product); and where the
+    losses of a shared state are not simply summed (one state holds one dh, but each codebook has its own factor), the
+    backward pass does the whole work a second time.
 
     `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
     hardware and the type.
@@ -223,10 +224,15 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
 
     # the tile: as many rows as fit, then as many heads
     if not buffer:
-        share = N * K * V * 4 // (18 if K == 1 or dtype == exact else 36)  # bytes
-        buffer = min(max(share, 2**19), max(17_000_000, 2048 * C * dtype.itemsize)) // dtype.itemsize
+        logits, width = N * K * V * 4, C * dtype.itemsize  # bytes
+        share = logits // (18 if dtype == exact else 30)
+        if K == 1 and dtype != exact:
+            share = max(share, min(logits // 16, 1024 * width))
+        buffer = min(max(share, 2**19), max(17_000_000, 2048 * width)) // dtype.itemsize
     n = max(1, min(N, buffer // C))
-    n = math.ceil(N / math.ceil(N / n)) if N else 1  # the last one is not much smaller
+    if n < N:  # 1,725 rows of bfloat16 take a CPU a tenth longer than 1,728; and the last tile is not much smaller
+        step = 64 if n >= 64 else 1
+        n = step * math.ceil(N / math.ceil(N / (n - n % step)) / step)
     g = 1 if shared else max(1, min(H, min(buffer, 2**18) // (n * C)))
     # rows begin where caches and tensor cores like it: 2,051 columns end to end take a product half as long again
     aligned = kernel or (J == 1 and (hidden.is_cuda or (dtype == torch.float32 and C > 640)))
