@@ -385,6 +385,7 @@ def free_bytes(device):
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
+    train.glibc("malloc_trim", 0)  # what `keep_memory` has kept
     return system_says("/proc/meminfo", "MemAvailable") or math.inf
 
 
