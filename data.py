@@ -174,14 +174,22 @@ class TokenFiles:
         return len(self.index)
 
     def text(self, i):
-        """Text ids (n,) int64 of utterance i."""
-        start, n = self.index[i, :2]
-        return np.asarray(self._text[start : start + n], np.int64)
+        """Text ids (n,) int64 of utterance i. Raises ValueError where they are damaged."""
+        return self._piece(self._text, i, "text_start", self.meta["tokenizer"]["vocab_size"])
 
     def codes(self, i):
-        """Codes (T, K) int64 of utterance i."""
-        start, n = self.index[i, 2:4]
-        return np.asarray(self._codes[start : start + n], np.int64)
+        """Codes (T, K) int64 of utterance i. Raises ValueError where they are damaged."""
+        return self._piece(self._codes, i, "first_frame", self.meta["codec"]["codebook_size"])
+
+    def _piece(self, array, i, first, limit):
+        """Utterance i's part of an array of numbers below `limit`: the index has its place from column `first` on."""
+        column = INDEX_COLUMNS.index(first)
+        start, n = self.index[i, column : column + 2]
+        piece = np.asarray(array[start : start + n], np.int64)
+        if len(piece) != n or piece.max(initial=0) >= limit:
+            raise ValueError(f"{self.folder}: the {self.split} split is damaged (in its utterance {i}, from 0 on): "
+                             "make it again with prepare.py")  # fmt: skip
+        return piece
 
     def reference(self, i, first=0, last=None):
         """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i."""

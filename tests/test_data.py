@@ -17,7 +17,8 @@ import data
 from data import Batches, TokenFiles, TokenWriter, extend_tokenizer, load_tokenizer, normalise, train_tokenizer
 
 K = 3
-META = {"codec": {"name": "mel", "n_codebooks": K}, "speakers": ["ann", "bob"]}
+META = {"codec": {"name": "mel", "n_codebooks": K, "codebook_size": 2**16}, "tokenizer": {"vocab_size": 2**32},
+        "speakers": ["ann", "bob"]}  # fmt: skip
 FEW = settings(max_examples=30, deadline=None)
 
 
@@ -202,6 +203,18 @@ def test_damaged_files_are_noticed(file, damage, tmp_path):
     with pytest.raises((ValueError, OSError), match=str(tmp_path)) as error:
         TokenFiles(folder, "train")
     assert "\n" not in str(error.value) and ("prepare.py" in str(error.value) or damage == "folder")
+
+
+@pytest.mark.parametrize("file, read", [("codes.bin", "codes"), ("text.bin", "text"), ("index.npy", "codes")])
+def test_rubbish_of_the_right_size_is_noticed(file, read, tmp_path):
+    meta = {"codec": {**META["codec"], "codebook_size": 1024}, "tokenizer": {"vocab_size": 60000}}
+    folder = write(tmp_path / "x", utterances(5), meta=meta)
+    assert len(getattr(TokenFiles(folder, "train"), read)(4))
+    path = tmp_path / "x" / f"train.{file}"
+    content = path.read_bytes()
+    path.write_bytes(content[:-80] + b"\xff" * 80)
+    with pytest.raises(ValueError, match="train split is damaged .in its utterance 4.*prepare.py"):
+        getattr(TokenFiles(folder, "train"), read)(4)
 
 
 def test_an_index_of_other_files_is_noticed(tmp_path):
