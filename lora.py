@@ -71,6 +71,9 @@ def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), name="de
         given = f"rank = {rank}, alpha = {alpha}, dropout = {dropout}"
         raise ValueError(f"lora: {given}: they must be at least 1, above 0, and at least 0 but below 1")
     linears = find_linears(model, targets)
+    largest = max(min(linear.in_features, linear.out_features) for linear in linears.values())
+    if rank > largest:
+        raise ValueError(f"lora: rank = {rank} is above {largest}, at which any change to the largest layer fits in")
     settings = dict(rank=rank, alpha=alpha, dropout=dropout, rs=rs, base=base_fingerprint(model))
     attach(model, {path: Adapter(linear, settings) for path, linear in linears.items()}, name)
 

@@ -26,7 +26,10 @@ import os
 import sys
 import time
 import wave
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,17 +49,17 @@ out_dir = "samples"  # folder for 000.wav, ..., of several checkpoints one each;
 speaker = ""  # one of the speakers trained on; empty: the one heard most
 reference = ""  # recording of a voice to clone
 reference_text = ""  # what is said in it, word for word; XTTS and VALL-E do without
-temperature: float | None = None  # 0: always the likeliest code; None, here and below: as the training run has it
-top_k: int | None = None  # draw among so many of the likeliest codes; 0: all
-top_p: float | None = None  # draw among the likeliest codes that make up this share of the probability
-repetition_penalty: float | None = None  # makes codes spoken before less likely; 1: does not
-rounds: int | None = None  # of demasking, for models that fill in all frames at once (VALL-E nar)
-guidance: float | None = None  # how far they go beyond what is likely without the text; 1: to what is with it
-seed = 1337
-cap_seconds = 0.0  # longest utterance; 0: follows the text, three times what as much took in training, and a second
+temperature: "float | None >= 0" = None  # 0: always the likeliest code; None, here and below: as the run has it
+top_k: "int | None >= 0" = None  # draw among so many of the likeliest codes; 0: all
+top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
+repetition_penalty: "float | None > 0" = None  # makes codes spoken before less likely; 1: does not
+rounds: "1 <= int | None <= 10000" = None  # of demasking, for models that fill in all frames at once (VALL-E nar)
+guidance: "float | None >= 0" = None  # how far they go beyond what is likely without the text; 1: to what is with it
+seed: "int >= 0" = 1337
+cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: a second, and three times what as much text took
 stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
-dtype = "float32"  # of the weights: float32, bfloat16, float16
+dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
 codec_path = ""  # the codec's tables, where not those in the checkpoint
 adapter = ""  # another LoRA checkpoint on the same base as ckpt, to speak with in its place
 
@@ -88,8 +91,7 @@ class Voice:
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
         """The voice of a checkpoint whose contract holds; `report` says how well. `changes`: fields of the model's
         config to set otherwise, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype = {dtype!r}: it is float32, bfloat16 or float16")
+        check_settings(dtype=dtype)
         device, checkpoint = pick_device(device), load_checkpoint(path)
         if missing := [key for key in NEEDED if checkpoint.get(key) is None]:
             raise ValueError(f"{path} cannot speak, it lacks {', '.join(missing)}: train.py writes whole ones")
@@ -261,14 +263,10 @@ def pick_device(name):
     return name
 
 
-def check_settings(temperature, top_k, top_p, repetition_penalty, cap_seconds):
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("cap_seconds", cap_seconds)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} = {value}: it must be 0 or more")
-    if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty = {repetition_penalty}: it must be above 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1")
+def check_settings(**settings):
+    """Check values of keys of this script. Raises ValueError with one line."""
+    for key, value in settings.items():
+        configurator.check_value(key, value, globals()["__annotations__"][key])
 
 
 def read_lines(text, file):
@@ -341,7 +339,12 @@ def read_out(cfg, path, lines, out_dir):
     """All lines in the voice of the checkpoint `path`, into out_dir. Returns what a page that compares several says of
     it: step, how many ended by themselves, real-time factor, and the wav files."""
     piped = out_dir == "-"
-    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype, rounds=cfg.rounds, guidance=cfg.guidance)
+    messages = sys.stderr if piped else sys.stdout
+    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
+    configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
+    for key in ("rounds", "guidance"):
+        if getattr(cfg, key) is not None and hasattr(voice.model.config, key):
+            setattr(voice.model.config, key, getattr(cfg, key))
     if cfg.adapter:
         voice.adapt(cfg.adapter)
     reference = voice.listen(cfg.reference) if cfg.reference else None
@@ -354,7 +357,6 @@ def read_out(cfg, path, lines, out_dir):
             raise OSError(f"{out_dir}: no permission to write there")
     how = {key: getattr(cfg, key) for key in HOW}
     how.update(reference=reference, reference_text=cfg.reference_text)
-    messages = sys.stderr if piped else sys.stdout
     difference, ln_v = voice.report["max_difference"], voice.report["ln_v"]
     shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
@@ -373,20 +375,48 @@ def read_out(cfg, path, lines, out_dir):
     return [f"{voice.report['iter']:,}", f"{ended} of {len(lines)}", factor, *spoken]
 
 
+def find_checkpoints(ckpt, out_dir):
+    """The paths that `ckpt` names: one, or several with commas between; best.pt in out_dir where it names none.
+    Raises ValueError where that is not there, and FileNotFoundError for any other."""
+    if not ckpt:
+        path = os.path.join(out_dir, "best.pt")
+        if not os.path.isfile(path):
+            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
+        return [path]
+    paths = [ckpt] if os.path.isfile(ckpt) else ckpt.split(",")  # a path may have a comma in it
+    for path in paths:
+        if not os.path.isfile(path):
+            among = f", one of {len(paths)} between commas" if len(paths) > 1 else ""
+            raise FileNotFoundError(f"{path or repr(path)}: no such checkpoint{among}")
+    return paths
+
+
+def idle_keys(cfg, voice):
+    """{key: why} of the keys that have no effect where this voice speaks."""
+    c, idle = voice.model.config, {}
+    known = {f.name: f.metadata.get("mode") for f in fields(c)}
+    for key in ("rounds", "guidance"):
+        if key not in known:
+            idle[key] = f"arch = {c.arch!r} has no such key"
+        elif known[key] not in (None, getattr(c, "mode", None)):
+            idle[key] = f"mode = {c.mode!r} does not use it"
+    if not cfg.reference:
+        idle["reference_text"] = "no reference is given"
+    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or not voice.model.reference):
+        idle["speaker"] = f"text_format = {voice.meta['text_format']!r} does not name one"
+    return idle
+
+
 def main(cfg):
-    check_settings(*(getattr(cfg, key) for key in (*DRAWS, "cap_seconds")))
-    lines, paths = read_lines(cfg.text, cfg.file), cfg.ckpt.split(",")
-    if not cfg.ckpt:
-        paths = [os.path.join(cfg.out_dir, "best.pt")]
-        if not os.path.isfile(paths[0]):
-            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {paths[0]}")
+    lines, paths = read_lines(cfg.text, cfg.file), find_checkpoints(cfg.ckpt, cfg.out_dir)
     if len(paths) == 1:
         read_out(cfg, paths[0], lines, cfg.out_dir)
         return
-    names = [Path(path).parent.name for path in paths]
+    places = [Path(path).resolve() for path in paths]  # "a/../best.pt" is not in a folder named ".."
+    names = [place.parent.name for place in places]
     if len(set(names)) < len(names):
-        names = ["_".join(Path(path).with_suffix("").parts[-2:]) for path in paths]
-    if len(set(names)) < len(names) or cfg.out_dir == "-":
+        names = ["_".join(place.with_suffix("").parts[-2:]) for place in places]
+    if len(set(names)) < len(names) or "" in names or cfg.out_dir == "-":
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
     losses = [lowest_loss(read_metrics(Path(path).with_name("metrics.jsonl"))) for path in paths]
     losses = ["" if loss is None else f"{loss:.3f}" for loss in losses]

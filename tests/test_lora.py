@@ -449,6 +449,7 @@ def refused(call, *words):
 
 @pytest.mark.parametrize("options, words", [
     (dict(rank=0), ["rank = 0", "at least 1"]),
+    (dict(rank=10**9), ["rank = 1000000000 is above"]),
     (dict(alpha=0), ["alpha = 0", "above 0"]),
     (dict(alpha=float("nan")), ["alpha = nan"]),
     (dict(dropout=1.0), ["dropout = 1.0", "below 1"]),

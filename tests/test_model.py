@@ -215,7 +215,17 @@ def test_recompute_gives_the_same_gradients():
     ({**STACK, "head_dim": 5}, "the width even"),
     ({**STACK, "layers": "a"}, "one letter, a or c, for each of 2 layers"),
     ({**STACK, "layers": "ab"}, "one letter, a or c"),
-    ({**STACK, "feed_forward": "relu"}, "it is swiglu, geglu or gelu"),
+    ({**STACK, "feed_forward": "relu"}, "feed_forward = 'relu' must be swiglu, geglu or gelu"),
+    ({**STACK, "n_layer": "x"}, "n_layer = 'x' is not of type int"),
+    ({**STACK, "n_layer": 10**30}, "n_layer = 10+ is too large a number"),
+    ({**STACK, "n_head": 0}, "n_head = 0 must be >= 1"),
+    ({**STACK, "d_model": -8}, "d_model = -8 must be >= 1"),
+    ({**STACK, "d_model": 18, "n_head": 4}, "d_model = 18 is not a multiple of n_head = 4"),
+    ({**STACK, "d_ff": 0}, "d_ff = 0 must be >= 1"),
+    ({**STACK, "dropout": 1.0}, "dropout = 1.0 must be >= 0 and < 1"),
+    ({**STACK, "norm_eps": -1}, "norm_eps = -1 must be >= 0"),
+    ({**STACK, "rope_scaling": (32.0, 1.0)}, "rope_scaling = .*4 numbers"),
+    ({**STACK, "rope_theta": math.nan}, "rope_theta = nan must be finite"),
 ])  # fmt: skip
 def test_transformer_config_refuses(given, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -349,9 +359,11 @@ def test_build_refuses_what_does_not_fit():
     meta = json.loads(json.dumps(META))
     options = dict(backbone="llama-1M", decoder="llama-300K")
     for change, message in (
-        ({"decoder_fraction": 0.0}, "not in"),
-        ({"decoder_chunk": -1}, "is negative"),
-        ({"stop": "never"}, "'class' or 'zeros'"),
+        ({"decoder_fraction": 0.0}, "decoder_fraction = 0.0 must be > 0 and <= 1"),
+        ({"decoder_chunk": -1}, "decoder_chunk = -1 must be >= 0"),
+        ({"decoder_loss_weight": math.inf}, "decoder_loss_weight = inf must be finite"),
+        ({"dropout": 1.0}, "dropout = 1.0 must be >= 0 and < 1"),
+        ({"stop": "never"}, "stop = 'never' must be class or zeros"),
         ({"backbone": "big"}, "no transformer preset"),
         ({"decoder": {**STACK, "max_positions": 4}}, "positions are fewer"),
     ):

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -578,10 +579,12 @@ def released(tokens, tmp_path):
 
 
 def test_training_starts_from_them_and_goes_on(tokens, released, tmp_path):
-    from test_train import exact, run
+    from test_train import TINY, exact
+    from test_train import run as run_tiny
 
     from sample import Voice
 
+    run = partial(run_tiny, usual=[flag for flag in TINY if not flag.startswith(("--backbone", "--decoder="))])
     folder, model = released
     flags = [f"--init_from={folder}", "--lr_schedule=constant", "--warmup_iters=0", "--dropout=0.1"]
     begun, _ = run(tokens, tmp_path / "still", *flags, "--max_iters=1", "--learning_rate=1e-12", "--weight_decay=0")

@@ -379,6 +379,33 @@ def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
             run("--ckpt", given, "--text=one", "--out_dir", out_dir)
 
 
+def test_several_checkpoints_stay_inside_out_dir(ckpt, tmp_path, monkeypatch):
+    for folder in ("x/a", "x/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "best.pt").write_bytes(Path(ckpt).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    run("--ckpt", "x/b/../a/best.pt,x/a/../b/best.pt", "--text=one", "--out_dir=y/z")
+    assert sorted(os.listdir("y")) == ["z"] and sorted(os.listdir("y/z")) == ["a", "b", "index.html"]
+    (tmp_path / "x/best.pt").write_bytes(Path(ckpt).read_bytes())
+    run("--ckpt", "x/a/../best.pt,x/a/best.pt", "--text=one", "--out_dir=y/z")
+    assert sorted(os.listdir("y")) == ["z"] and sorted(os.listdir("y/z")) == ["a", "b", "index.html", "x"]
+    (tmp_path / "a,b.pt").write_bytes(Path(ckpt).read_bytes())
+    run("--ckpt", "a,b.pt", "--text=one", "--out_dir=one")
+    assert os.listdir("one") == ["000.wav"]
+
+
+def test_keys_without_effect(ckpt, checkpoint, tmp_path, capsys):
+    mute = {**checkpoint, "meta": {**checkpoint["meta"], "text_format": "[slt]{text}"}}
+    models.save_checkpoint(tmp_path / "x.pt", mute)
+    with pytest.raises(ValueError, match=r"--speaker: speaker = 'awb' has no effect: text_format = '\[slt\]{text}'"):
+        run("--ckpt", tmp_path / "x.pt", "--text=one", "--speaker=awb", "--out_dir", tmp_path / "out")
+    (tmp_path / "recipe.py").write_text("rounds = 3\nwhole_frames = False\n")
+    run("--ckpt", ckpt, "--text=one", tmp_path / "recipe.py", "--out_dir", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert f"warning: {tmp_path}/recipe.py: rounds = 3 has no effect: arch = 'csm' has no such key" in out
+    assert "whole_frames" not in out and (tmp_path / "out/000.wav").exists()
+
+
 def test_settings_reach_the_voice(ckpt, recording, tmp_path):
     how = dict(speaker="awb", temperature=0.7, top_k=9, top_p=0.9, seed=4, cap_seconds=2.0)
     flags = [f"--{key}={value}" for key, value in how.items()]
@@ -454,14 +481,14 @@ def refused(out_dir, *argv):
         (["--text=one", "--speaker=bob"], "speaker 'bob' is not known, there are: "),
         (["--text=one", "--reference=me.wav"], "cloning takes a recording and its transcript"),
         (["--text=one", "--reference=me.wav", "--reference_text= "], "cloning takes a recording and its transcript"),
-        (["--text=one", "--reference_text=two"], "cloning takes a recording and its transcript"),
+        (["--text=one", "--reference_text=two"], "reference_text = 'two' has no effect: no reference is given"),
         (["--text=one", "--reference=none.wav", "--reference_text=two"], "none.wav"),
         (["--text=one", "--reference=hole.txt", "--reference_text=two"], "hole.txt"),
-        (["--text=one", "--temperature=-1"], "temperature = -1.0: it must be 0 or more"),
-        (["--text=one", "--top_k=-1"], "top_k = -1: it must be 0 or more"),
-        (["--text=one", "--top_p=0"], "top_p = 0.0: it must be above 0"),
-        (["--text=one", "--cap_seconds=-1"], "cap_seconds = -1.0: it must be 0 or more"),
-        (["--text=one", "--dtype=int8"], "dtype = 'int8': it is float32"),
+        (["--text=one", "--temperature=-1"], "temperature = -1.0 must be >= 0"),
+        (["--text=one", "--top_k=-1"], "top_k = -1 must be >= 0"),
+        (["--text=one", "--top_p=0"], "top_p = 0.0 must be > 0 and <= 1"),
+        (["--text=one", "--cap_seconds=-1"], "cap_seconds = -1.0 must be >= 0"),
+        (["--text=one", "--dtype=int8"], "dtype = 'int8' must be float32, bfloat16 or float16"),
         (["--text=one", "--device=toaster"], "device = 'toaster' is not to be had here"),
         (["--text=one", "--codec_path=other"], "fingerprint"),
         (["--text=one", "--codec_path=hole.txt"], "hole.txt: not a codec table"),
@@ -474,6 +501,12 @@ def refused(out_dir, *argv):
         (["--text=one", "--ckpt=mute.pt"], "mute.pt cannot speak, it lacks probe"),
         (["--text=one", "--ckpt=."], "no such checkpoint"),
         (["--text=one", "--temprature=1"], "temperature"),
+        (["--text=one", "--ckpt=*.pt"], "*.pt: no such checkpoint"),
+        (["--text=one", "--ckpt=cut.pt,none.pt"], "none.pt: no such checkpoint, one of 2 between commas"),
+        (["--text=one", "--ckpt=cut.pt,"], "'': no such checkpoint, one of 2 between commas"),
+        (["--text=one", "--repetition_penalty=-1"], "repetition_penalty = -1.0 must be > 0"),
+        (["--text=one", "--whole_frames=True"], "--whole_frames: whole_frames is a key of train.py"),
+        (["--text=one", "--guidance=2"], "--guidance: guidance = 2.0 has no effect: arch = 'csm' has no such key"),
     ],
 )
 def test_refused(argv, message, ckpt, checkpoint, recording, tmp_path, monkeypatch):
