@@ -52,6 +52,7 @@ from codec import UNKNOWN, load_codec, write_audio
 from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
+from parts.optim import Muon
 from sample import Voice, pick_device
 
 # from where to where
@@ -316,7 +317,7 @@ def make_optimizers(model, cfg):
     ]
     optimizers = [torch.optim.AdamW(groups, rate, betas, fused=True)]
     if inside:
-        optimizers.append(torch.optim.Muon(inside, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(inside, rate, cfg.weight_decay))
     if sparse:
         optimizers.append(torch.optim.SparseAdam(sparse, rate, betas))
         for p in sparse:
