@@ -317,8 +317,8 @@ def bench_sample(cfg):
     """Word errors of one checkpoint for each voice and their mean over the voices."""
     heard, stopped, factor = listen(Voice.from_checkpoint(cfg.ckpt), cfg)
     print(report(heard))
-    print(f"mean over the voices {statistics.mean(voice_rates(heard).values()):.1%}; {stopped} of {len(heard)} ended by "
-          f"themselves; real-time factor {factor:.2f}")  # fmt: skip
+    print(f"mean over the voices {statistics.mean(voice_rates(heard).values()):.1%}")
+    print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {factor:.2f}")
 
 
 def trained(recipe, seed, raw):

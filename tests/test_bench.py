@@ -153,7 +153,8 @@ def test_table_of_families(monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[-2:]] == [["digits", "1"], ["digits", "2"]]
     row = lines[-1].split()
-    assert row[3:7] == ["3", "x", "16", "x"] and "33.3% a" in lines[-1]  # "two" heard as "one two": an error in three words
+    assert row[3:7] == ["3", "x", "16", "x"]
+    assert "33.3% a" in lines[-1]  # "two" heard as "one two": an error in three words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
