@@ -110,7 +110,9 @@ def read_rows(path, whole=False):
     except MemoryError:
         raise ValueError(f"{path}: needs more memory than there is: split it") from None
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path}: is broken ({error})") from None
+        raise ValueError(f"{path}: is broken ({error!s:.200})") from None
+    except OSError as error:  # bz2's errors do not name the file
+        raise error if error.filename else ValueError(f"{path}: is broken ({error})") from None
 
 
 @lru_cache
@@ -317,7 +319,7 @@ def read_tar(path, whole):
     """Rows of a WebDataset shard: members whose names agree up to the first dot are one row."""
 
     def key(member):
-        folder, slash, name = plain(member.name).removeprefix("./").rpartition("/")
+        folder, slash, name = member.name.removeprefix("./").rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     with tarfile.open(path) as tar:
@@ -363,8 +365,8 @@ def read_parquet(path, whole):
             batches = itertools.chain.from_iterable(groups)
             for n, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"row {n}", row | {name: {"bytes": b""} | (row.get(name) or {}) for name in sounds}, ""
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is broken ({error})") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: is broken ({' '.join(str(error).split()):.200})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -422,7 +424,7 @@ def read_codes(row):
         raise ValueError("its codes are not whole numbers")
     for name in FRAMES:
         if (said := field(row, name).strip("[]").removesuffix(".0")) and said != str(codes.shape[1]):
-            raise ValueError(f"{name} is {said}, but it has {codes.shape[1]} frames")
+            raise ValueError(f"{name} is {said:.40}, but it has {codes.shape[1]} frames")
     return codes.T
 
 
@@ -506,8 +508,8 @@ def read_source(source, lowercase=False):
         if not columns:
             raise ValueError(f"{file}: no rows in it")
         if not has_columns(columns):
-            audio = f"one for the audio ({', '.join(AUDIO)}) or its codes ({', '.join(CODES)})"
-            wants = f"it needs {audio} and one for the text ({', '.join(TEXT)})"
+            wants = f"it needs one for the audio (audio, path, file, id, ...) or its codes ({', '.join(CODES)})"
+            wants += " and one for the text (text, sentence, transcription, ...): sources.py has all names"
             raise ValueError(f"{file}: its columns are {', '.join(columns):.100}; {wants}")
     if not passed:
         says = f"passes the filter {wanted!r:.100}; columns: {', '.join(columns):.100}"
@@ -598,5 +600,8 @@ def load(utterances):
             last, row = u.row, next((row for n, (_, row, _) in rows if n == u.row), None)
             if row is None:
                 raise ValueError(f"{source}: has changed while it was read")
-            u = replace(u, content=content(row))
+            try:
+                u = replace(u, content=content(row))
+            except ValueError as error:
+                raise ValueError(f"{source}: {u.id} cannot be read ({error})") from None
         yield u
