@@ -249,9 +249,10 @@ def holds_rows(row, lines, delimiter, header):
     own = shape(fields[column]) if column < len(fields) else ""
     for line in lines[first:last]:
         cells = [cell.strip(' "\r\n') for cell in line.split(delimiter)]
-        if len(cells) >= len(header) and (
-            delimiter in "|\t" or shape(cells[column]) == own or any(is_audio(cell) for cell in cells)
-        ):
+        if len(cells) < len(header):
+            continue
+        named = any(os.path.splitext(cell)[1][1:].lower() in EXTENSIONS for cell in cells)
+        if named or delimiter in "|\t" or shape(cells[column]) == own:
             return True
     return False
 
@@ -259,10 +260,6 @@ def holds_rows(row, lines, delimiter, header):
 def shape(name):
     """A name with its letters and its digits made alike: a1 of both c005 and LJ001."""
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "1", name))
-
-
-def is_audio(name):
-    return name.rpartition(".")[2].lower() in EXTENSIONS and "." in name
 
 
 def name_columns(path, rows):
@@ -448,13 +445,14 @@ def read_sources(sources, lowercase=False):
         found = read_source(source, lowercase)
         for path, group in itertools.groupby(found, lambda u: u.source):
             file, path = list(group), os.path.realpath(path)
-            used = [(u, (path, u.row >= 0)) for u in file if not u.reason]
-            others = {owners[u.id][0] for u, owner in used if u.id in owners and differ(u.id, owner, owners[u.id])}
+            owner = {held: (path, held) for held in (False, True)}
+            used = [(u, owner[u.row >= 0]) for u in file if not u.reason]
+            others = {owners[u.id][0] for u, mine in used if u.id in owners and differ(u.id, mine, owners[u.id])}
             part = own_part(path, others) + "/" if others else ""
             for u in file:
                 u.id = part + u.id
-            for u, owner in used:
-                owners.setdefault(u.id, owner)
+            for u, mine in used:
+                owners.setdefault(u.id, mine)
         yield found
 
 
