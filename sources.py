@@ -219,11 +219,13 @@ def split(path, text, delimiter, quoting):
 def read_quoted(path, text, delimiter):
     """The rows of a table with a header, as `split` has them, and the first lines of those that took in other rows.
     Quotation marks are read as csv has them, or as part of the text where only so no row is lost."""
-    tabular = delimiter in "|\t"
+    tabular, rows, error = delimiter in "|\t", [], None
     try:
-        rows, error = split(path, text, delimiter, csv.QUOTE_MINIMAL), None
+        rows = split(path, text, delimiter, csv.QUOTE_MINIMAL)
     except ValueError as contradiction:
-        rows, error = [], contradiction
+        if not tabular:
+            raise
+        error = contradiction
     lines = list(io.StringIO(text, newline="")) if any(first < last for first, last, _ in rows) else []
     joined = {row[0] for row in rows[1:] if row[0] < row[1] and holds_rows(row, lines, delimiter, names_of(rows[0][2]))}
     if not error and not joined and (delimiter != "|" or is_even(rows)):
