@@ -436,8 +436,10 @@ class _Reader(torch.utils.data.Dataset):
 
 
 def normalise(text, lowercase=False):
-    """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request."""
+    """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request. Of a
+    surrogate pair, halves that stand alone are dropped: they are no character, and no tokenizer takes them."""
     text = text.replace("\ufeff", "").replace("\0", "")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
     return " ".join(unicodedata.normalize("NFC", text.lower() if lowercase else text).split())
 
 

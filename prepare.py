@@ -48,14 +48,14 @@ from data import (
     read_meta,
     train_tokenizer,
 )
-from sources import EXTENSIONS, fraction, load, read_source
+from sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings
 
 # from where to where
 # A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a
 # folder of the one or the others, or a dict with the path and any of these:
 # {"path": "x/metadata.csv", "speaker": "anna", "filter": {"accent": "us|england"}, "cap": 1000, "name": "x"}.
-# speaker: where no column says who speaks; filter: for each column a regular expression that has to match the whole
-# field; cap: how many utterances at most; name: put before the ids, where two sources would have the same ones.
+# speaker: who speaks, whatever a column says, "speaker" where nothing says it; filter: for each column a regular
+# expression that has to match the whole field; cap: how many utterances at most; name: put before the ids.
 sources: str | dict | list = "data/digits"  # one source or a list of them
 data_dir = "data/digits/tokens"  # token folder to write
 overwrite = True  # replace an existing token folder, once the new one is whole
@@ -196,7 +196,7 @@ def examine(utterances, limits):
 
 def find(u):
     """Set `audio` to the path of the recording, where that is a file; returns what is wrong if there is none."""
-    places = [os.path.join(os.path.dirname(u.source), sub, u.audio) for sub in FOLDERS]
+    places = [os.path.join(os.path.dirname(u.source), sub, name) for name in spellings(u.audio) for sub in FOLDERS]
     endings = ["", *(f".{e}" for extension in EXTENSIONS for e in (extension, extension.upper()))]
     path = u.audio if u.content else next((p + e for p in places for e in endings if os.path.isfile(p + e)), None)
     if path is None:
@@ -543,13 +543,15 @@ def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
     codec, missing = open_codec(cfg)
     check(cfg, folder, codec)
-    given, utterances = read_tokenizer(cfg) if cfg.tokenizer else None, []
+    given, utterances, nameless = read_tokenizer(cfg) if cfg.tokenizer else None, [], []
     tokenizer = None if cfg.extend_vocab else given
-    for source in cfg.sources if isinstance(cfg.sources, list) else [cfg.sources]:
-        found = read_source(source, cfg.lowercase)
+    for found in read_sources(cfg.sources, cfg.lowercase):
         files = len({u.source for u in found})
         print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
         utterances += found
+        nameless += [found[0].source] if any(u.speaker == SOMEBODY for u in found) else []
+    if len(nameless) > 1:
+        print(f"one voice, as no speaker is named: {', '.join(nameless):.300}; a source's speaker tells them apart")
     need_sound(utterances, cfg, codec, missing)
     pool = start_pool(cfg.workers)
     try:

@@ -762,14 +762,16 @@ def test_without_the_package(monkeypatch):
 @pytest.mark.parametrize("text, expected", [
     ("  a \t b\n\nc ", "a b c"), ("cafe\u0301", "caf\u00e9"), ("\ufeffone\0", "one"), ("a\u00a0\u2009b", "a b"),
     (" \u3000\n", ""), ("\ufeff a", "a"), ("Éa", "Éa"),
+    ("a \ud83d b\ude00", "a b"), ("\ud83d\ude00", "\U0001f600"), ("\ud83d\ufeff\ude00a\ud83d", "\U0001f600a"),
 ])  # fmt: skip
 def test_normalise(text, expected):
     assert normalise(text) == expected
 
 
-@given(st.text(max_size=40), st.booleans())
+@given(st.text(max_size=40) | st.text(st.characters(categories=["Cs", "L"]), max_size=9), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_normalise_is_stable(text, lowercase):
     once = normalise(text, lowercase)
+    once.encode()
     assert normalise(once, lowercase) == once
     assert normalise(f" {text} ", lowercase) == once
