@@ -89,7 +89,8 @@ class TokenWriter:
         if codes.ndim != 2 or self.n_codebooks not in (None, codes.shape[1]):
             K = self.n_codebooks or "K"
             raise ValueError(f"utterance {name}: codes of shape {codes.shape}, expected (frames, {K})")
-        for what, array, dtype in (("text ids", text, np.dtype(self.text_dtype)), ("codes", codes, np.dtype(np.uint16))):
+        ranges = ("text ids", text, np.dtype(self.text_dtype)), ("codes", codes, np.dtype(np.uint16))
+        for what, array, dtype in ranges:
             if array.size and not 0 <= array.min() <= array.max() <= np.iinfo(dtype).max:
                 raise ValueError(f"utterance {name}: {what} from {array.min()} to {array.max()} do not fit {dtype}")
         if any(c in name for c in "\r\n"):
