@@ -493,7 +493,7 @@ def wording(text_format, speaker="", text="", language=""):
     whatever they like. Raises ValueError for another text_format, and where it has a {language} and none is given.
     """
     values = {"speaker": speaker, "text": text, "language": language}
-    parts = parse_format(text_format)
+    parts = parse_format(text_format if isinstance(text_format, str) else "")
     if not language and any(field == "language" for _, field in parts):
         raise ValueError(f"text_format = {text_format!r:.60} has {{language}}: give the language")
     return "".join(before + values.get(field, "") for before, field in parts)
@@ -505,7 +505,7 @@ def parse_format(text_format):
     wrong = f"text_format = {text_format!r:.60}: takes {{text}} once, {{speaker}}, {{language}}, and no other braces"
     try:
         parts = list(string.Formatter().parse(text_format))
-    except (ValueError, TypeError):
+    except ValueError:
         raise ValueError(wrong) from None
     fields = [field for _, field, _, _ in parts if field is not None]
     sound = fields.count("text") == 1 and {"text", "speaker", "language"}.issuperset(fields) and "\0" not in text_format
