@@ -179,16 +179,17 @@ def read_audio(source, sample_rate, start=0.0, end=None, most_seconds=math.inf):
     name, header = audio_name(source), audio_header(source)
     rate, total = header.rate, header.frames
     if total <= 0:
-        raise ValueError(f"{name}: the recording is empty")
+        raise ValueError(f"{name}: the recording {'breaks off at once' if header.lacks else 'is empty'}")
     first = round(start * rate) if 0 <= start < header.seconds else total
     last = total if end is None or end >= header.seconds else round(end * rate)
     if not first < last:
         raise ValueError(f"{name}: nothing from {start} to {end} s in a recording of {header.seconds:.2f} s")
     if last - first > most_seconds * rate:
         raise ValueError(f"{name}: {(last - first) / rate:,.0f} s long, at most {most_seconds:g} s are read")
-    wav = read_frames(source, header, first, last)
-    lacks = header.lacks if end is None or end > header.seconds else 0.0
-    lacks = lacks or (last - first - len(wav)) / rate
+    lacks, wav = header.lacks if end is None or end > header.seconds else 0.0, ()
+    if not lacks:
+        wav = read_frames(source, header, first, last)
+        lacks = (last - first - len(wav)) / rate
     if lacks > 0.1:
         raise ValueError(f"{name}: breaks off {f'{lacks:.2f} s ' if lacks < math.inf else ''}before its end")
     if len(wav) == 0:

@@ -270,7 +270,8 @@ def listen(u, limits):
     try:
         header = audio_header(source)
         u.seconds = max(0.0, (header.seconds if u.end is None else min(u.end, header.seconds)) - u.start)
-        if (unfit := misfit(u, limits))[0] in ("too long", "too short", "empty audio"):  # before hours of it are read
+        unfit = misfit(u, limits)
+        if unfit[0] in ("too long", "too short", "empty audio") and not header.lacks:  # before hours of it are read
             return unfit
         wav = read_audio(source, header.rate, u.start, u.end).numpy()
     except (ValueError, OSError) as error:
@@ -329,8 +330,8 @@ def compare(u, codec):
 
 
 def look_over(utterances, cfg, pool, tokenizer, codec):
-    """The utterances with the paths of their recordings, and with the reason where all that can be said without
-    listening speaks against one. `tokenizer` may be None yet."""
+    """Give each utterance the path of its recording, or the reason that can be told without listening to it.
+    `tokenizer` may be None yet."""
     seen = set()
     for u in utterances:
         if not u.reason:
@@ -343,9 +344,8 @@ def look_over(utterances, cfg, pool, tokenizer, codec):
     for u in utterances:
         if u.codes and not u.reason:
             u.reason, u.detail = compare(u, codec) or misfit(u, vars(cfg))
-    outside = [u for u in utterances if not u.codes and u.row < 0 and not u.reason]
-    located = iter(list(in_order("finding files", pool, locate, outside, chunk=256)))
-    return [u if u.codes or u.row >= 0 or u.reason else next(located) for u in utterances]
+    outside = [i for i, u in enumerate(utterances) if not u.codes and u.row < 0 and not u.reason]
+    update(utterances, outside, "finding files", pool, locate, chunk=256)
 
 
 def sound_id(name):
@@ -353,10 +353,16 @@ def sound_id(name):
 
 
 def diagnose(utterances, cfg, pool):
-    """The utterances after listening: with their length, or with the reason why they cannot be used."""
-    recorded = [u for u in utterances if not u.codes and not u.reason]
-    examined = iter(list(in_order("listening", pool, examine, recorded, vars(cfg))))
-    return [u if u.codes or u.reason else next(examined) for u in utterances]
+    """Listen to the utterances: each gets its length, or the reason why it cannot be used."""
+    recorded = [i for i, u in enumerate(utterances) if not u.codes and not u.reason]
+    update(utterances, recorded, "listening", pool, examine, vars(cfg))
+
+
+def update(utterances, which, what, pool, function, *args, chunk=8):
+    """Replace the utterances of the indices `which` by what in_order makes of them."""
+    made = in_order(what, pool, function, [utterances[i] for i in which], *args, chunk=chunk)
+    for i, u in zip(which, made, strict=True):
+        utterances[i] = u
 
 
 def proofread(utterances, cfg, tokenizer):
@@ -677,12 +683,12 @@ def main(cfg):
     pool = start_pool(cfg.workers)
     try:
         with TokenWriter(folder, references=cfg.references) as out:
-            utterances = look_over(utterances, cfg, pool, tokenizer, codec)
+            look_over(utterances, cfg, pool, tokenizer, codec)
             judge(utterances, cfg, problems)  # what can be refused is refused before hours of listening
             train = divide(utterances, cfg, listed)[1]
             if tokenizer is None:
                 need_pieces(cfg, train, given)
-            utterances = diagnose(utterances, cfg, pool)
+            diagnose(utterances, cfg, pool)
             judge(utterances, cfg, problems)
             if tokenizer is None:
                 tokenizer = make_tokenizer(cfg, divide(utterances, cfg, listed)[1], given)

@@ -429,7 +429,7 @@ def test_a_file_that_breaks_off(kind, subtype, held, tmp_path):
     assert len(read_audio(source(None), 16000)) == len(wav)
     size = len(whole.getvalue())
     for part in (0.5, 0.8):
-        with pytest.raises(ValueError, match="breaks off .*before its end|not readable as audio .*lost sync"):
+        with pytest.raises(ValueError, match="breaks off (.*before its end|at once)|not readable as audio .*lost sync"):
             read_audio(source(int(part * size)), 16000)
     if kind not in ("FLAC", "OGG"):
         assert torch.equal(read_audio(source(int(0.8 * size)), 16000, 0.5, 1.5),

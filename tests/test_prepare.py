@@ -376,8 +376,8 @@ def test_too_many_bad_ones(sick, tmp_path):
 def test_limits_are_a_choice(tmp_path):
     """Clips beyond the user's own limits are reported, and do not count as faults."""
     rows = make_set(tmp_path)
-    report = run(tmp_path, tmp_path / "t", max_seconds=0.72, max_bad=0.0)  # 3 of 7 lengths pass
-    assert report["reasons"] == {"too long": 13} and report["used"] == len(rows) - 13
+    report = run(tmp_path, tmp_path / "t", max_seconds=0.72, max_bad=0.0)  # of 24 clips, of 7 lengths
+    assert report["reasons"] == {"too long": 12} and report["used"] == len(rows) - 12
     with pytest.raises(ValueError, match="24 of 24 utterances cannot be used .24 too short., none is left"):
         run(tmp_path, tmp_path / "u", min_seconds=5.0)
 
