@@ -64,6 +64,7 @@ class Utterance:
     start: float = 0.0  # seconds
     end: float | None = None
     seconds: float = 0.0
+    silence: float = 0.0  # seconds of it at the end that has more
     codes: tuple = ()  # where the source has codes: frames, codebooks, lowest and highest code
     row: int = -1  # of the source, where it holds the recording or the codes
     content: bytes | np.ndarray | None = None  # that recording, or codes (T, K), while they are worked on
