@@ -64,9 +64,9 @@ class Key(NamedTuple):
 
 class Config(types.SimpleNamespace):
     """The keys as attributes. What is no key: `given`, {key: where it was set} of those that the user set, and
-    `recipes`, the config files."""
+    `files`, the config files."""
 
-    __slots__ = ("given", "recipes")
+    __slots__ = ("given", "files")
 
 
 def configure(script, argv, positional=()):
@@ -90,7 +90,7 @@ def configure(script, argv, positional=()):
     given = [(key, value, path) for path in files for key, value in read_config(path).items()]
     given += [(key, word, f"argument {word!r:.60}") for key, word in zip(positional, words, strict=False)] + flags
     cfg = Config(**{key: of.default for key, of in own.items()})
-    cfg.given, cfg.recipes = {}, files
+    cfg.given, cfg.files = {}, files
     for key, value, origin in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -113,7 +113,7 @@ def refuse_idle(cfg, idle, say=print):
     for key, origin in cfg.given.items():
         if key in idle:
             line = f"{origin}: {key} = {show(getattr(cfg, key))} has no effect: {idle[key]}"
-            if origin not in cfg.recipes:
+            if origin not in cfg.files:
                 raise ValueError(line)
             say(f"warning: {line}")
 

@@ -49,7 +49,7 @@ import configurator
 import lora
 import published
 from codec import UNKNOWN, load_codec, write_audio
-from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres
+from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres, wording
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import (
     ARCHS,
@@ -61,6 +61,7 @@ from model import (
     load_weights,
     save_checkpoint,
 )
+from parts.optim import Muon
 from sample import Voice, pick_device
 
 # from where to where
@@ -331,7 +332,7 @@ def make_optimizers(model, cfg):
     ]
     optimizers = [torch.optim.AdamW(groups, rate, betas, fused=True)]
     if inside:
-        optimizers.append(torch.optim.Muon(inside, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(inside, rate, cfg.weight_decay))
     if sparse:
         optimizers.append(torch.optim.SparseAdam(sparse, rate, betas))
         for p in sparse:
@@ -414,7 +415,7 @@ def speak(voice, files, cfg, iter_num, say):
     for n in range(count):
         i = n * len(files) // count
         speaker = meta["speakers"][files.speaker(i)]
-        before, after = meta["text_format"].format(speaker=speaker, text="\0").split("\0")
+        before, after = wording(meta["text_format"], speaker, "\0", meta.get("language", "")).split("\0")
         text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
         path, original = os.path.join(folder, f"{iter_num:06d}_{n}.wav"), os.path.join(folder, f"original_{n}.wav")
         if not os.path.exists(original):
@@ -702,7 +703,7 @@ def main(cfg):
     check(cfg, world, device)
     if cfg.dry_run:
         configurator.refuse_idle(cfg, idle_keys(cfg))
-        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), cfg.recipes)
+        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), cfg.files)
         return budget.dry_run(cfg, recipe, partial(prepare_weights, cfg=cfg), DTYPES[cfg.dtype])
     if world > 1:
         dist.init_process_group(cfg.backend or ("nccl" if device.type == "cuda" else "gloo"))

@@ -235,7 +235,7 @@ def test_values_that_json_cannot_hold(tmp_path, text, message):
 def test_it_knows_what_was_given(house):
     recipe = write(house, "x.py", "vocab_size = 9\nseed = 3\nlearning_rate = 1\n")
     cfg = configurator.configure(house / "train.py", [recipe, "--seed=4"])
-    assert cfg.given == {"seed": "--seed", "learning_rate": recipe} and cfg.recipes == [recipe]
+    assert cfg.given == {"seed": "--seed", "learning_rate": recipe} and cfg.files == [recipe]
     assert "given" not in vars(cfg)
     said = []
     configurator.refuse_idle(cfg, {"learning_rate": "it is so", "max_iters": "it is so"}, said.append)
@@ -368,3 +368,8 @@ def test_run(script):
     assert run_cli(script, "--words=stop").returncode == 130
     assert run_cli(script, "--wrods=x").stderr == "error: --wrods: unknown key 'wrods', did you mean 'words'?\n"
     assert run_cli(script, "--help").returncode == 0
+
+
+def test_no_key_is_named_as_what_the_namespace_knows():
+    scripts = Path(configurator.__file__).parent.glob("*.py")
+    assert not {key for path in scripts for key in configurator.read_defaults(path)} & {*configurator.Config.__slots__}
