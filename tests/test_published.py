@@ -19,6 +19,7 @@ import model as models
 import published
 import train
 from model import AUDIO, CSM, TEXT, CSMConfig, contract_check, from_pretrained
+from parts.tensors import Inert
 
 ROOT = Path(published.__file__).parent
 ORIGINAL, PORT = published.CSM_ORIGINAL, published.CSM_TRANSFORMERS
@@ -356,7 +357,7 @@ class Evil:
 def test_pickles_run_no_code(original, tmp_path):
     write(tmp_path, {"model": original, "config": Stranger()}, name="x.pt")
     same_weights(from_pretrained(tmp_path), published.assemble(ORIGINAL, original, HEADS, "weights"))
-    assert type(published.read_pickle(tmp_path / "x.pt")["config"]) is published.Inert
+    assert type(published.read_pickle(tmp_path / "x.pt")["config"]) is Inert
     for zipped in (True, False):
         torch.save({"model": original, "evil": Evil(str(tmp_path / "made"))}, tmp_path / "x.pt",
                    _use_new_zipfile_serialization=zipped)  # fmt: skip
