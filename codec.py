@@ -40,7 +40,7 @@ import soundfile
 import torch
 from torch import nn
 
-from parts.files import need
+from parts.files import need, whole
 from parts.tensors import UNBUILT, fault, need_tensors, reason, undamaged, unpickle, what_is
 
 # -----------------------------------------------------------------------------
@@ -193,9 +193,8 @@ class Codec(nn.Module):
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "codec.pt")
         torch.save(self.pack(), packed := io.BytesIO())  # not to the file: of a full disk torch.save makes no OSError
-        with open(f"{path}.partial", "wb") as file:
+        with whole(path) as file:
             file.write(packed.getvalue())
-        os.replace(f"{path}.partial", path)
 
 
 def need_waves(wav):
@@ -1516,6 +1515,9 @@ def load_codec(name, path=None, **options):
             return cls.load(path, **options)
         pack = read_pack(where)
     need(pack, {"name": str, "options": dict}, where)
+    kinds = {int: int, float: (int, float), tuple: (tuple, list), str: str}
+    defaults = {f"{key}?": kinds.get(type(p.default)) for key, p in known.items()}
+    need(pack["options"], {key: kind for key, kind in defaults.items() if kind}, f"{where}, options,")
     if pack["name"] != name:
         raise ValueError(f"{where}: holds the tables of {pack['name']!r}, not of {name!r}")
     for key, value in options.items():
@@ -1559,9 +1561,8 @@ def write_page(path, title, about, head, rows):
         cells = [f'<audio controls src="{quote(str(cell))}"></audio>' if isinstance(cell, Path) else html.escape(cell)
                  for cell in row]  # fmt: skip
         lines.append("<tr><td>" + "<td>".join(cells))
-    with open(f"{path}.partial", "w", encoding="utf-8") as page:
+    with whole(path, "w") as page:
         page.write(PAGE.format(title=html.escape(title), about=html.escape(about), rows="\n".join(lines)))
-    os.replace(f"{path}.partial", path)
 
 
 def round_trip(codec, source, target):

@@ -200,17 +200,18 @@ class TokenFiles:
             raise ValueError(f"{folder}: the {split} split is damaged ({e}): make it again with prepare.py") from None
 
     def _check_index(self, n_text, n_frames):
-        """Raise ValueError where a row of the index names text, frames or a speaker that there cannot be."""
-        speakers = len(self.meta["speakers"])
+        """Raise ValueError where the index names text, frames or a speaker that there cannot be."""
         text_start, text_length, first_frame, frames, speaker = self.index.T
-        bad = (text_start | text_length | first_frame | speaker) < 0
-        bad |= (frames < 1) | (speaker >= speakers)
-        bad |= (text_length > n_text) | (text_start > n_text - text_length)  # no sum, which could overflow
-        bad |= (frames > n_frames) | (first_frame > n_frames - frames)
-        if bad.any():
-            i = int(bad.argmax())
-            raise ValueError(f"utterance {i}, from 0 on, has {', '.join(INDEX_COLUMNS)} {self.index[i].tolist()} of "
-                             f"{n_text} text ids, {n_frames} frames, {speakers} speakers")  # fmt: skip
+        faults = {
+            "numbers below 0": lambda: self.index.min(initial=0) < 0,
+            "an utterance without frames": lambda: frames.min(initial=1) < 1,
+            "a speaker whom meta.json does not name": lambda: speaker.max(initial=0) >= len(self.meta["speakers"]),
+            "text beyond the end": lambda: (text_start > n_text - text_length).any(),
+            "frames beyond the end": lambda: (first_frame > n_frames - frames).any(),
+        }
+        for words, there in faults.items():
+            if there():
+                raise ValueError(f"{self.split}.index.npy has {words}")
 
     @staticmethod
     def _map(path, dtype, shape):

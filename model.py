@@ -25,8 +25,9 @@ batch, n of one chunk of it.
 import math
 import os
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import torch
@@ -2117,10 +2118,16 @@ def contract_check(model, text, codes, **side):
 FORMAT = "parlando-1"
 
 
+
+def is_named(x):
+    return isinstance(x, dict) and all(isinstance(name, str) for name in x)
+
+
 # What a checkpoint holds, as `need` reads it. A field that is not needed by whom reads it may be missing
 FIELDS = {
-    "arch?": str, "model_config?": dict, "config?": dict, "iter?": int, "model?": dict, "ema?": dict, "base?": str,
-    "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": dict}, "codec_fingerprint?": str,
+    "arch?": str, "model_config?": is_named, "config?": is_named, "iter?": int, "model?": dict, "ema?": dict,
+    "base?": str, "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": is_named},
+    "codec_fingerprint?": str,
     "tokenizer?": {"kind": str, "model": bytes}, "probe?": dict, "references?": torch.Tensor, "timbres?": torch.Tensor,
     "train?": {
         "optimizers": list, "scaler": dict, "batches": {"epoch": int, "batch": int}, "seconds": (int, float),
@@ -2131,6 +2138,16 @@ FIELDS = {
     },
 }  # fmt: skip
 WHOLE = ("arch", "model_config", "config", "iter", "model", "meta", "codec", "codec_fingerprint", "tokenizer", "probe")
+
+
+def config_fields(config):
+    """What `need` asks of a config that was read from a file: the types that its dataclass says."""
+    wanted = {}
+    for f in fields(config):
+        kinds = tuple(kind for kind in get_args(f.type) or (f.type,) if kind is not type(None))
+        kinds += (int,) * (float in kinds) + (list,) * (tuple in kinds)
+        wanted[f"{f.name}?"] = config_fields(kinds[0]) if is_dataclass(kinds[0]) else kinds
+    return wanted
 
 
 def save_checkpoint(path, checkpoint):
@@ -2168,6 +2185,8 @@ def load_checkpoint(path, device="cpu", needed=()):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
     need(checkpoint, FIELDS, path)
+    if checkpoint.get("arch") in ARCHS and checkpoint.get("model_config"):
+        need(checkpoint["model_config"], config_fields(ARCHS[checkpoint["arch"]][1]), f"{path}, model_config,")
     if missing := [field for field in needed if checkpoint.get(field) is None]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py writes whole ones")
     base = checkpoint.get("base")
