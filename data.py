@@ -39,6 +39,10 @@ def is_rate(x):
     return type(x) in (int, float) and 0 < x < 10**9
 
 
+def is_level(x):
+    return type(x) in (int, float) and -(10**9) < x < 10**9
+
+
 # What meta.json says, as `need` reads it: of a model's data (a checkpoint has that too), and of the files
 COUNTS = dict.fromkeys(("utterances", "text_tokens", "frames"), is_count)
 MODEL_META = {
@@ -47,7 +51,7 @@ MODEL_META = {
         "n_codebooks": lambda x: is_count(x, 1), "codebook_size": lambda x: is_count(x, 1),
         "reference?": {
             "rows_per_frame": lambda x: is_count(x, 1),
-            "silence": lambda x: isinstance(x, list) and len(x) > 0 and all(type(y) in (int, float) for y in x),
+            "silence": lambda x: isinstance(x, list) and len(x) > 0 and all(map(is_level, x)),
         },
     },
     "tokenizer": {"kind": str, "sha256": str, "vocab_size": lambda x: is_count(x, 1), "bos_id": int, "eos_id": int,
@@ -306,7 +310,7 @@ class Batches:
         self.voice_prompt, self.shuffle, self.max_rows = voice_prompt, shuffle, min(max_rows, max_tokens)
         self.reference = reference
         self.epoch = self.batch = 0  # the next batch of the global list
-        if reference and "reference" not in files.meta["codec"]:
+        if reference and not files.meta["codec"].get("reference"):
             raise ValueError(f"{files.folder} has no features of recordings to take a voice from: make it again with "
                              "prepare.py --references=True")
         if not len(files):
@@ -612,7 +616,7 @@ def load_tokenizer(kind, model):
     """A tokenizer of that kind from its file's bytes. Raises ValueError for an unknown kind or a damaged file."""
     kinds = {made.kind: made for made in (SentencePiece, HuggingFace)}
     if kind not in kinds:
-        raise ValueError(f"unknown tokenizer kind {kind!r}: this code reads {', '.join(kinds)}")
+        raise ValueError(f"unknown tokenizer kind {kind!r:.60}: this code reads {', '.join(kinds)}")
     return kinds[kind](model)
 
 

@@ -32,11 +32,12 @@ from model import (
     TAPS,
     CSMConfig,
     PerceiverBlock,
+    config_fields,
     facts,
     from_pretrained,
     transformer_config,
 )
-from parts.files import whole
+from parts.files import need, whole
 from parts.tensors import UNBUILT, fault, reason, unpickle, what_is
 
 command = ""  # export
@@ -218,6 +219,7 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
                 if not torch.equal(tensors.setdefault(key, tensor), tensor):
                     raise ValueError(f"{twin} and {key} differ, but here they are one")
         sizes = layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
+        need(sizes, config_fields(its_config), "its config")
         config = its_config(**{**sizes, **changes})
         with WithoutMemory():
             model = model(config)
