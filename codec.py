@@ -734,6 +734,13 @@ def fold(weights):
     return folded
 
 
+def need_sound(weights):
+    """Raise ValueError, which begins with its name, for a tensor that is no plain one of finite numbers."""
+    for name, tensor in weights.items():
+        if words := fault(tensor):
+            raise ValueError(f"{name} {words}")
+
+
 def strides(weights, prefix):
     """The strides of the convolutions below a prefix, in order: their kernels are two strides, all others are odd."""
     kernels = {name: x.shape[2] for name, x in weights.items() if name.startswith(prefix) and x.ndim == 3}
@@ -875,6 +882,9 @@ class Network(Codec):
         raw = {name: weight for file in files for name, weight in read_weights(file).items()}
         try:
             weights, sizes = cls.convert(tidy(raw), options.get("n_codebooks"))
+            need_sound(weights)
+            folded = fold(weights)
+            need_sound(folded)
         except KeyError as error:
             raise ValueError(f"{where}: not the weights of {cls.name}, they lack {error.args[0]}") from None
         except UNBUILT as error:  # tensors of other shapes
@@ -884,18 +894,18 @@ class Network(Codec):
                 raise ValueError(f"{where}: has {key} = {sizes[key]}, not {options[key]}")
         with torch.device("meta"):  # no memory for numbers that give way at once; files stay shared between processes
             codec = cls.made(where, {**sizes, **options})
+        for name, own in codec.state_dict().items():
+            if name in folded and folded[name].is_floating_point() != own.is_floating_point():
+                raise ValueError(f"{where}: {name} is {folded[name].dtype}, not {own.dtype}")
         codec.path, codec.mark = os.path.abspath(where), codec.digest(weights)  # not folded: that may round either way
         try:
-            missing, unknown = codec.load_state_dict(fold(weights), strict=False, assign=True)
+            missing, unknown = codec.load_state_dict(folded, strict=False, assign=True)
         except RuntimeError as error:
             says = " ".join(str(error).splitlines()[1:2]).strip()
             raise ValueError(f"{where}: not weights of the sizes of {cls.name}, {says}") from None
         if missing or unknown:
             says = f"lack {missing[0]}" if missing else f"have {unknown[0]}, which it has not"
             raise ValueError(f"{where}: not the weights of {cls.name}, they {says}")
-        for name, tensor in codec.state_dict().items():
-            if words := fault(tensor):
-                raise ValueError(f"{where}: {name} {words}")
         return codec.eval().requires_grad_(False)
 
     @classmethod

@@ -95,6 +95,8 @@ def fault(tensor, like=None):
         return f"is {str(tensor.dtype).removeprefix('torch.')}, not {str(like.dtype).removeprefix('torch.')}"
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         return f"holds fewer numbers than its shape {tuple(tensor.shape)} has"
+    if like is None and not tensor.numel():
+        return "holds no numbers"
     if tensor.numel() and tensor.is_floating_point():
         tensor = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()
         if not all(math.isfinite(x) for x in torch.stack(torch.aminmax(tensor)).tolist()):

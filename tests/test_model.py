@@ -870,3 +870,68 @@ def test_weights_that_do_not_fit(change, message):
         models.load_model(checkpoint)
     with pytest.raises(ValueError, match="architecture 'tacotron', this code has csm"):
         models.load_model({**checkpoint, "arch": "tacotron"})
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w["projection.weight"].view(-1)[3:4].fill_(math.nan), "projection.weight holds NaN or infinity"),
+    (lambda w: w["codebook0_head"].view(-1)[-1:].fill_(-math.inf), "codebook0_head holds NaN or infinity"),
+    (lambda w: w.update({"projection.weight": w["projection.weight"].long()}), "projection.weight is int64, not float32"),
+    (lambda w: w.update({"projection.weight": w["projection.weight"] + 0j}), "projection.weight is complex64"),
+    (lambda w: w.update({"projection.weight": None}), "projection.weight is None, not a tensor"),
+])  # fmt: skip
+def test_weights_that_are_no_numbers_are_named(change, message, tmp_path):
+    checkpoint = checkpoint_of(tiny())
+    checkpoint["model"] = {name: w.clone() for name, w in checkpoint["model"].items()}
+    change(checkpoint["model"])
+    models.save_checkpoint(tmp_path / "x.pt", checkpoint)
+    with pytest.raises(ValueError, match=f"x.pt: {message}"):
+        models.from_pretrained(tmp_path / "x.pt")
+
+
+def test_a_model_that_diverged_fails_the_contract_in_one_line():
+    model = tiny()
+    model.backbone.layers[0].attn.q_proj.weight.data.fill_(1e30)
+    text, codes, _ = utterance(3, 5)[:3] if len(utterance(3, 5)) > 2 else (*utterance(3, 5), None)
+    with pytest.raises(ValueError, match="contract check failed: the model's logits are NaN"):
+        models.contract_check(model, text, codes)
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("model_config", {"n_codebooks": "x"}, "x.pt, model_config, is damaged: n_codebooks is 'x', not a whole number"),
+    ("model_config", {"backbone": [1]}, r"model_config, backbone, is damaged: it holds \[1\]"),
+    ("model_config", {"decoder_fraction": math.nan}, "decoder_fraction is nan, not a number"),
+    ("train", {"batches": {"epoch": 0}}, "x.pt, train, is damaged: optimizers is missing"),
+    ("tokenizer", {"kind": "x", "model": "text"}, "x.pt, tokenizer, is damaged: model is 'text', not bytes"),
+    ("codec", {"name": "mel", "options": {5: 6}}, "x.pt, codec, is damaged: options is"),
+    ("meta", {"tokenizer": 5}, "x.pt, meta, tokenizer, is damaged: it holds 5"),
+    ("iter", None, None),
+])  # fmt: skip
+def test_fields_of_another_kind(name, change, message, tmp_path):
+    checkpoint = checkpoint_of(tiny())
+    known = checkpoint.get(name)
+    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, name: {**known, **change} if known and change else change})
+    if message is None:
+        with pytest.raises(ValueError, match="x.pt lacks .*iter.*: train.py writes whole ones"):
+            models.load_checkpoint(tmp_path / "x.pt", needed=models.WHOLE)
+        return
+    with pytest.raises(ValueError, match=message):
+        models.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_an_adapter_without_its_base(tmp_path):
+    for base, error, message in (("gone.pt", FileNotFoundError, "x.pt is an adapter on .*gone.pt, which is not there"),
+                                 ("x.pt", ValueError, "x.pt is damaged: it is an adapter on itself")):  # fmt: skip
+        models.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
+        with pytest.raises(error, match=message):
+            models.from_pretrained(tmp_path / "x.pt")
+
+
+def test_another_file_in_place_of_a_checkpoint(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/meta.json").write_text("{}")
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    (tmp_path / "a.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}  ")
+    for name, message in (("tokens", "no such checkpoint, it is a folder of token files"), ("a.wav", "it is a recording"),
+                          ("a.safetensors", "it is a safetensors file")):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            models.load_checkpoint(tmp_path / name)
