@@ -112,6 +112,9 @@ class Voice:
         try:
             voice.check_parts()
             probe = read_probe(checkpoint["probe"], model)
+        except UNBUILT as error:
+            raise ValueError(f"{path} is damaged: {reason(error)}") from None
+        try:
             voice.report = {**contract_check(model, **probe), "iter": checkpoint["iter"]}
         except UNBUILT as error:
             raise ValueError(f"{path}: {reason(error)}") from None
@@ -321,14 +324,14 @@ def read_probe(probe, model):
     text, codes = (np.asarray(probe.get(name)) for name in ("text", "codes"))
     sound = text.dtype.kind == codes.dtype.kind == "i" and text.ndim == 1 and codes.shape[1:] == (c.n_codebooks,)
     if not sound or not len(codes) or min(text.min(initial=0), codes.min()) < 0:
-        raise ValueError("is damaged: its probe is no utterance")
+        raise ValueError("its probe is no utterance")
     if text.max(initial=0) >= c.text_vocab_size or codes.max() >= c.codebook_size:
-        raise ValueError("is damaged: its probe has text ids or codes that the model has not")
+        raise ValueError("its probe has text ids or codes that the model has not")
     if not model.reference:
         return {"text": text, "codes": codes}
     reference = probe.get("reference")
     if words := fault(reference):
-        raise ValueError(f"is damaged: the reference of its probe {words}")
+        raise ValueError(f"the reference of its probe {words}")
     return {"text": text, "codes": codes, "reference": reference}
 
 

@@ -233,9 +233,9 @@ def test_an_index_of_other_files_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("column, value, message", [
     ("speaker", -1, "numbers below 0"), ("speaker", 2, "a speaker whom meta.json does not name"),
-    ("speaker", 10**9, "a speaker whom"), ("frames", 0, "an utterance without frames"), ("frames", 10**6, "frames beyond"),
-    ("first_frame", 2**62, "frames beyond"), ("text_start", 2**63 - 1, "text beyond"), ("text_length", 999, "text beyond"),
-    ("text_start", -5, "numbers below 0"),
+    ("speaker", 10**9, "a speaker whom"), ("frames", 0, "an utterance without"), ("frames", 10**6, "frames beyond"),
+    ("first_frame", 2**62, "frames beyond"), ("text_start", 2**63 - 1, "text beyond"),
+    ("text_length", 999, "text beyond"), ("text_start", -5, "numbers below 0"),
 ])  # fmt: skip
 def test_an_index_that_names_what_is_not_there(column, value, message, tmp_path):
     folder = write(tmp_path / "x", utterances(5))
@@ -281,8 +281,9 @@ def test_meta_json_with_a_field_missing_or_of_another_kind(tmp_path):
                 assert "\n" not in str(error) and len(str(error)) < 400 + len(folder) and folder in str(error)
     texts = {(name, str) for name in ("name", "fingerprint", "kind", "sha256", "text_format")}
     rates = {(name, kind) for name in ("sample_rate", "frame_rate") for kind in (float,)}
+    optional = {("reference", str), ("reference", type(None))}  # "gone" and None
     ids = {("bos_id", int), ("eos_id", int), ("vocab_size", int), ("codebook_size", int), ("lowercase", bool)}
-    assert taken <= {*texts, *rates, *ids}
+    assert taken <= {*texts, *rates, *ids, *optional}
     for junk in ("[" * 100000, "[1]", "null", '"x"'):
         (tmp_path / "x/meta.json").write_text(junk)
         with pytest.raises(ValueError, match="meta.json is damaged.*prepare.py"):
@@ -297,7 +298,7 @@ def test_the_tokenizer_of_a_folder(tmp_path):
     (tmp_path / "x/tokenizer.model").write_bytes(tokenizer.model)
     assert files.tokenizer().model == tokenizer.model
     (tmp_path / "x/tokenizer.model").write_bytes(data.train_tokenizer(["three four"] * 5, 280))
-    with pytest.raises(ValueError, match="tokenizer.model is not the tokenizer that meta.json describes .sha256 differs"):
+    with pytest.raises(ValueError, match="is not the tokenizer that meta.json describes .sha256 differs"):
         files.tokenizer()
 
 
