@@ -633,7 +633,7 @@ def encode_device(codec, name):
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device = {name!r} cannot be used: {(str(error).splitlines() or ['?'])[0]}") from None
     return device
 
 

@@ -49,11 +49,12 @@ import configurator
 import lora
 import published
 from codec import UNKNOWN, load_codec, write_audio
-from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres, wording
+from data import Batches, TokenFiles, speaker_reference, speaker_timbres, wording
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import (
     ARCHS,
     PAD,
+    WHOLE,
     build,
     contract_check,
     contradiction,
@@ -244,7 +245,7 @@ def trained_weights(path, resume, cfg, given, codec, meta, say):
     free = {key: value for key, value in given.items() if key in family_keys("free")}
     if not resume and published.is_published(path):
         return published.start(path, cfg.arch, meta, free, say), None
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, needed=WHOLE)
     if resume and not checkpoint["train"]:
         raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
     if checkpoint["codec_fingerprint"] != codec.fingerprint():
@@ -449,8 +450,7 @@ def train(cfg, rank, world, device, received):
     codec = load_codec(meta["codec"]["name"], cfg.data_dir)
     if meta["codec"]["fingerprint"] not in (UNKNOWN, codec.fingerprint()):
         raise ValueError(f"{cfg.data_dir}: codec.pt is not the codec its codes were made with: run prepare.py again")
-    with open(os.path.join(cfg.data_dir, meta["tokenizer"]["file"]), "rb") as f:
-        tokenizer = load_tokenizer(meta["tokenizer"]["kind"], f.read())
+    tokenizer = files.tokenizer()
 
     # model, optimizer, batches
     if not (cfg.init_from == "resume" or cfg.overwrite) and any(os.path.exists(out(name)) for name in RUN_FILES[:2]):
