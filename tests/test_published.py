@@ -524,8 +524,8 @@ def test_pickles_and_indexes_that_lead_in_circles(original, tmp_path):
     for junk, message in (
         ("[" * 100_000, "config.json is not JSON"),
         ('{"depth_decoder_config": 5}', "safetensors: "),
-        (json.dumps({**HEADS, "rms_norm_eps": "x"}), "norm_eps is 'x', not a number"),
-        (json.dumps({**HEADS, "parlando": {"text_bos": "x"}}), "text_bos is 'x', not a whole number"),
+        (json.dumps({**HEADS, "rms_norm_eps": "x"}), "norm_eps = 'x' is not of type float"),
+        (json.dumps({**HEADS, "parlando": {"text_bos": "x"}}), "text_bos = 'x' is not of type int"),
     ):
         (tmp_path / "config.json").write_text(junk)
         with pytest.raises(ValueError, match=message) as error:
