@@ -402,7 +402,7 @@ def as_text(row, names):
 
 def plain(name):
     """A name with characters only that a file in UTF-8 can hold: no halves of surrogate pairs."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def read_codes(row):

@@ -548,7 +548,7 @@ def test_killed_in_mid_run(raw, tokens, tmp_path):
     args = [sys.executable, ROOT / "prepare.py", f"--sources={sources}", f"--data_dir={out}", f"--codec_args={TINY}",
             "--val_fraction=0.2", "--workers=1"]  # fmt: skip
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, start_new_session=True)
-    partial, end = Path(f"{out}.partial"), time.time() + 60
+    partial, end = Path(f"{out}.partial"), time.time() + 300
     while not (partial / "codec.pt").exists():  # the codec is fitted, the encoding begins
         assert process.poll() is None and time.time() < end
         time.sleep(0.005)

@@ -424,7 +424,7 @@ def test_weights_that_come_later(tmp_path, monkeypatch):
     snapshot = tmp_path / "hub" / "models--nvidia--nemo-nano-codec-22khz-0.6kbps-12.5fps" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (tmp_path / "nano.nemo").rename(snapshot / "nano.nemo")
-    train_on(tmp_path / "t", tmp_path / "run")
+    train_on(tmp_path / "t", tmp_path / "run", "--max_iters=4")
     voice = Voice.from_checkpoint(tmp_path / "run" / "last.pt")
     assert voice.codec.fingerprint() == codec.fingerprint()
     frames = list(torch.from_numpy(TokenFiles(tmp_path / "t", "val").codes(0)))
