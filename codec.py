@@ -41,6 +41,8 @@ import soundfile
 import torch
 from torch import nn
 
+from parts.files import whole
+
 # -----------------------------------------------------------------------------
 # audio files
 
@@ -114,13 +116,11 @@ def read_audio(path, sample_rate, start=0.0, end=None):
 def write_audio(path, wav, sample_rate):
     """Write wav (N,) as a 16-bit mono WAV file, under a temporary name until it is whole."""
     samples = (wav.detach().cpu().flatten().clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
-    partial = f"{path}.partial"
-    with open(partial, "wb") as raw, wave.open(raw) as file:
+    with whole(path) as raw, wave.open(raw, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
         file.writeframes(samples.astype("<i2").tobytes())
-    os.replace(partial, path)
 
 
 # -----------------------------------------------------------------------------
