@@ -1603,6 +1603,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:

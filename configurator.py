@@ -80,7 +80,7 @@ def run(main, script, positional=()):
             raise
         text = str(error)
         if out_of_memory(error):
-            text = f"out of memory: {text.strip().splitlines()[0]:.200}" if text.strip() else "out of memory"
+            text = f"out of memory: {text:.300}" if text else "out of memory"
         if isinstance(error, OSError) and error.strerror:  # the system's own errors: without their number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         print("error:", " ".join(text.split()) or type(error).__name__, file=sys.stderr)
