@@ -223,7 +223,7 @@ def _mp3_piece(path, stamp, first, size):
 def write_audio(path, wav, sample_rate):
     """Write wav (N,) as a 16-bit mono WAV file, under a temporary name until it is whole."""
     samples = (wav.detach().cpu().flatten().clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
-    with whole(path) as raw, wave.open(raw) as file:
+    with whole(path) as raw, wave.open(raw, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
@@ -1730,6 +1730,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:

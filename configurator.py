@@ -118,17 +118,31 @@ def refuse_idle(cfg, idle, say=print):
             say(f"warning: {line}")
 
 
+def out_of_memory(error):
+    """Does an error of Python or torch, on any device, say that the memory is used up?"""
+    said = str(error).lower()
+    words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in said for word in words)
+
+
 def run(main, script, positional=()):
-    """main(cfg) for the command line: ValueError and OSError end as one line on stderr and exit code 1."""
+    """main(cfg) for the command line: ValueError, OSError and a lack of memory end as one line on stderr and exit code
+    1. What stdout and stderr cannot write in their encoding, they write as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(configure(script, sys.argv[1:], positional))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PARLANDO_DEBUG", "0") not in ("", "0"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        plain = isinstance(error, ValueError | OSError) or out_of_memory(error)
+        if not plain or os.environ.get("PARLANDO_DEBUG", "0") not in ("", "0"):
             raise
         text = str(error)
+        if out_of_memory(error):
+            text = f"out of memory: {text:.300}" if text else "out of memory"
         if isinstance(error, OSError) and error.strerror:  # the system's own errors: without their number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         text = " ".join(text.split()) or type(error).__name__

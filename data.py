@@ -1,6 +1,6 @@
 """Token files on disk <-> batches, and the text tokenizers.
 
-- A token folder is memory-mapped: opening millions of utterances costs their index and nothing else. It is written
+- Opening a token folder of millions of utterances costs nothing: its index is memory-mapped. It is written
   under a temporary name and renamed when whole, so a folder that can be opened is a folder that was finished.
 - Batches are filled to a budget of rows from buckets of like length, shuffled anew each epoch by seed.
 - The order of batches is one global list, a pure function of (seed, epoch): rank r of W takes every W-th of it, so any
@@ -10,29 +10,35 @@
 Letters in shapes: B batch, S rows (padded length), C columns, K codebooks, T frames, n text ids.
 """
 
+import atexit
 import contextlib
 import hashlib
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import string
+import sys
+import traceback
 import unicodedata
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
-from parts.files import locked, need
+from parts.files import let_go, locked, need
 
 VERSION = 1
 SPLITS = ("train", "val")
 TIMBRES = "timbres.npy"
 AUDIO, PROMPT = 3, 2  # of model.py's kinds of rows: frames to predict, frames that are only heard
 INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker")
+PATIENCE = 300  # seconds that a loader worker may take for a batch
 
 
 def is_count(x, least=0):
@@ -219,8 +225,36 @@ def read_meta(folder):
     return meta
 
 
+class Rows:
+    """A file of numbers as an array of that shape, of which each slice is read from the disk when it is asked for.
+
+    It is not mapped into memory: the system kills a process (SIGBUS) that reads a mapped file somebody has cut short.
+    A slice of such a file has fewer rows instead.
+    """
+
+    def __init__(self, path, dtype, shape):
+        self.file, self.dtype, self.shape = open(path, "rb", buffering=0), np.dtype(dtype), shape  # noqa: SIM115
+
+    def __getitem__(self, part):
+        first, last, _ = part.indices(self.shape[0])
+        size = self.dtype.itemsize * math.prod(self.shape[1:])  # of a row
+        content = os.pread(self.file.fileno(), size * max(0, last - first), size * first)
+        return np.frombuffer(content[: len(content) // size * size], self.dtype).reshape(-1, *self.shape[1:])
+
+
+def fingerprint(folder):
+    """A hash of what utterances a token folder has: their ids, lengths and speakers, in both splits. It takes a fifth
+    of a second for a million."""
+    total = hashlib.sha256()
+    for name in (f"{split}.{kind}" for split in SPLITS for kind in ("index.npy", "ids.txt")):
+        with open(os.path.join(folder, name), "rb") as f:
+            while block := f.read(2**24):
+                total.update(block)
+    return total.hexdigest()
+
+
 class TokenFiles:
-    """One split of a token folder, memory-mapped.
+    """One split of a token folder: its index is memory-mapped, the rest is read as it is asked for.
 
     `meta` is the folder's meta.json, `index` int64, a row of INDEX_COLUMNS for each utterance. Raises ValueError for a
     folder that is not finished, of another version, or damaged: files do not have the sizes its meta.json claims, or
@@ -265,7 +299,14 @@ class TokenFiles:
         size, needed = os.path.getsize(path), int(np.prod(shape)) * np.dtype(dtype).itemsize
         if size != needed:
             raise ValueError(f"{os.path.basename(path)} has {size} bytes, meta.json says {needed}")
-        return np.memmap(path, dtype, "r", shape=shape) if np.prod(shape) else np.zeros(shape, dtype)
+        if not np.prod(shape):
+            return np.zeros(shape, dtype)
+        if not hasattr(os, "pread"):  # Windows, where nobody can cut a mapped file short
+            return np.memmap(path, dtype, "r", shape=shape)
+        return Rows(path, dtype, shape)
+
+    def __reduce__(self):  # a process that is given this opens the files itself
+        return TokenFiles, (self.folder, self.split)
 
     def __len__(self):
         return len(self.index)
@@ -284,15 +325,21 @@ class TokenFiles:
         start, n = self.index[i, column : column + 2]
         piece = np.asarray(array[start : start + n], np.int64)
         if len(piece) != n or piece.max(initial=0) >= limit:
-            raise ValueError(f"{self.folder}: the {self.split} split is damaged (in its utterance {i}, from 0 on): "
-                             "make it again with prepare.py")  # fmt: skip
+            raise self._damaged(i)
         return piece
+
+    def _damaged(self, i):
+        return ValueError(f"{self.folder}: the {self.split} split is damaged (in its utterance {i}, from 0 on): "
+                          "make it again with prepare.py")  # fmt: skip
 
     def reference(self, i, first=0, last=None):
         """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i. Raises ValueError
         where they are not finite."""
         start, n = self.index[i, 2:4]
-        frames = self._reference[start + first : start + (n if last is None else min(last, n))]
+        last = n if last is None else min(last, n)
+        frames = self._reference[start + first : start + last]
+        if len(frames) != max(0, last - first):
+            raise self._damaged(i)
         frames = np.asarray(frames, np.float32).reshape(-1, frames.shape[-1])
         if not np.isfinite(frames).all():
             raise ValueError(f"{self.folder}: the {self.split} split is damaged (the reference of its utterance {i}, "
@@ -417,9 +464,26 @@ class Batches:
         used = sum(int(lengths[b].sum()) for b in batches)
         return 1 - used / sum(len(b) * int(lengths[b].max()) for b in batches)
 
+    def targets(self, most=16):
+        """Share of the frames of an epoch's first batches that are targets. The others are only heard, in the stretch
+        that is the reference, or left out by the layout."""
+        batches, prompts = self.plan(0)
+        text, codes = self.files.text(batches[0][0]), self.files.codes(batches[0][0])
+        stops = int((self.layout(text, codes[:0])[1] == AUDIO).sum())  # rows of each utterance that are no frames
+        rows = int(self.length(1, 2) - self.length(1, 1))  # of a frame
+        learnt = frames = 0
+        for b in batches[:most]:
+            segment = self.read(b, None if prompts is None else prompts[b])[1]
+            learnt += int((segment == AUDIO).sum()) - stops * len(b)
+            frames += rows * int(self.files.index[b, 3].sum())
+        return learnt / max(1, frames)
+
     def read(self, utterances, prompts=None, epoch=0):
         """Stack utterances and their prompts: tokens (B, S, C), segment (B, S), int64, zeros (PAD) on the right, and
         where the model takes one reference (B, R, M)."""
+        return [torch.from_numpy(array) for array in self._arrays(utterances, prompts, epoch)]
+
+    def _arrays(self, utterances, prompts=None, epoch=0):
         rows = []
         for j, i in enumerate(utterances):
             p = -1 if prompts is None else prompts[j]
@@ -430,7 +494,7 @@ class Batches:
         segment = np.zeros((len(rows), S), np.int64)
         for j, (t, s) in enumerate(rows):
             tokens[j, : len(s)], segment[j, : len(s)] = t, s
-        batch = [torch.from_numpy(tokens), torch.from_numpy(segment)]
+        batch = [tokens, segment]
         if self.reference:
             references = np.empty((len(rows), *self._silence().shape), np.float32)
             for j, i in enumerate(utterances):
@@ -438,7 +502,7 @@ class Batches:
                 references[j], heard = self._stretch(i, p, epoch)
                 audio = np.flatnonzero(segment[j] == AUDIO)
                 segment[j, audio[heard]] = PROMPT
-            batch.append(torch.from_numpy(references))
+            batch.append(references)
         return batch
 
     def _silence(self):
@@ -446,13 +510,15 @@ class Batches:
         return silence(self.files.meta, self.reference[1])
 
     def _stretch(self, i, p, epoch):
-        """The reference (R, M) of utterance i with prompt p (-1: none), and the slice of its own frames heard there."""
+        """The reference (R, M) of utterance i with prompt p (-1: none), and the slice of its own frames heard there.
+
+        Of its own frames it hears at most half, so that the others are targets."""
         if not self.shuffle:  # evaluation hears another recording of the speaker, from its beginning
             return speaker_reference(self.files, self.files.speaker(i), self.reference[1], i), slice(0)
         rng = np.random.default_rng((self.seed, epoch, i, 1))
         source = i if p < 0 else p
         n, (fewest, most) = int(self.files.index[source, 3]), self.reference
-        size = min(n, int(rng.integers(fewest, most + 1)))
+        size = min(n if p >= 0 else n // 2, int(rng.integers(fewest, most + 1)))
         first = int(rng.integers(0, n - size + 1))
         reference, features = self._silence(), self.files.reference(source, first, first + size)
         reference[: len(features)] = features
@@ -491,14 +557,80 @@ class Batches:
             epoch, batch = epoch + 1, 0
 
     def __iter__(self):
-        loader = torch.utils.data.DataLoader(
-            _Reader(self), sampler=self._tasks(), batch_size=None, num_workers=self.workers,
-            generator=torch.Generator().manual_seed(0),  # its own, so that the training's random state stays untouched
-            worker_init_fn=_ignore_signals,
-        )
-        for *batch, position in loader:
+        if self.workers:
+            yield from self._read_ahead()
+        for *task, position in self._tasks():
+            batch = self.read(*task)
             self.restore(position)
             yield batch
+
+    def _read_ahead(self):
+        """The same batches from worker processes. Each plans by itself, and reads every so many of them.
+
+        Batches come through pipes, not through shared memory, of which a container has little. Raises what a worker
+        raised, and ValueError where one died or stands still.
+        """
+        fork = sys.platform == "linux"  # it shares what is there; other systems make the worker from a pickle
+        context = multiprocessing.get_context("fork" if fork else "spawn")
+        workers, pipes = [], []
+        end = partial(_kill, workers)
+        atexit.register(end)  # however this process ends: multiprocessing would wait for them for ever
+        try:
+            for n in range(self.workers):
+                ours, theirs = context.Pipe(duplex=False)
+                pipes.append(ours)
+                given = self, n, theirs, pipes if fork else ()
+                workers.append(context.Process(target=_work, args=given, daemon=True))
+                workers[-1].start()
+                theirs.close()
+            for worker, pipe in itertools.cycle(zip(workers, pipes, strict=True)):
+                *batch, position = _receive(worker, pipe)
+                self.restore(position)
+                yield [torch.from_numpy(array) for array in batch]
+        finally:
+            end()
+            atexit.unregister(end)
+
+
+def _work(batches, n, pipe, inherited):
+    """A loader worker: sends batch n and from then on every so many, until nobody takes them."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach a whole process group: training itself ends the workers
+        signal.signal(number, signal.SIG_IGN)
+    for ours in inherited:
+        ours.close()  # or a worker would not notice that the training process is gone
+    let_go()
+    try:
+        for *task, position in itertools.islice(batches._tasks(), n, None, batches.workers):
+            pipe.send((*batches._arrays(*task), position))
+    except BrokenPipeError:
+        pass
+    except (ValueError, OSError, MemoryError) as error:
+        pipe.send(error)
+    except Exception:
+        pipe.send(RuntimeError(traceback.format_exc()))
+
+
+def _receive(worker, pipe):
+    """The next batch of a worker. Raises its error, and ValueError where it died or stands still."""
+    try:
+        if not pipe.poll(PATIENCE):
+            raise ValueError(f"a loader worker has sent nothing for {PATIENCE} s: is the disk of the data there? "
+                             "loader_workers=0 does without workers")  # fmt: skip
+        found = pipe.recv()
+    except (EOFError, OSError):
+        worker.join(5)
+        raise ValueError(f"a loader worker died (exit code {worker.exitcode}; -9 is what a system short of memory does)"
+                         ": fewer loader_workers take less") from None  # fmt: skip
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _kill(workers):
+    """End processes at once; one that hangs in the system is not waited for."""
+    for worker in workers:
+        worker.kill()
+        worker.join(1)
 
 
 def silence(meta, frames):
@@ -533,23 +665,6 @@ def speaker_timbres(folder):
     except (OSError, ValueError, EOFError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({e}): make the folder again with prepare.py") from None
     return torch.from_numpy(timbres)
-
-
-def _ignore_signals(_):
-    """Ctrl-C reaches a whole process group: the workers leave it to the training process, which stops them itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _Reader(torch.utils.data.Dataset):
-    """What the loader's workers call: one task of `Batches._tasks` -> one batch."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __getitem__(self, task):
-        utterances, prompts, epoch, position = task
-        return *self.batches.read(utterances, prompts, epoch), position
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,19 @@ import html
 import json
 import math
 import os
-import resource
 import sys
 
 import torch
 import torch.distributed as dist
+
+from parts.files import NUMBER, need, whole
+
+try:
+    import resource
+except ImportError:  # Windows does not say how much memory a process has used
+    resource = None
+
+LINE = {"iter": int, **dict.fromkeys(("loss?", "val_loss?", "c0_accuracy?", "val_c0_accuracy?", "lr?"), NUMBER)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sums
@@ -51,9 +59,10 @@ def means(totals):
 
 def timing(totals, frame_rate, seconds, device):
     """What depends on the machine: throughput of totals that took so many seconds, the most memory used so far."""
+    memory = None
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**30
-    else:
+    elif resource:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     padding, rows = totals["padding"].tolist()
     audio = totals["loss"][1].item() / frame_rate
@@ -66,12 +75,32 @@ def timing(totals, frame_rate, seconds, device):
 
 
 def read_metrics(path, until=math.inf):
-    """The lines of metrics.jsonl up to an iter, as dicts; one that a kill left half written is left out."""
+    """The lines of metrics.jsonl up to an iter, as dicts; one that a kill left half written is left out.
+
+    Raises ValueError, which names file and line, for a line that is none of ours."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(text) for text in f if text.endswith("\n")]
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, text in enumerate(f, 1):
+            if not text.endswith("\n"):
+                break
+            where = f"{path}, line {number},"
+            try:
+                lines.append(json.loads(text))
+            except (ValueError, RecursionError):
+                raise ValueError(f"{where} is damaged: it is {text!r:.60}, no JSON; remove the line") from None
+            need(lines[-1], LINE, where)
     return [line for line in lines if line["iter"] <= until]
+
+
+def append_metrics(path, line):
+    """Add a line to metrics.jsonl. Raises OSError, which names the file."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def lowest_loss(lines):
@@ -81,9 +110,8 @@ def lowest_loss(lines):
 
 def write_metrics(path, lines):
     """Replace metrics.jsonl by these lines."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as f:
+    with whole(path, "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
-    os.replace(f"{path}.partial", path)
 
 
 def summary(line):
@@ -157,10 +185,9 @@ def draw(lines, path):
         chart("Learning rate", {"learning rate": curve("lr")}),
     ]
     title = html.escape(os.path.basename(os.path.dirname(os.path.abspath(path))))
-    with open(f"{path}.partial", "w", encoding="utf-8") as f:
+    with whole(path, "w") as f:
         f.write(f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8" /><title>{title}</title>'
                 f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{''.join(charts)}</body></html>")  # fmt: skip
-    os.replace(f"{path}.partial", path)
 
 
 def chart(title, series):

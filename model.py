@@ -2099,6 +2099,14 @@ def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generat
     return lambda logits, seen=None: sample_code(logits, **how, seen=seen, generator=generator)
 
 
+def check_finite(model):
+    """Raise ValueError that names the first tensor of a model with NaN or infinite numbers."""
+    for name, p in model.named_parameters():
+        if not p.detach().sum().isfinite() and not p.detach().isfinite().all():  # a sum takes no memory
+            raise ValueError(f"{name} holds NaN or infinite numbers: the weights are damaged, or those of a training "
+                             "that diverged")  # fmt: skip
+
+
 def contract_check(model, text, codes, **side):
     """Compare teacher forcing with generation on one utterance: text ids (n,), codes (T, K), `side` what else
     the model reads, as a `reference`.
@@ -2107,8 +2115,9 @@ def contract_check(model, text, codes, **side):
     commonest way to a falling loss and noise for audio. Returns {"max_difference", "loss_at_shift", "ln_v"}, where
     loss_at_shift is the cross-entropy of codebook 0 against the frame before the one it is trained to predict (shift
     0), that one (1), and the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ,
-    or where a model that has learnt something predicts another shift.
+    where a model that has learnt something predicts another shift, or where weights or logits are not finite.
     """
+    check_finite(model)
     training, T = model.training, len(codes)
     model.eval()
     ends = model.config.stop_frame()[None] if model.causal else codes[:0]
@@ -2126,8 +2135,8 @@ def contract_check(model, text, codes, **side):
         whole = model.teacher_forced_logits(text, codes, **side).float()
     flat = whole.flatten(0, 1)
     if flat.isnan().any() or not flat.isfinite().any():
-        raise ValueError("contract check failed: the model's logits are NaN: its run diverged, or its config has a "
-                         "number that cannot be")  # fmt: skip
+        raise ValueError("contract check failed: the weights are finite, but the logits are not, so that the model "
+                         "cannot speak: its training diverged, or its config is another model's")  # fmt: skip
     difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(heard))
     scale = float(flat[flat.isfinite()].abs().max())  # of a fresh model, whose heads are small, logits are small too
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)

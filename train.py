@@ -7,6 +7,7 @@
 - Before the first step the contract between training and generation is checked and printed.
 - A killed run goes on exactly from last.pt: all randomness is a function of the seed and the number of the micro-batch,
   so weights, optimizer and position in the data are all there is to store. metrics.jsonl then reads as one run.
+  Where last.pt is damaged or gone, the newest ckpt_{iter}.pt takes its place.
 - Ranks share one global list of micro-batches, so any number of them computes what one process would.
 - A step with a non-finite loss or gradient leaves weights and optimizer as they were; too many in a row end the run.
 - At each evaluation held-out texts are spoken into out_dir/samples and the curves drawn into out_dir/loss.html.
@@ -18,9 +19,11 @@ the step (and an evaluation that is due) finish and write last.pt; torchrun itse
 Letters in shapes: B batch, S rows, C columns, K codebooks.
 """
 
+import contextlib
 import copy
 import ctypes
 import glob
+import itertools
 import json
 import math
 import mmap
@@ -35,6 +38,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -49,8 +53,20 @@ import configurator
 import lora
 import published
 from codec import UNKNOWN, load_codec, write_audio
-from data import Batches, TokenFiles, speaker_reference, speaker_timbres, wording
-from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
+from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres, wording
+from metrics import (
+    add,
+    append_metrics,
+    collect,
+    draw,
+    means,
+    other_loggers,
+    overfitting,
+    read_metrics,
+    summary,
+    timing,
+    write_metrics,
+)
 from model import (
     ARCHS,
     PAD,
@@ -62,7 +78,9 @@ from model import (
     load_weights,
     save_checkpoint,
 )
+from parts.files import locked, whole
 from parts.optim import Muon
+from parts.tensors import reason
 from sample import Voice, pick_device
 
 # from where to where
@@ -134,8 +152,13 @@ seed: "0 <= int <= 4294967295" = 1337  # of the initial weights, the order of th
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 ADAPTER = ("lora_rank", "lora_alpha", "lora_rs", "lora_dropout", "lora_targets")  # may not change in an adapter's life
+MEANING = ("decoder_loss_weight", "text_loss_weight", "length_loss_weight", "level_weights", "random_level", "loss_on")
+MEANING += ("drop_repeats", "mask_ratio", "hide_text_stop", "chunk_seconds")  # they decide what the held-out loss means
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-RUN_FILES = ("best.pt", "last.pt", "ckpt_*.pt", "metrics.jsonl", "samples/*.wav")
+CHECKPOINTS = ("last.pt", "ckpt_*.pt", "best.pt")
+PARTIAL = ("*.partial", "samples/*.partial")  # what a kill leaves
+RUN_FILES = (*CHECKPOINTS, *PARTIAL, "metrics.jsonl", "samples/*.wav")
+FEWEST_TARGETS = 0.2  # share of the frames under which a model does not learn to speak
 
 
 def check(cfg, world, device):
@@ -208,6 +231,98 @@ def idle_keys(cfg):
     return idle
 
 
+def left_in(out_dir, patterns):
+    """Paths of the files in out_dir that one of the patterns matches."""
+    return [path for p in patterns for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), p)))]
+
+
+def kept_checkpoints(out_dir):
+    """Paths of ckpt_{iter}.pt in out_dir, the oldest first."""
+    numbered = [(re.search(r"ckpt_(\d+)\.pt$", path), path) for path in left_in(out_dir, ["ckpt_*.pt"])]
+    return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]
+
+
+@contextlib.contextmanager
+def alone_in(out_dir):
+    """Hold out_dir for one run; it is not left behind if it is made here and stays empty. ValueError: another run is
+    there."""
+    there = os.path.exists(out_dir)
+    with locked(out_dir):
+        try:
+            yield
+        finally:
+            if not there:
+                with suppress(OSError):  # it is not empty
+                    os.rmdir(out_dir)
+
+
+def check_out_dir(cfg, source):
+    """Refuse, by ValueError, to start over the run that out_dir holds, or over the checkpoint that the run is from."""
+    for path in left_in(cfg.out_dir, CHECKPOINTS) if os.path.exists(source) else ():
+        if os.path.samefile(path, source):
+            raise ValueError(f"{source!r:.150} is of the run in out_dir = {cfg.out_dir!r:.100}: another out_dir starts "
+                             "from it; init_from=resume goes on with last.pt, or without one with the newest ckpt_*.pt")
+    if not cfg.overwrite and left_in(cfg.out_dir, CHECKPOINTS[:2]):  # a best.pt alone is no run that could go on
+        raise ValueError(f"{cfg.out_dir} holds a run: init_from=resume goes on with it, overwrite=True removes it, or "
+                         "take another out_dir")  # fmt: skip
+
+
+def clear(cfg, say):
+    """Make out_dir ready for the run: one that starts removes what an older one left, but for a best.pt that nothing
+    can go on with; one that goes on removes what a kill left half written."""
+    best = os.path.join(cfg.out_dir, "best.pt")
+    if cfg.init_from != "resume" and not cfg.overwrite and os.path.exists(best):
+        free = (os.path.join(cfg.out_dir, f"best_{n}.pt") for n in itertools.count(1))
+        kept = next(path for path in free if not os.path.exists(path))
+        os.replace(best, kept)
+        say(f"{best} has no last.pt beside it to go on with: the run starts over, and it is kept as {kept}")
+    for path in left_in(cfg.out_dir, PARTIAL if cfg.init_from == "resume" else RUN_FILES):
+        os.remove(path)
+
+
+def resumable(out_dir, say):
+    """What the run in out_dir can go on from, and its path: last.pt, or if that is damaged or gone the newest ckpt.
+
+    Raises FileNotFoundError where nothing is there, ValueError where all is damaged."""
+    last, fault = os.path.join(out_dir, "last.pt"), None
+    for path in [last] * os.path.exists(last) + kept_checkpoints(out_dir)[::-1]:
+        try:
+            checkpoint = load_checkpoint(path, needed=WHOLE)
+            if not checkpoint["train"]:
+                raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, "
+                                 "elsewhere")  # fmt: skip
+        except ValueError as error:
+            fault = fault or error
+            continue
+        if path != last:
+            say(f"{fault or f'{last} does not exist'}: {path} takes its place")
+        return checkpoint, path
+    raise fault or FileNotFoundError(f"{last} does not exist: init_from is scratch, resume or a checkpoint's path")
+
+
+def forgotten(cfg, checkpoint, model, data):
+    """Why the best loss of the run does not count for what goes on: a line for each reason. data: the data's hash."""
+    old, before, now = checkpoint["config"], checkpoint["model_config"], asdict(model.config)
+    lines = []
+    if checkpoint["train"].get("data", data) != data:  # those of older code have none
+        lines.append(f"{cfg.data_dir} has other utterances than before, which are read from the first epoch on")
+    keys = [key for key in MEANING if before.get(key, now.get(key)) != now.get(key)]
+    measured = ("eval_iters", "reference_seconds") if model.reference else ("eval_iters",)
+    keys += [key for key in measured if old.get(key, getattr(cfg, key)) != getattr(cfg, key)]
+    if keys:
+        lines.append(f"{', '.join(keys)} changed, and with it what the held-out loss means")
+    return lines
+
+
+def what_changed(cfg, old, iter_num):
+    """The keys that a resumed run has otherwise, and how its learning rate jumps by that, as the end of a sentence."""
+    changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k) != v]
+    before, now = get_lr(iter_num, SimpleNamespace(**{**vars(cfg), **old})), get_lr(iter_num, cfg)
+    if iter_num < cfg.max_iters and not math.isclose(before, now, rel_tol=0.01):
+        changed.append(f"so that the learning rate goes on at {now:.2g} instead of {before:.2g}")
+    return f", changed: {', '.join(changed)}" if changed else ""
+
+
 def starting_point(cfg, codec, meta, say=print):
     """The model init_from asks for, on the CPU, and the checkpoint of ours it is from, or None.
 
@@ -220,7 +335,7 @@ def starting_point(cfg, codec, meta, say=print):
         return build(cfg.arch, meta, vars(cfg)), None
     resume = cfg.init_from == "resume"
     path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
-    if not os.path.exists(path):
+    if not resume and not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
     given = {key: getattr(cfg, key) for key in cfg.given if getattr(cfg, key) is not None}
     model, checkpoint = trained_weights(path, resume, cfg, given, codec, meta, say)
@@ -245,9 +360,7 @@ def trained_weights(path, resume, cfg, given, codec, meta, say):
     free = {key: value for key, value in given.items() if key in family_keys("free")}
     if not resume and published.is_published(path):
         return published.start(path, cfg.arch, meta, free, say), None
-    checkpoint = load_checkpoint(path, needed=WHOLE)
-    if resume and not checkpoint["train"]:
-        raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
+    checkpoint, path = resumable(cfg.out_dir, say) if resume else (load_checkpoint(path, needed=WHOLE), path)
     if checkpoint["codec_fingerprint"] != codec.fingerprint():
         raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
     if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
@@ -410,8 +523,10 @@ def evaluate(model, val, autocast, most, rank, world, device):
     return means(collect(totals, world))
 
 
-def speak(voice, files, cfg, iter_num, say):
-    """Say some texts of a split into out_dir/samples, with the recordings as the codec keeps them beside."""
+def speak(voice, files, cfg, iter_num, say, missing=False):
+    """Say some texts of a split into out_dir/samples, with the recordings as the codec keeps them beside.
+
+    missing: only those that are not there yet. What cannot be said is a line: no reason to stop training."""
     meta, folder, count = voice.meta, os.path.join(cfg.out_dir, "samples"), min(cfg.eval_samples, len(files))
     for n in range(count):
         i = n * len(files) // count
@@ -419,14 +534,16 @@ def speak(voice, files, cfg, iter_num, say):
         before, after = wording(meta["text_format"], speaker, "\0", meta.get("language", "")).split("\0")
         text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
         path, original = os.path.join(folder, f"{iter_num:06d}_{n}.wav"), os.path.join(folder, f"original_{n}.wav")
+        if missing and os.path.exists(path):
+            continue
         if not os.path.exists(original):
             codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
             write_audio(original, voice.codec.decode(codes)[0].float().cpu(), voice.codec.sample_rate)
         try:
             how = {key: getattr(cfg, key) for key in (*DRAWS, "seed")}
             wav = voice.say(text, speaker=speaker, **how)
-        except ValueError as e:  # no reason to stop training
-            say(f"{path}: {e}")
+        except (ValueError, RuntimeError) as e:  # torch's own, where the logits of a diverged model are not finite
+            say(f"{path}: {reason(e)}")
             continue
         write_audio(path, wav, voice.sample_rate)
         say(f"{path}: {text}{'' if voice.stopped else ' (did not stop)'}")
@@ -453,15 +570,17 @@ def train(cfg, rank, world, device, received):
     tokenizer = files.tokenizer()
 
     # model, optimizer, batches
-    if not (cfg.init_from == "resume" or cfg.overwrite) and any(os.path.exists(out(name)) for name in RUN_FILES[:2]):
-        raise ValueError(f"{cfg.out_dir} holds a run: init_from=resume goes on with it, overwrite=True removes it, or "
-                         "take another out_dir")  # fmt: skip
+    resume, data = cfg.init_from == "resume", fingerprint(cfg.data_dir)
+    if not resume:
+        check_out_dir(cfg, cfg.init_from)
     if cfg.lora_rank and cfg.init_from == "scratch":
         raise ValueError("lora_rank: LoRA adds to weights that have learnt something, name them by init_from")
     model, checkpoint = starting_point(cfg, codec, meta, say)
     configurator.refuse_idle(cfg, idle_keys(cfg), say)
     prepare_weights(model, len(files), cfg, checkpoint, say)
     base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
+    if not resume:
+        check_out_dir(cfg, base)
     model, codec = model.to(device), codec.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema else None
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -477,24 +596,26 @@ def train(cfg, rank, world, device, received):
     # where an earlier run stopped
     iter_num, best, history, window, seconds = 0, math.inf, [], {}, 0.0
     skipped, in_a_row = torch.zeros(2, device=device)  # steps that were skipped
-    if cfg.init_from == "resume":
+    if resume:
         state, old, iter_num = checkpoint["train"], checkpoint["config"], checkpoint["iter"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-        batches.restore(state["batches"])
         best, history, seconds = state["best"], state["history"], state["seconds"]
+        if state.get("data", data) == data:
+            batches.restore(state["batches"])
         skipped, in_a_row = state["skipped"].to(device)
         window = {name: pair.to(device) * master for name, pair in state["window"].items()}  # a sum over the ranks
         if averaged and cfg.lora_rank:
             lora.set_adapter(averaged, checkpoint["ema"] or checkpoint["model"])
         elif averaged:
             load_weights(averaged, checkpoint["ema"] or checkpoint["model"])
-        changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k) != v]
-        say(f"resuming {cfg.out_dir} at iter {iter_num}" + (f", changed: {', '.join(changed)}" if changed else ""))
+        say(f"resuming {cfg.out_dir} at iter {iter_num}{what_changed(cfg, old, iter_num)}")
+        for line in forgotten(cfg, checkpoint, model, data):
+            say(f"{line}: the best loss so far is forgotten, the next evaluation writes best.pt")
+            best, history = math.inf, []
         if iter_num >= cfg.max_iters:
             say(f"nothing left to do: max_iters = {cfg.max_iters} is reached")
-            return 0
     del checkpoint
 
     # say what will be trained, and check that generation will agree with it
@@ -504,8 +625,13 @@ def train(cfg, rank, world, device, received):
         parts[name.split(".")[0]] += p.numel()
     say(f"{parts.total() / 1e6:.3g}M parameters, of which {sum(p.numel() for p in trained) / 1e6:.3g}M are trained: "
         + ", ".join(f"{name} {n / 1e6:.2g}M" for name, n in parts.items()))  # fmt: skip
-    say(f"{len(files)} utterances, {len(batches.plan(0)[0])} micro-batches an epoch, {batches.padding():.1%} padding"
+    learnt = batches.targets()
+    say(f"{len(files)} utterances, {len(batches.plan(0)[0])} micro-batches an epoch, {batches.padding():.1%} padding, "
+        f"{learnt:.0%} of the frames are targets"
         + ("" if val else "; the val split is empty: no evaluation, no best.pt"))  # fmt: skip
+    if learnt < FEWEST_TARGETS:
+        advice = "lower reference_seconds, or raise voice_prompt" if model.reference else "take drop_repeats=False"
+        raise ValueError(f"only {learnt:.0%} of the frames are targets, too few to learn to speak from: {advice}")
     held_out = val_files if val else files
     frames = held_out.index[:, 3]
     short = int((frames + 10**9 * (frames < 8)).argmin())  # the shortest that is long enough to tell the shifts apart
@@ -525,10 +651,9 @@ def train(cfg, rank, world, device, received):
     loggers = other_loggers(cfg.wandb_project, cfg.tensorboard, cfg.out_dir, vars(cfg)) if master else []
     if master:
         os.makedirs(out("samples"), exist_ok=True)
-        for path in [p for pattern in RUN_FILES for p in glob.glob(out(pattern))] if cfg.init_from != "resume" else []:
-            os.remove(path)
+        clear(cfg, say)
         write_metrics(out("metrics.jsonl"), read_metrics(out("metrics.jsonl"), iter_num))  # later ones happen again
-        with open(out("config.json"), "w", encoding="utf-8") as f:
+        with whole(out("config.json"), "w") as f:
             json.dump(vars(cfg), f, indent=1)
 
     def weights(model):
@@ -542,7 +667,8 @@ def train(cfg, rank, world, device, received):
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(), "batches": batches.state(), "skipped": torch.stack([skipped, in_a_row]),
-            "best": best, "history": history, "window": totals, "seconds": seconds + time.perf_counter() - clock,
+            "data": data, "best": best, "history": history, "window": totals,
+            "seconds": seconds + time.perf_counter() - clock,
         }  # fmt: skip
         checkpoint = {
             "arch": cfg.arch, "model_config": asdict(model.config), "config": vars(cfg), "iter": iter_num, "meta": meta,
@@ -558,6 +684,9 @@ def train(cfg, rank, world, device, received):
 
     spoken = averaged or model  # the weights that are evaluated and speak
     voice = Voice(spoken, codec, tokenizer, meta, references=references, timbres=timbres)
+    if resume and master and (iter_num % old["eval_interval"] == 0 or iter_num == old["max_iters"]):
+        draw(read_metrics(out("metrics.jsonl")), out("loss.html"))  # a kill came between last.pt and these
+        speak(voice, held_out, cfg, iter_num, say, missing=True)
     net = torch.compile(model, dynamic=True) if cfg.compile else model
     if world > 1:
         net = DistributedDataParallel(net)
@@ -604,8 +733,7 @@ def train(cfg, rank, world, device, received):
                 say(f"iter {iter_num}: {summary(line)}")
                 told = time.monotonic()
             if master:
-                with open(out("metrics.jsonl"), "a", encoding="utf-8") as f:
-                    f.write(json.dumps(line) + "\n")
+                append_metrics(out("metrics.jsonl"), line)
             for logger in loggers:
                 logger(line)
             if evaluating:
@@ -621,11 +749,13 @@ def train(cfg, rank, world, device, received):
                         say(warning)
                 save(*names)
                 if master:
-                    kept = sorted(glob.glob(out("ckpt_*.pt")), key=lambda path: int(re.search(r"(\d+)\.pt$", path)[1]))
-                    for path in kept[: -cfg.keep_last] if cfg.keep_last else []:
+                    for path in kept_checkpoints(cfg.out_dir)[: -cfg.keep_last] if cfg.keep_last else []:
                         os.remove(path)
                     draw(read_metrics(out("metrics.jsonl")), out("loss.html"))
-                    speak(voice, held_out, cfg, iter_num, say)
+                    if line.get("val_loss", line["loss"]) is None:  # a GPU does not survive drawing from NaN
+                        say(f"iter {iter_num}: no samples, as the loss is not finite")
+                    else:
+                        speak(voice, held_out, cfg, iter_num, say)
             seconds, clock = 0.0, time.perf_counter()
         if iter_num >= cfg.max_iters:
             bar.close()
@@ -693,6 +823,15 @@ def train(cfg, rank, world, device, received):
             keep_memory()  # weights and the optimizers' state, which stay, are where they leave no gaps behind
 
 
+def in_a_line(error, cfg, world):
+    """What to raise instead where torch says in many lines that memory is used up or that another rank is gone."""
+    if configurator.out_of_memory(error):
+        said = " ".join(str(error).split()) or type(error).__name__
+        return ValueError(f"out of memory: lower max_tokens = {cfg.max_tokens}, or take recompute=True ({said:.200})")
+    if world > 1 and (isinstance(error, dist.DistError) or re.search("gloo|Connection (closed|reset)", str(error))):
+        return ValueError("another process of this run is gone (what it said comes first): init_from=resume goes on")
+
+
 def main(cfg):
     """Set up ranks, device and signals, then train. Raises ValueError or OSError, and SystemExit after a signal."""
     rank, world, local_rank = (int(os.environ.get(name, n)) for name, n in zip(TORCHRUN, (0, 1, 0), strict=True))
@@ -716,7 +855,12 @@ def main(cfg):
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        stopped_by = train(cfg, rank, world, device, received)
+        with alone_in(cfg.out_dir) if rank == 0 else contextlib.nullcontext():
+            stopped_by = train(cfg, rank, world, device, received)
+    except (RuntimeError, MemoryError) as error:
+        if plain := in_a_line(error, cfg, world):
+            raise plain from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

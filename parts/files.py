@@ -9,6 +9,7 @@ try:
 except ImportError:  # Windows has no flock: two writers are not noticed there
     fcntl = None
 
+HELD = set()  # file descriptors of the folders that this process holds
 NUMBER = (int, float)
 NAMES = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
@@ -62,11 +63,20 @@ def locked(folder):
     else:
         os.makedirs(folder, exist_ok=True)
         handle = None
+    HELD.add(handle)
     try:
         yield
     finally:
+        HELD.discard(handle)
         if handle is not None:
             os.close(handle)
+
+
+def let_go():
+    """For a forked process: it leaves the folders that the one it was forked from holds to that one alone."""
+    for handle in HELD - {None}:
+        os.close(handle)
+    HELD.clear()
 
 
 def need(found, wanted, where):

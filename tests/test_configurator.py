@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -373,3 +374,38 @@ def test_run(script):
 def test_no_key_is_named_as_what_the_namespace_knows():
     scripts = Path(configurator.__file__).parent.glob("*.py")
     assert not {key for path in scripts for key in configurator.read_defaults(path)} & {*configurator.Config.__slots__}
+
+
+def test_streams_write_what_their_encoding_lacks_as_escapes(monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for encoding in ("cp1252", "ascii")]
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def main(cfg):
+        print("\u1230\u120b\u121d \udcff")
+        raise ValueError("\u1230")
+
+    with pytest.raises(SystemExit):
+        configurator.run(main, __file__)
+    for stream, expected in zip(streams, (rb"\u1230\u120b\u121d \udcff", rb"error: \u1230"), strict=True):
+        stream.flush()
+        assert stream.buffer.getvalue().strip() == expected
+
+
+@pytest.mark.parametrize("error, line", [
+    (MemoryError(), "error: out of memory\n"),
+    (RuntimeError("[at x.cpp]\ncan't allocate memory"), "error: out of memory: [at x.cpp] can't allocate memory\n"),
+])  # fmt: skip
+def test_a_lack_of_memory_is_one_line(monkeypatch, capsys, error, line):
+    monkeypatch.setattr(sys, "argv", ["x"])
+
+    def main(cfg):
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        configurator.run(main, __file__)
+    assert left.value.code == 1 and capsys.readouterr().err == line
+    error = RuntimeError("a fault of the program")
+    with pytest.raises(RuntimeError):
+        configurator.run(main, __file__)

@@ -1,9 +1,15 @@
+import errno
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import resource
+import signal
+import subprocess
 import sys
+import time
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +30,7 @@ from data import (
     train_tokenizer,
     wording,
 )
+from parts.files import locked
 
 K = 3
 META = {
@@ -537,6 +544,153 @@ def test_position_is_restored_exactly(workers, world):
         assert rest == expected[stop:]
 
 
+def with_workers(tmp_path, n=2, **options):
+    """Batches of a real folder that two workers read, and how many batches an epoch has."""
+    made = batches(TokenFiles(write(tmp_path / "x", utterances(60)), "train"), workers=n, **options)
+    return made, len(made.plan(0)[0])
+
+
+@pytest.mark.parametrize("error", [ValueError("a clear line"), FileNotFoundError(2, "No such", "x"), MemoryError()])
+def test_an_error_of_a_worker_is_raised_as_it_is(tmp_path, error):
+    made, n = with_workers(tmp_path)
+    arrays, calls = made._arrays, itertools.count()
+
+    def wrong(*task):
+        if next(calls) == 2:
+            raise error
+        return arrays(*task)
+
+    made._arrays = wrong
+    seen = []
+    with pytest.raises(type(error)) as raised:
+        seen += map(listed, made)
+    assert str(raised.value) == str(error) and len(seen) == 4  # two of each worker
+    assert not multiprocessing.active_children()
+
+
+def test_a_fault_of_a_worker_shows_where_it_is(tmp_path):
+    made, _ = with_workers(tmp_path)
+    made._arrays = lambda *task: {}["a fault of the program"]
+    with pytest.raises(RuntimeError, match="(?s)Traceback.*KeyError: 'a fault of the program'"):
+        next(iter(made))
+
+
+def test_a_worker_that_dies_or_stands_still_is_one_line(tmp_path, monkeypatch):
+    made, _ = with_workers(tmp_path)
+    stream = iter(made)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match="a loader worker died .exit code -9.*fewer loader_workers") as error:
+        list(stream)
+    assert "\n" not in str(error.value) and not multiprocessing.active_children()
+    monkeypatch.setattr(data, "PATIENCE", 0.1)
+    made._arrays = lambda *task: time.sleep(60)
+    with pytest.raises(ValueError, match="a loader worker has sent nothing for 0.1 s.*loader_workers=0"):
+        next(iter(made))
+    assert not multiprocessing.active_children()
+
+
+def runs(pid):
+    """Is there such a process, and is it not dead and only waited for?"""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+LEFT = """
+import multiprocessing, sys
+from model import CSMConfig
+from data import Batches, TokenFiles
+csm = CSMConfig(60000, 3, 1024, "llama-300K", "llama-300K")
+stream = iter(Batches(TokenFiles(sys.argv[1], "train"), csm.layout, csm.length, 300, 8, workers=2))
+next(stream)
+print(*(w.pid for w in multiprocessing.active_children()), flush=True)
+try:
+    raise KeyError("has a traceback, which keeps the stream")
+except KeyError as error:
+    raise RuntimeError from error
+"""
+
+
+def test_workers_end_with_a_process_that_fails(tmp_path):
+    folder = write(tmp_path / "x", utterances(60))
+    done = subprocess.run([sys.executable, "-c", LEFT, folder], capture_output=True, text=True, timeout=60,
+                          cwd=os.path.dirname(data.__file__))  # fmt: skip
+    assert done.returncode == 1 and "RuntimeError" in done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2 and not any(map(runs, pids))
+
+
+def test_workers_end_with_a_process_that_is_killed_and_keep_no_lock(tmp_path):
+    made, _ = with_workers(tmp_path)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        with locked(tmp_path / "out"):
+            stream = iter(made)
+            next(stream)
+            os.write(theirs, " ".join(str(w.pid) for w in multiprocessing.active_children()).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with locked(tmp_path / "out"):  # at once
+        pass
+    pids = [int(pid) for pid in os.read(ours, 100).split()]
+    while any(map(runs, pids)):
+        time.sleep(0.01)
+    assert len(pids) == 2
+
+
+def test_workers_need_no_shared_memory_and_can_be_made_from_a_pickle(tmp_path, monkeypatch):
+    """A container has 64 MB of /dev/shm. Systems that do not fork give the worker a pickle, without data or weights."""
+    import model
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    monkeypatch.setattr("torch.UntypedStorage._share_filename_cpu_", full)
+    monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", full)
+    csm = model.CSMConfig(60000, K, 1024, "llama-300K", "llama-300K", text_bos=1, text_eos=2)
+    files = TokenFiles(write(tmp_path / "x", utterances(60)), "train")
+    alone = Batches(files, csm.layout, csm.length, 300, 8)
+    made = Batches(files, csm.layout, csm.length, 300, 8, workers=2)
+    expected = [listed(b) for b in itertools.islice(alone, 5)]
+    assert [listed(b) for b in itertools.islice(made, 5)] == expected
+    made.restore({"epoch": 0, "batch": 0})
+    pickled = pickle.dumps(made)
+    assert len(pickled) < 10_000
+    made = pickle.loads(pickled)
+    made.workers = 0
+    assert [listed(b) for b in itertools.islice(made, 5)] == expected
+
+
+def test_files_cut_short_meanwhile_are_one_line(tmp_path):
+    folder, _ = with_references(tmp_path / "t")
+    for name, read in (("codes", "codes"), ("text", "text"), ("reference", "reference")):
+        files = TokenFiles(folder, "train")
+        whole = getattr(files, read)(11)
+        path = tmp_path / "t" / f"train.{name}.bin"
+        size = path.stat().st_size
+        for left in (0, size - 1):
+            os.truncate(path, left)
+            with pytest.raises(ValueError, match="train split is damaged .in its utterance 11"):
+                getattr(files, read)(11)
+        os.truncate(path, size)
+        assert getattr(files, read)(11).shape == whole.shape
+
+
+def test_a_fingerprint_tells_the_utterances_of_two_folders_apart(tmp_path):
+    train, val = utterances(9), utterances(3, 1)
+    prints = [data.fingerprint(write(tmp_path / str(i), *parts)) for i, parts in enumerate([
+        (train, val), (train, val), (train[:-1], val), (train, val[:-1]), (val, train),
+        ([("another", *train[0][1:]), *train[1:]], val), ([(*train[0][:3], 1 - train[0][3]), *train[1:]], val),
+    ])]  # fmt: skip
+    assert prints[0] == prints[1] and len(set(prints)) == 6
+
+
 def test_the_loader_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     list(itertools.islice(batches(lengths(20)), 5))
@@ -616,18 +770,54 @@ def test_references(tmp_path, voice_prompt):
         assert reference.shape == (len(tokens), 12, 5) and reference.dtype == torch.float32
         for t, s, heard in zip(tokens, segment, reference, strict=True):
             heard = heard[heard[:, 4] == 0].int()  # the rest is silence
+            if not len(heard):  # the half of one frame
+                assert (s == data.AUDIO).sum() == 1
+                continue
             i, first, n = int(heard[0, 0]), int(heard[0, 1]), len(heard) // 2
             assert torch.equal(heard[:, :3], torch.from_numpy(train[i][4][2 * first : 2 * (first + n), :3]).int())
-            assert 3 <= n <= 6 or n == len(train[i][2]) < 6
             sizes.add(n)
             audio = (s == data.AUDIO) | (s == data.PROMPT)
             itself = audio.sum() == len(train[i][2]) and torch.equal(t[audio, 0], torch.from_numpy(train[i][2][:, 0]))
+            most = len(train[i][2]) // (1 + itself)  # all of a prompt, half of itself
+            assert 3 <= n <= min(6, most) or n == most < 6
             hidden = (s[audio] == data.PROMPT).nonzero()[:, 0].tolist()
             assert hidden == (list(range(first, first + n)) if itself else [])
             own.append(bool(itself))
     assert len(sizes) > 2
     low, high = {0.0: (1, 1), 0.5: (0.4, 0.8), 1.0: (0, 0.3)}[voice_prompt]  # who draws himself has no prompt
     assert low <= np.mean(own) <= high
+
+
+def test_short_clips_are_learnt_too(tmp_path):
+    """Clips of 0.7 to 2.5 s and stretches of 3 to 6 s, at 20 frames a second: at most half of a clip is only heard."""
+    import model
+
+    rng, marks = np.random.default_rng(0), np.zeros((1000, 5))
+    codes = [rng.integers(0, 99, (n, 1)) for n in (1, 2, 3, *rng.integers(14, 51, 40))]
+    codec = {**META["codec"], "n_codebooks": 1, "reference": {"rows_per_frame": 2, "silence": [-1.0] * 5}}
+    train = [(f"u{i}", [1, 2], c, 0, marks[: 2 * len(c)]) for i, c in enumerate(codes)]
+    files = TokenFiles(write(tmp_path / "t", train, meta={**META, "codec": codec}, references=True), "train")
+    xtts = model.XTTSConfig(9, 99, "llama-300K", 1, 2)
+    made = Batches(files, xtts.layout, xtts.length, 4000, 9, reference=(60, 120))
+    stops = xtts.STOPS
+    for b, batch in zip(made.plan(0)[0], made, strict=False):
+        targets = (batch[1] == data.AUDIO).sum(1).numpy() - stops
+        assert (2 * targets >= files.index[b, 3]).all() and (targets >= 1).all()
+    assert 0.5 <= made.targets() < 0.55
+    made._stretch = lambda i, p, epoch: (made._silence(), slice(0, files.index[i, 3] - 1))
+    assert made.targets() == pytest.approx(43 / files.index[:, 3].sum())
+    plain = Batches(files, xtts.layout, xtts.length, 4000, 9, reference=(60, 120), voice_prompt=1.0)
+    assert plain.targets() > 0.95  # but for who draws himself as his prompt
+
+
+def test_frames_that_the_layout_leaves_out_are_no_targets(tmp_path):
+    import model
+
+    codes = np.repeat(np.arange(10), 4)[:, None] + np.arange(K)
+    files = TokenFiles(write(tmp_path / "t", [("u", [1, 2], codes, 0)]), "train")
+    for drop, share in ((False, 1.0), (True, 0.25)):
+        kani = model.KaniConfig(9, K, 99, "llama-300K", drop_repeats=drop)
+        assert Batches(files, kani.layout, kani.length, 4000, 9).targets() == share
 
 
 def test_references_are_the_same_again_and_in_evaluation(tmp_path):

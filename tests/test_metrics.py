@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -32,6 +34,34 @@ def test_lines_are_read_back_up_to_an_iter(tmp_path):
         f.write('{"iter": 40')
     assert [line["iter"] for line in metrics.read_metrics(path)] == [10, 20, 30]
     assert metrics.read_metrics(path, 20)[-1] == {"iter": 20, "loss": 0.05}
+
+
+@pytest.mark.parametrize("line, fault", [
+    (b"junk", "it is 'junk"), (b"[" * 100_000, "no JSON; remove the line"), (b"\xff\xfe", "no JSON"),
+    (b"[1]", "not an object"), (b'{"loss": 2.0}', "iter is missing"), (b'{"iter": 3, "loss": "x"}', "loss is 'x'"),
+])  # fmt: skip
+def test_a_damaged_line_is_named(tmp_path, line, fault):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iter": 1, "loss": null}\n' + line + b'\n{"iter": 4}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2, is damaged") as error:
+        metrics.read_metrics(path)
+    assert fault in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full, as Linux has it")
+def test_a_full_disk_names_the_file():
+    with pytest.raises(OSError) as error:
+        metrics.append_metrics("/dev/full", {"iter": 1})
+    assert error.value.filename == "/dev/full" and error.value.errno == errno.ENOSPC
+
+
+def test_memory_is_not_known_everywhere(monkeypatch):
+    totals = {"padding": torch.tensor([1.0, 4.0]), "loss": torch.tensor([2.0, 3.0])}
+    assert metrics.timing(totals, 12.5, 2.0, CPU)["memory_gb"] > 0
+    monkeypatch.setattr(metrics, "resource", None)
+    line = {"iter": 1, "loss": 1.0, "c0_accuracy": 0.5, "lr": 0.1, "grad_norm": 1.0, "padding": 0.1, "skipped": 0}
+    line["timing"] = metrics.timing(totals, 12.5, 2.0, CPU)
+    assert line["timing"]["memory_gb"] is None and "nan GB" in metrics.summary(line)
 
 
 @pytest.mark.parametrize("training, held_out, warned", [

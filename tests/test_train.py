@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ import train
 from codec import load_codec
 from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
 from metrics import read_metrics
-from model import build, from_pretrained, load_checkpoint, load_model
+from model import build, from_pretrained, load_checkpoint, load_model, save_checkpoint
+from parts.files import locked
 from sample import Voice
 
 ROOT = Path(train.__file__).parent
@@ -71,10 +73,10 @@ def run(data_dir, out_dir, *flags, usual=TINY):
     return load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
 
-def start(code, data_dir, out_dir, *flags, launcher=()):
+def start(code, data_dir, out_dir, *flags, launcher=(), **more):
     flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     program = ["-c", code] if code else ["train.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     return subprocess.Popen([sys.executable, *launcher, *program, *flags], cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -297,6 +299,171 @@ def test_a_finished_run_has_nothing_left_to_do(tokens, tmp_path, capsys):
     second, _ = run(tokens, tmp_path, "--max_iters=4", "--init_from=resume")
     same(first, second)
     assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_out_is_made_up_for(tokens, tmp_path):
+    """Samples and curves after last.pt, in the last evaluation and in one before; what was half written goes."""
+    flags = ["--eval_samples=2", "--lr_decay_iters=8"]
+    for iters in (4, 8):
+        resume = [] if iters == 4 else ["--init_from=resume"]
+        run(tokens, tmp_path, f"--max_iters={iters}", *flags, *resume)
+        spoken = sorted(tmp_path.glob(f"samples/{iters:06d}_*.wav"))
+        before = {path: path.read_bytes() for path in (*spoken, tmp_path / "loss.html")}
+        spoken[1].unlink()
+        (tmp_path / "loss.html").unlink()
+        for name in ("last.pt.partial", "loss.html.partial", "samples/x.wav.partial"):
+            (tmp_path / name).write_bytes(b"half")
+        run(tokens, tmp_path, f"--max_iters={iters}", "--init_from=resume", *flags)
+        assert {path: path.read_bytes() for path in before} == before and len(spoken) == 2
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_the_newest_whole_checkpoint_takes_the_place_of_last(tokens, tmp_path, damage, capsys):
+    flags = ["--keep_last=9", "--lr_decay_iters=12"]
+    whole, lines = run(tokens, tmp_path / "whole", "--max_iters=12", *flags)
+    out = tmp_path / "out"
+    run(tokens, out, "--max_iters=8", *flags)
+    for name in ("last.pt", "ckpt_8.pt"):
+        (out / name).write_bytes((out / name).read_bytes()[:5000])
+    if damage == "gone":
+        (out / "last.pt").unlink()
+    with pytest.raises(ValueError, match="holds a run: init_from=resume goes on"):
+        run(tokens, out, "--max_iters=12")
+    again, lines_again = run(tokens, out, "--max_iters=12", "--init_from=resume", *flags)
+    same(whole, again)
+    assert exact(lines) == exact(lines_again)
+    name = "last.pt is truncated" if damage == "cut" else "ckpt_8.pt is truncated"
+    assert re.search(rf"{name} or not a checkpoint: \S+/ckpt_4.pt takes its place\n", capsys.readouterr().out)
+    for path in out.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="last.pt is truncated"):
+        run(tokens, out, "--max_iters=13", "--init_from=resume")
+
+
+def test_a_run_does_not_remove_what_it_starts_from(tokens, base, tmp_path):
+    out = tmp_path / "out"
+    run(tokens, out, "--max_iters=4", "--keep_last=1")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for name in ("ckpt_4.pt", "best.pt", "../out/last.pt"):
+        with pytest.raises(ValueError, match="is of the run in out_dir.*init_from=resume goes on with last.pt"):
+            run(tokens, out, f"--init_from={out}/{name}", "--overwrite=True", "--max_iters=1")
+    run(tokens, tmp_path / "lora", f"--init_from={out}/best.pt", *LORA, "--max_iters=1")
+    with pytest.raises(ValueError, match="out/best.pt' is of the run in out_dir"):  # what the adapter is added to
+        run(tokens, out, f"--init_from={tmp_path}/lora/last.pt", *LORA, "--overwrite=True", "--max_iters=1")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_best_without_a_last_is_no_run_and_is_kept(tokens, tmp_path, capsys):
+    """As a kill in the first evaluation leaves it."""
+    out = tmp_path / "[out]"  # a pattern, to those who take names for patterns
+    run(tokens, out, "--max_iters=4")
+    (out / "last.pt").unlink()
+    best = (out / "best.pt").read_bytes()
+    with pytest.raises(FileNotFoundError, match="last.pt does not exist: init_from is scratch"):
+        run(tokens, out, "--max_iters=4", "--init_from=resume")
+    for kept in ("best_1.pt", "best_2.pt"):
+        last, lines = run(tokens, out, "--max_iters=4")
+        assert (out / kept).read_bytes() == best and last["iter"] == 4 and len(lines) == 4
+        assert f"it is kept as {out}/{kept}" in capsys.readouterr().out
+        best = (out / "best.pt").read_bytes()
+        (out / "last.pt").unlink()
+
+
+def test_two_runs_do_not_share_a_folder(tokens, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def intrude():
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for flag in ("--init_from=resume", "--overwrite=True"):
+            with pytest.raises(ValueError, match="out is in use by another run"):
+                run(tokens, out, "--max_iters=9", flag)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    with monkeypatch.context() as m:
+        at_batch(m, 5, intrude)
+        _, lines = run(tokens, out, "--max_iters=6")
+    assert [line["iter"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    with locked(out):  # it has let go
+        pass
+
+
+def test_data_prepared_anew_are_noticed(tmp_path, monkeypatch, capsys):
+    folder, out = write_tokens(tmp_path / "tokens"), tmp_path / "out"
+    run(folder, out, "--max_iters=10")
+    last = load_checkpoint(out / "last.pt")
+    state = dict(last["train"])
+    assert state.pop("data") and state["batches"]["batch"] > 0
+    (tmp_path / "old").mkdir()
+    save_checkpoint(tmp_path / "old/last.pt", {**last, "train": state})  # as older code wrote it
+    write_tokens(folder, n_train=20, n_val=3)
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 99.0, "c0_accuracy": 0.0})
+    capsys.readouterr()
+    _, lines = run(folder, out, "--max_iters=11", "--init_from=resume")
+    assert f"{folder} has other utterances than before" in capsys.readouterr().out
+    history = load_checkpoint(out / "last.pt")["train"]["history"]
+    assert lines[-1]["epoch"] == 0 and history == [(11, lines[-1]["loss"], 99)]
+    assert load_checkpoint(out / "best.pt")["iter"] == 11  # the best of the new data, if worse
+    again, _ = run(folder, tmp_path / "old", "--max_iters=11", "--init_from=resume")
+    assert "other utterances" not in capsys.readouterr().out
+    assert again["train"]["best"] == state["best"] and again["train"]["data"]
+
+
+def test_a_best_of_another_loss_is_forgotten_and_a_jump_of_the_rate_said(tokens, tmp_path, monkeypatch, capsys):
+    run(tokens, tmp_path, "--max_iters=4")
+    capsys.readouterr()
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 99.0, "c0_accuracy": 0.0})
+    run(tokens, tmp_path, "--max_iters=8", "--init_from=resume", "--text_loss_weight=0.5")  # which no CSM has
+    said = capsys.readouterr().out
+    assert "forgotten" not in said and load_checkpoint(tmp_path / "best.pt")["iter"] == 4
+    assert "so that the learning rate goes on at 0.00075 instead of 0\n" in said
+    run(tokens, tmp_path, "--max_iters=12", "--init_from=resume", "--lr_schedule=constant", "--decoder_loss_weight=0.5",
+        "--eval_iters=1", "--text_loss_weight=0.5")  # fmt: skip
+    assert "decoder_loss_weight, eval_iters changed, and with it what" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "best.pt")["iter"] == 12
+
+
+def test_errors_of_loader_workers_and_of_steps_end_the_run(tokens, tmp_path, monkeypatch):
+    arrays, calls = Batches._arrays, itertools.count()
+
+    def wrong(self, *task):
+        if self.shuffle and next(calls) > 20:
+            raise ValueError("a clear line")
+        return arrays(self, *task)
+
+    with monkeypatch.context() as m:
+        m.setattr(Batches, "_arrays", wrong)
+        with pytest.raises(ValueError, match="^a clear line$"):
+            run(tokens, tmp_path / "a", "--max_iters=99", "--loader_workers=2", "--eval_interval=99")
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp:117]\n DefaultCPUAllocator: can't allocate memory")):
+        def fail(error=error):
+            raise error
+
+        with monkeypatch.context() as m:
+            at_batch(m, 2, fail)
+            with pytest.raises(ValueError, match="out of memory: lower max_tokens = 120") as said:
+                run(tokens, tmp_path / "b", "--max_iters=99", "--loader_workers=1", "--overwrite=True")
+        assert "\n" not in str(said.value)
+
+
+def test_a_rank_does_not_outlive_the_other(tokens, tmp_path):
+    flags = ["--max_iters=100000", "--eval_interval=100000", "--loader_workers=1", "--gradient_accumulation_steps=2"]
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    code = KILLED.format(number=5).replace("train.main(configurator.configure(train.__file__, sys.argv[1:]))",
+                                           "configurator.run(train.main, train.__file__)")  # fmt: skip
+    ranks = [start(code if rank else "", tokens, tmp_path, *flags, RANK=str(rank), LOCAL_RANK=str(rank), **group)
+             for rank in (0, 1)]  # fmt: skip
+    assert ranks[1].wait() == -signal.SIGKILL
+    _, err = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 1
+    assert "error: another process of this run is gone" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize("optimizers", [[], ["--muon=True", "--sparse_embeddings=True"]], ids=["adamw", "shared out"])
@@ -553,6 +720,35 @@ def test_weights_that_are_not_finite_are_not_saved(tokens, tmp_path, monkeypatch
     assert load_checkpoint(tmp_path / "last.pt")["iter"] == 4
 
 
+def test_weights_that_are_not_finite_are_named(tokens, base, tmp_path):
+    checkpoint = load_checkpoint(base)
+    for what in (float("nan"), float("inf")):
+        weight = checkpoint["model"]["backbone.layers.0.attn.q_proj.weight"].clone()
+        weight[3, 5] = what
+        damaged = {**checkpoint, "model": {**checkpoint["model"], "backbone.layers.0.attn.q_proj.weight": weight}}
+        save_checkpoint(tmp_path / "x.pt", damaged)
+        for act in (lambda: run(tokens, tmp_path / "out", f"--init_from={tmp_path}/x.pt"),
+                    lambda: Voice.from_checkpoint(tmp_path / "x.pt", "cpu")):  # fmt: skip
+            with pytest.raises(ValueError, match="^backbone.layers.0.attn.q_proj.weight holds NaN or infinite numbers"):
+                act()
+    assert not (tmp_path / "out").exists()
+    save_checkpoint(tmp_path / "x.pt", {**checkpoint, "model": {k: 1e20 * w for k, w in checkpoint["model"].items()}})
+    with pytest.raises(ValueError, match="the weights are finite, but the logits are not"):
+        Voice.from_checkpoint(tmp_path / "x.pt", "cpu")
+
+
+def test_what_cannot_be_spoken_does_not_end_the_run(tokens, tmp_path, monkeypatch, capsys):
+    def diverged(*_, **__):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0\nand more")
+
+    monkeypatch.setattr(Voice, "say", diverged)
+    run(tokens, tmp_path, "--max_iters=4", "--eval_samples=1")
+    assert "000004_0.wav: probability tensor contains either `inf`, `nan` or element < 0\n" in capsys.readouterr().out
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": None, "c0_accuracy": 0.0})
+    run(tokens, tmp_path, "--max_iters=8", "--eval_samples=1", "--init_from=resume")
+    assert "iter 8: no samples, as the loss is not finite" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a run leaves behind
 
@@ -584,7 +780,7 @@ def test_files_of_a_run(tokens, tmp_path, capsys):
 
     printed = capsys.readouterr().out
     assert "learning_rate=0.01" in printed and "contract check" in printed and "(ln V = 2.9" in printed
-    for part in ("backbone 0.00", "decoder_heads", "padding", "held out: loss"):
+    for part in ("backbone 0.00", "decoder_heads", "padding, 100% of the frames are targets", "held out: loss"):
         assert part in printed
 
 
@@ -746,6 +942,13 @@ def test_what_a_checkpoint_fixes_comes_from_it(tokens, trained, tmp_path):
     flags += ["--init_from=resume", "--max_iters=2"]
     train.main(configurator.configure(train.__file__, flags))  # its config holds sizes, as those of an older run
     assert json.loads((tmp_path / "config.json").read_text())["backbone"] == recorded["backbone"]
+
+
+def test_data_of_which_hardly_anything_is_learnt_are_refused(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(Batches, "targets", lambda _: 0.19)
+    with pytest.raises(ValueError, match="only 19% of the frames are targets.*take drop_repeats=False"):
+        run(tokens, tmp_path / "out", "--max_iters=1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_that_do_not_fit(tokens, trained, tmp_path):
