@@ -383,7 +383,7 @@ def trained_weights(path, resume, cfg, given, codec, meta, say):
         lora.load_adapter(model, state)
     else:
         model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
-        load_weights(model, state)
+        load_weights(model, state, path)
     return model, checkpoint
 
 

@@ -94,7 +94,7 @@ def same(a, b, path="checkpoint"):
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
-            if key not in ("config", "seconds"):
+            if key not in ("config", "seconds", "path"):
                 same(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), path
@@ -337,7 +337,7 @@ def test_the_newest_whole_checkpoint_takes_the_place_of_last(tokens, tmp_path, d
     assert re.search(rf"{name} or not a checkpoint: \S+/ckpt_4.pt takes its place\n", capsys.readouterr().out)
     for path in out.glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="last.pt is truncated"):
+    with pytest.raises(ValueError, match="last.pt is not a checkpoint, it is empty"):
         run(tokens, out, "--max_iters=13", "--init_from=resume")
 
 
@@ -413,12 +413,12 @@ def test_a_best_of_another_loss_is_forgotten_and_a_jump_of_the_rate_said(tokens,
     run(tokens, tmp_path, "--max_iters=4")
     capsys.readouterr()
     monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": 99.0, "c0_accuracy": 0.0})
-    run(tokens, tmp_path, "--max_iters=8", "--init_from=resume", "--text_loss_weight=0.5")  # which no CSM has
+    run(tokens, tmp_path, "--max_iters=8", "--init_from=resume", "--frame_dropout=0.1")  # of training alone
     said = capsys.readouterr().out
     assert "forgotten" not in said and load_checkpoint(tmp_path / "best.pt")["iter"] == 4
     assert "so that the learning rate goes on at 0.00075 instead of 0\n" in said
     run(tokens, tmp_path, "--max_iters=12", "--init_from=resume", "--lr_schedule=constant", "--decoder_loss_weight=0.5",
-        "--eval_iters=1", "--text_loss_weight=0.5")  # fmt: skip
+        "--eval_iters=1", "--frame_dropout=0.1")  # fmt: skip
     assert "decoder_loss_weight, eval_iters changed, and with it what" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "best.pt")["iter"] == 12
 
@@ -729,7 +729,7 @@ def test_weights_that_are_not_finite_are_named(tokens, base, tmp_path):
         save_checkpoint(tmp_path / "x.pt", damaged)
         for act in (lambda: run(tokens, tmp_path / "out", f"--init_from={tmp_path}/x.pt"),
                     lambda: Voice.from_checkpoint(tmp_path / "x.pt", "cpu")):  # fmt: skip
-            with pytest.raises(ValueError, match="^backbone.layers.0.attn.q_proj.weight holds NaN or infinite numbers"):
+            with pytest.raises(ValueError, match="x.pt: backbone.layers.0.attn.q_proj.weight holds NaN or infinity"):
                 act()
     assert not (tmp_path / "out").exists()
     save_checkpoint(tmp_path / "x.pt", {**checkpoint, "model": {k: 1e20 * w for k, w in checkpoint["model"].items()}})
