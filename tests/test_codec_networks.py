@@ -21,6 +21,7 @@ import bench
 import codec as codecs
 from codec import CODECS, FSQ, PUBLISHED, Flow, Network, load_codec, read_audio, resample, squares
 from sample import Voice
+from ties import check_same, ties
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in CODECS if name != "mel"]
@@ -43,7 +44,7 @@ def weights(tensors, prefix=""):
     return {prefix + name[8:]: x for name, x in tensors.items() if name.startswith("weights.")}
 
 
-def scramble(model, latents, seed=0):
+def scramble(model, latents, seed=0, encoder_bias=0.1):
     """Random numbers for all that starts out as zeros, ones or next to nothing, so that every weight counts. Codebooks
     are drawn about as wide as what there is to code, `latents(model)` (n, D), and what that leaves."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,8 +52,9 @@ def scramble(model, latents, seed=0):
         for name, x in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(("scale", "alpha", "norm.weight", "cluster_usage")):
                 x.uniform_(0.5, 1.5, generator=generator)
-            elif name.endswith("bias"):
-                x.uniform_(-0.1, 0.1, generator=generator)
+            elif "bias" in name:
+                most = encoder_bias if name.startswith("encoder") else 0.1
+                x.uniform_(-most, most, generator=generator)
             elif "_proj" in name or ".fc" in name:
                 x.uniform_(-2 / x.shape[1] ** 0.5, 2 / x.shape[1] ** 0.5, generator=generator)
         rest = latents(model)
@@ -83,7 +85,8 @@ def mimi(folder, **sizes):
 def encodec(folder, **sizes):
     torch.manual_seed(0)
     model = transformers.EncodecModel(transformers.EncodecConfig(**sizes))
-    scramble(model, lambda model: model.encoder(0.1 * noise(1, 1, 24000))[0].T).save_pretrained(folder)
+    small = 0.001  # larger ones drown the signal in the latents, so that all entries are almost equally near
+    scramble(model, lambda x: x.encoder(0.1 * noise(1, 1, 24000))[0].T, encoder_bias=small).save_pretrained(folder)
     return model
 
 
@@ -159,11 +162,34 @@ def check_parity(codec, n, encode, decode, least):
     wav = 0.1 * noise(1, n)
     codes = codec.encode(wav)
     assert codes.shape == (1, codec.n_codebooks, codec.frames(n)) and len(codes.unique()) >= least
-    assert torch.equal(codes, encode(wav[:, None]))
+    check_same(codec, wav, codes, encode(wav[:, None]))
     out, expected = codec.decode(codes), decode(codes)
     assert out.shape == (1, codec.frames(n) * codec.samples_per_frame) and expected.std() > 0.003
     assert (out[:, : expected.shape[1]] - expected).abs().max() < 1e-4
     return codes
+
+
+def test_only_ties_may_differ(published):
+    """An entry that a codebook has twice ties with itself. Other codes that differ are faults, and so are many ties."""
+    codec, wav = load_codec("encodec", published["encodec"]), speech(9600)[None]
+    codes = codec.encode(wav)
+    assert codes.shape == (1, 8, 30) and not ties(codec, wav).any()
+    for k in (0, 2):
+        changed = codes.clone()
+        changed[0, k:, 5] = (codes[0, k:, 5] + 1) % 64
+        with pytest.raises(AssertionError, match=rf"differ where nothing ties, at \[\[0, {k}, 5\]\]"):
+            check_same(codec, wav, changed, codes)
+    entry, unused = codes[0, 2, 5], codes[0, 2].bincount(minlength=64).argmin()
+    codec.quantizer.codebooks[2, unused] = codec.quantizer.codebooks[2, entry]
+    at = codes[0, 2] == entry
+    assert torch.equal(ties(codec, wav)[0, 2], at) and at.sum() <= 3
+    changed = codes.clone()
+    changed[0, 2, at] = unused
+    changed[0, 3:, at] = (codes[0, 3:, at] + 1) % 64  # codes of what is left over, which may be something else
+    check_same(codec, wav, changed, codes)
+    codec.quantizer.codebooks[2, 32:] = codec.quantizer.codebooks[2, :32]
+    with pytest.raises(AssertionError, match="of 240 codes tie"):
+        check_same(codec, wav, codec.encode(wav), codec.encode(wav))
 
 
 def usual_options(name):
@@ -195,8 +221,8 @@ def test_encodec_equals_transformers(tmp_path):
     for n in (32000, 20011, 1000):  # the last is shorter than what is mirrored
         check_parity(codec, n, *calls, least=10)
     everything = load_codec("encodec", tmp_path, n_codebooks=32)
-    codes = everything.encode(0.1 * noise(1, 9600))
-    assert torch.equal(codes, model.encode(0.1 * noise(1, 1, 9600), bandwidth=24.0).audio_codes[0])
+    wav = 0.1 * noise(1, 9600)
+    check_same(everything, wav, everything.encode(wav), model.encode(wav[:, None], bandwidth=24.0).audio_codes[0])
     with pytest.raises(ValueError, match="n_codebooks = 33, but the weights have 32"):
         load_codec("encodec", tmp_path, n_codebooks=33)
 
@@ -314,7 +340,7 @@ def test_encodec_and_dac_in_their_original_layouts(loaded, published, tmp_path):
     torch.save({"state_dict": original, "metadata": {"kwargs": {"sample_rate": 24000}}}, tmp_path / "weights.pth")
     codec = load_codec("dac", tmp_path / "weights.pth", sample_rate=24000)
     codes = loaded["dac"].encode(wav)
-    assert torch.equal(codec.encode(wav), codes)
+    check_same(codec, wav, codec.encode(wav), codes)
     assert (codec.decode(codes) - loaded["dac"].decode(codes)).abs().max() < 1e-5
 
 
@@ -328,7 +354,7 @@ def test_nemo_golden(loaded, name, file):
     lengths = g["in.audio_len"].tolist()
     for row, codes, audio in ((0, g["out.tokens"][:1], g["out.audio"][:1]), (1, g["row1.tokens"], g["row1.audio"])):
         wav = g["in.audio"][row : row + 1, : lengths[row]]
-        assert torch.equal(codec.encode(wav), codes)
+        check_same(codec, wav, codec.encode(wav), codes)
         assert (codec.decode(codes) - audio).abs().max() < 1e-5
     latents = codec.encoder(codec.whole(wav, Flow())[:, None], Flow())
     assert (latents - g["row1.encoded"]).abs().max() < 1e-5
@@ -367,7 +393,7 @@ def test_xtts_from_recordings(loaded):
     assert rows.shape == (1, 4 * codec.frames(9000), 80)
     assert (rows[:, :30] - golden("xtts_mels")["out.style_mel"][..., :30].transpose(1, 2)).abs().max() < 1e-4
     mel = golden("xtts_mels")["out.dvae_mel"]
-    assert torch.equal(codec.encode(wav), codec.quantizer.encode(codec.encoder(mel, Flow()))[..., :9])
+    check_same(codec, wav, codec.encode(wav), codec.quantizer.encode(codec.encoder(mel, Flow()))[..., :9])
     voice = codec.timbre(torch.cat([wav, noise(1, 9000)]))
     assert voice.shape == (2, 24) and torch.allclose(voice.norm(dim=1), torch.ones(2))
     assert (voice[0] - voice[1]).norm() > 0.01
@@ -429,8 +455,8 @@ def test_padding_never_changes_codes(codec):
     batch = torch.stack([torch.cat([speech(n, i), after[i, n:]]) for i, n in enumerate(lengths)])
     for given in (lengths, torch.tensor(lengths)):
         codes = codec.encode(batch, given)
-        for row, expected in zip(codes, alone, strict=True):
-            assert torch.equal(row[:, : expected.shape[1]], expected)
+        for i, (row, expected) in enumerate(zip(codes, alone, strict=True)):
+            check_same(codec, speech(lengths[i], i)[None], row[None, :, : expected.shape[1]], expected[None])
     assert sum(len(row.unique()) for row in alone) > 25
     full = codec.encode(batch)
     assert not all(torch.equal(full[i, :, : c.shape[1]], c) for i, c in enumerate(alone))  # the noise is in reach
@@ -445,9 +471,8 @@ def test_pieces_are_the_whole(codec, monkeypatch):
     monkeypatch.setattr(Network, "at_once", 30 / codec.frame_rate)
     monkeypatch.setattr(type(codec), "at_once", 30 / codec.frame_rate)
     assert len(list(codec.pieces(61, batch, 0))) == 7
-    assert torch.equal(codec.encode(batch, lengths)[0], codes[0])
-    for row, alone, n in zip(codec.encode(batch, lengths), codes, lengths, strict=True):
-        assert torch.equal(row[:, : codec.frames(n)], alone[:, : codec.frames(n)])
+    for i, (n, row) in enumerate(zip(lengths, codec.encode(batch, lengths), strict=True)):
+        check_same(codec, speech(n, i)[None], row[None, :, : codec.frames(n)], codes[i : i + 1, :, : codec.frames(n)])
     if codec.name != "xtts":  # Griffin-Lim chooses the phases of each piece anew
         assert (codec.decode(codes) - wav).abs().max() < 1e-5 and wav.std() > 0.001
 
@@ -524,7 +549,7 @@ def test_streams(codec):
     for n in (41 * size, 41 * size - 5, 5 * size + 3, 100):
         wav = speech(n)[None]
         for sizes in ((size,), (1000, 7, 3333), (n,)):
-            assert torch.equal(torch.cat(list(codec.encode_stream(cut(wav, *sizes))), 2), codec.encode(wav))
+            check_same(codec, wav, torch.cat(list(codec.encode_stream(cut(wav, *sizes))), 2), codec.encode(wav))
 
 
 @torch.no_grad()
@@ -533,7 +558,7 @@ def test_mimis_window_of_attention(published):
     model, codec = transformers.MimiModel.from_pretrained(published["mimi"]), load_codec("mimi", published["mimi"])
     wav = speech(15 * 24000)[None]
     codes = codec.encode(wav)  # ten seconds, and five
-    assert torch.equal(codes, model.encode(wav[:, None]).audio_codes)
+    check_same(codec, wav, codes, model.encode(wav[:, None]).audio_codes)
     expected = model.decode(codes).audio_values[:, 0]
     assert (codec.decode(codes) - expected).abs().max() < 1e-5
     assert (torch.cat(list(codec.decode_stream(codes.split(3, 2))), 1) - expected).abs().max() < 1e-5
