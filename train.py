@@ -676,8 +676,11 @@ def train(cfg, rank, world, device, received):
             keep_memory()  # weights and the optimizers' state, which stay, are where they leave no gaps behind
 
 
-def main(cfg):
-    """Set up ranks, device and signals, then train. Raises ValueError or OSError, and SystemExit after a signal."""
+def main(cfg, argv=None):
+    """Set up ranks, device and signals, then train. Raises ValueError or OSError, and SystemExit after a signal.
+
+    argv: what cfg was made of, if not this process's; a dry run takes prepare.py's keys from there.
+    """
     rank, world, local_rank = (int(os.environ.get(name, n)) for name, n in zip(TORCHRUN, (0, 1, 0), strict=True))
     device = torch.device(pick_device(cfg.device))
     if device.type == "cuda" and world > 1:
@@ -685,7 +688,7 @@ def main(cfg):
         torch.cuda.set_device(device)
     check(cfg, world, device)
     if cfg.dry_run:
-        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
+        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:] if argv is None else argv)
         return budget.dry_run(cfg, recipe, partial(prepare_weights, cfg=cfg), DTYPES[cfg.dtype])
     if world > 1:
         dist.init_process_group(cfg.backend or ("nccl" if device.type == "cuda" else "gloo"))

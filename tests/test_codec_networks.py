@@ -16,12 +16,12 @@ import soundfile
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from ties import check_same, ties
 
 import bench
 import codec as codecs
 from codec import CODECS, FSQ, PUBLISHED, Flow, Network, load_codec, read_audio, resample, squares
 from sample import Voice
-from ties import check_same, ties
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in CODECS if name != "mel"]

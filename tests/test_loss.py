@@ -185,7 +185,7 @@ def test_random_shapes(kernel):
            V=st.integers(1, 30), shared=st.booleans(), bias=st.booleans(), buffer=st.integers(1, 200 if slow else 2000),
            ignored=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99), everything=st.booleans(), alike=st.booleans(),
            dtype=st.sampled_from([torch.float32, torch.bfloat16] if kernel else list(TOLERANCE)))  # fmt: skip
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @settings(derandomize=True)
     def check(N, K, D, V, shared, bias, buffer, ignored, seed, everything, alike, dtype):
         inputs = loss_inputs(N, K, D, V, shared, bias, dtype, seed, ignored, kernel=kernel)
         options = {**EVERYTHING, **weights_for(inputs[0], K)} if everything else {}
