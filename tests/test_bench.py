@@ -41,6 +41,7 @@ def test_what_cannot_run_here_says_so():
         bench.check_room(1e13, "cpu")
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_logits():
     """In a fresh process: eager holds them about three times, less the gradients, which come later; ours does not."""
     size = (8, 2051, 32, 1024, False)

@@ -31,7 +31,9 @@ def dry(capsys):
     return dry
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "elise.py" else name for name in RECIPES
+])  # fmt: skip
 def test_every_recipe_passes_a_dry_run_without_its_data(recipe, dry, tmp_path):
     out = dry(recipe, f"--data_dir={tmp_path / 'none'}", f"--out_dir={tmp_path / 'out'}")
     for said in ("in all", "a micro-batch:", "hours of audio", "memory of each GPU:"):
