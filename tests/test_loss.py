@@ -184,6 +184,7 @@ def test_memory_is_poisoned():
         assert (torch.empty_like(torch.zeros(9, dtype=torch.long)) == 2**63 - 1).all()
 
 
+@pytest.mark.hypothesis
 @both
 def test_random_shapes(kernel):
     slow = kernel and not GPU
