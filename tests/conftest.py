@@ -16,6 +16,11 @@ settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile("quick")  # --hypothesis-profile=full loads the other
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)  # the same numbers in whatever order and process the tests run
+
+
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     """A token folder of 30 and 5 small utterances, which no test changes."""
