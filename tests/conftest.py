@@ -4,7 +4,26 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # Triton reads this once, on import: its kernels then run on a CPU, line by line
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=100, deadline=None)
+settings.load_profile("quick")  # --hypothesis-profile=full loads the other
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)  # the same numbers in whatever order and process the tests run
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    """A token folder of 30 and 5 small utterances, which no test changes."""
+    from test_train import write_tokens
+
+    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")

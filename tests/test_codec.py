@@ -517,28 +517,36 @@ def test_a_full_disk_names_the_file(codec, tmp_path, monkeypatch):
 # the command
 
 
-def run(*args):
-    return subprocess.run([sys.executable, ROOT / "codec.py", *args], capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """codec.py with these arguments: what it prints."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["codec.py", *map(str, args)])
+        codec_file.main()
+        said = capsys.readouterr()
+        assert said.err == ""
+        return said.out
+
+    return run
 
 
-def test_command_round_trip(codec, tmp_path):
+def test_command_round_trip(codec, run, tmp_path):
     soundfile.write(tmp_path / "in.flac", voice(1.5, rate=22050).numpy(), 22050)
     codec.save(tmp_path)
-    done = run(tmp_path / "in.flac", tmp_path / "out.wav", "--codec=mel", f"--codec_path={tmp_path}")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "mel: 19 frames of 4 codes, 12.5 frames/s, 200 bit/s\n"
+    said = run(tmp_path / "in.flac", tmp_path / "out.wav", "--codec=mel", f"--codec_path={tmp_path}")
+    assert said == "mel: 19 frames of 4 codes, 12.5 frames/s, 200 bit/s\n"
     wav = read_audio(tmp_path / "in.flac", 16000)
     out = read_audio(tmp_path / "out.wav", 16000)
     expected = codec.decode(codec.encode(wav[None]))[0, : len(wav)]
     assert len(out) == len(wav) and torch.allclose(out, expected, atol=1e-3)
 
 
-def test_command_fits_mel_on_its_input(tmp_path):
+def test_command_fits_mel_on_its_input(run, tmp_path):
     soundfile.write(tmp_path / "in.wav", voice(1.5).numpy(), 16000)
     args = "--codec_args", '{"frame_rate": 20, "codebook_size": 32}'
-    done = run(tmp_path / "in.wav", tmp_path / "out.wav", *args)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "fitting mel on" in done.stdout and "30 frames of 8 codes, 20 frames/s, 800 bit/s" in done.stdout
+    said = run(tmp_path / "in.wav", tmp_path / "out.wav", *args)
+    assert "fitting mel on" in said and "30 frames of 8 codes, 20 frames/s, 800 bit/s" in said
     assert len(read_audio(tmp_path / "out.wav", 16000)) == 24000
 
 
@@ -560,7 +568,8 @@ def test_command_errors(tmp_path, monkeypatch, args, says):
 
 
 def test_command_leaves_with_one_line(tmp_path):
-    done = run(tmp_path / "no.wav", tmp_path / "out.wav")
+    command = [sys.executable, ROOT / "codec.py", tmp_path / "no.wav", tmp_path / "out.wav"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {tmp_path / 'no.wav'}: no such audio file\n"
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import data
@@ -40,7 +40,6 @@ META = {
                   "eos_id": 2},
     "speakers": ["ann", "bob"], "text_format": "{text}", "lowercase": False,
 }  # fmt: skip
-FEW = settings(max_examples=30, deadline=None)
 
 
 def utterances(n, seed=0, most=30):
@@ -116,7 +115,6 @@ def listed(batch):
 
 
 @given(n=st.integers(0, 20), m=st.integers(1, 5), seed=st.integers(0, 99), wide=st.booleans())
-@FEW
 def test_what_was_written_is_read(n, m, seed, wide, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens") / "x"
     parts = {"train": utterances(n, seed), "val": utterances(m, seed + 1)}
@@ -433,7 +431,6 @@ def test_opening_reads_the_index_and_nothing_else(tmp_path):
 
 @given(n=st.integers(1, 80), world=st.integers(1, 4), max_tokens=st.integers(78, 400), max_batch=st.integers(1, 9),
        seed=st.integers(0, 99), voice_prompt=st.sampled_from([0.0, 0.5]))  # fmt: skip
-@FEW
 def test_ranks_divide_each_epoch(n, world, max_tokens, max_batch, seed, voice_prompt):
     """The steps of all ranks, put in order, are those of one process; in them every utterance occurs once an epoch."""
     files = lengths(n, seed)
@@ -886,7 +883,6 @@ def tokenizer():
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="▁"), max_size=30).map(normalise))
-@settings(max_examples=100, deadline=None)
 def test_any_text_survives_in_bytes(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.unknown(text) == set()
@@ -1009,7 +1005,6 @@ def test_xtts_vocabulary(xtts):
 
 
 @given(st.text(LATIN + " ").map(normalise))
-@settings(max_examples=100, deadline=None)
 def test_extension_leaves_what_was_known(xtts, amharic, text):
     ids = xtts.encode(f"[en]{text}")
     assert amharic.encode(f"[en]{text}") == ids
@@ -1017,7 +1012,6 @@ def test_extension_leaves_what_was_known(xtts, amharic, text):
 
 
 @given(st.text([chr(c) for c in range(0x1200, 0x137D) if chr(c).isprintable()] + [*" abc"]).map(normalise))
-@settings(max_examples=100, deadline=None)
 def test_extension_knows_the_whole_script(xtts, amharic, text):
     letters = normalise("".join(c for c in text if c.isalpha() or c == " "))  # such as no text has, too
     ids = amharic.encode(f"[am]{letters}")
@@ -1081,7 +1075,6 @@ def test_begin_and_end(special, template, ends):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30).map(normalise))
-@settings(max_examples=100, deadline=None)
 def test_any_text_survives_byte_level(text):
     made = byte_level()
     assert made.decode(made.encode(text)) == text and made.unknown(text) == set() and made.unk_id == -1
@@ -1121,7 +1114,6 @@ def test_normalise(text, expected):
 
 
 @given(st.text(max_size=40) | st.text(st.characters(categories=["Cs", "L"]), max_size=9), st.booleans())
-@settings(max_examples=200, deadline=None)
 def test_normalise_is_stable(text, lowercase):
     once = normalise(text, lowercase)
     once.encode()

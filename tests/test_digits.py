@@ -2,7 +2,6 @@ import csv
 import importlib.util
 import itertools
 import random
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 import bench
 import codec
+import configurator
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "data" / "digits"
@@ -185,15 +185,18 @@ def test_a_run_that_stops_half_way_never_looks_finished(made, tmp_path, monkeypa
     assert rows(tmp_path) == rows(made) and len(list((tmp_path / "wavs").iterdir())) == len(rows(made))
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, DIGITS / "prepare.py", f"--folder={tmp_path}"]
-    done = subprocess.run([*command, "--n=3", "--seed", "5"], capture_output=True, text=True)
-    assert done.returncode == 0 and len(rows(tmp_path)) == 3 + sum(digits.HELD_OUT.values())
-    assert "held out" in done.stdout and "longest" in done.stdout
+def test_command_line(tmp_path, monkeypatch, capsys):
+    command = ["prepare.py", f"--folder={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [*command, "--n=3", "--seed", "5"])
+    digits.main()
+    assert len(rows(tmp_path)) == 3 + sum(digits.HELD_OUT.values())
+    out = capsys.readouterr().out
+    assert "held out" in out and "longest" in out
     for bad in ("--count=3", "--n=0"):
-        done = subprocess.run([*command, bad], capture_output=True, text=True)
-        assert done.returncode != 0 and "error:" in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", [*command, bad])
+        with pytest.raises(SystemExit) as stop:
+            digits.main()
+        assert stop.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
 
 
 # -----------------------------------------------------------------------------
@@ -243,11 +246,9 @@ def test_error_rates_pool_words_not_utterances():
     assert "50.0%" in bench.report(heard).splitlines()[-1]
 
 
-def test_bench_from_the_command_line(made, tmp_path):
-    command = [sys.executable, ROOT / "bench.py", "data", f"--raw={made}", "--limit=4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[-1].split()[:3] == ["all", "4", "18"]
+def test_bench_from_the_command_line(made, tmp_path, capsys):
+    bench.main(configurator.configure(bench.__file__, ["data", f"--raw={made}", "--limit=4"], ["name"]))
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "4", "18"]
     with pytest.raises(ValueError, match="data.*'dta'"):
         bench.main(SimpleNamespace(name="dta"))
     with pytest.raises(FileNotFoundError, match=r"metadata\.csv: no such file"):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import batch_of, spoken_by, utterance
-from test_train import exact, same, write_tokens
+from test_train import exact, same
 
 import budget
 import configurator
@@ -30,7 +30,6 @@ from sample import Voice
 
 ROOT = Path(train.__file__).parent
 STACK = dict(n_layer=4, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=512, layers="caca", qk_norm=True)
-FEW = settings(max_examples=25, deadline=None)
 LOSSES = ("all", "audio", "codebook")
 
 
@@ -247,7 +246,6 @@ def test_the_layout_of_the_released_models():
 
 @given(n=st.integers(1, 20), T=st.integers(0, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
        bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), K=st.integers(1, 4))  # fmt: skip
-@FEW
 def test_layout(n, T, prompt, bos, eos, K):
     c = KaniConfig(30, K, 16, STACK, bos, eos)
     (text, codes), before = utterance(n, T, K), utterance(*prompt, K, seed=1) if prompt else None
@@ -278,7 +276,6 @@ def test_layout(n, T, prompt, bos, eos, K):
 
 
 @given(st.lists(st.integers(0, 2), min_size=0, max_size=12), st.lists(st.integers(0, 1), max_size=6))
-@FEW
 def test_dropped_repeats(first, second):
     """Of frames that are alike in every codebook the first of a run is kept; `length` never says too little."""
     c = KaniConfig(30, 2, 16, STACK, drop_repeats=True)
@@ -639,11 +636,6 @@ def test_checkpoint_round_trip(tmp_path):
     batch = batch_of(model, utterance())
     assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
     assert models.load_model(checkpoint, loss_on="all").config.loss_on == "all"
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 RUN = [

@@ -253,6 +253,7 @@ def test_autocast():
         assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any())
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     model = small().eval()
     add_lora(model, 2, 4, name="a")

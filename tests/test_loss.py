@@ -24,8 +24,14 @@ TRITON = pytest.mark.skipif(models.triton is None, reason="no Triton")
 on_gpu = pytest.mark.skipif(not GPU or models.triton is None, reason="no GPU, or no Triton")
 TWIN, KERNEL = pytest.param(False, id="twin"), pytest.param(True, id="kernel", marks=TRITON)
 quiet = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes with numpy
+ALL = pytest.param("all", id="kernel, all", marks=[TRITON, pytest.mark.slow])
 both = pytest.mark.parametrize("kernel", [TWIN, KERNEL])
 shared_or_own = pytest.mark.parametrize("shared", [pytest.param(False, id="own"), pytest.param(True, id="shared")])
+of_each = pytest.mark.parametrize("kernel, shared", [  # of the kernel the usual run takes own states alone
+    pytest.param(False, False, id="twin-own"), pytest.param(False, True, id="twin-shared"),
+    pytest.param(True, False, id="kernel-own", marks=TRITON),
+    pytest.param(True, True, id="kernel-shared", marks=[TRITON, pytest.mark.slow]),
+])  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 EVERYTHING = dict(label_smoothing=0.1, z_loss=0.01)
@@ -96,13 +102,15 @@ COMBINATIONS = list(itertools.product([False, True], [0, 0.1], [0, 0.01], [False
                                       [False, True]))  # fmt: skip
 
 
-@both
+@pytest.mark.parametrize("kernel", [TWIN, KERNEL, ALL])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [1, 2])
 @shared_or_own
 def test_every_combination_of_options(shared, K, dtype, kernel):
-    slow = kernel and not GPU  # the interpreter takes milliseconds a row: there each type tries another third of them
-    for combination in COMBINATIONS[DTYPES.index(dtype) :: 3] if slow else COMBINATIONS:
+    """The interpreter takes milliseconds a row: each type tries another third of them there, and of these a seventh."""
+    slow, step = kernel and not GPU, 3 if kernel == "all" else 21
+    kernel = bool(kernel)
+    for combination in COMBINATIONS[DTYPES.index(dtype) :: step] if slow else COMBINATIONS:
         bias, smoothing, z_loss, codebooks, rows, buffer, alike = combination
         ignore_index = 2 if bias != alike else -100
         inputs = loss_inputs(3 if slow else 7, K, 16, 20, shared, bias, dtype, ignore_index=ignore_index, kernel=kernel)
@@ -142,8 +150,7 @@ def test_product_into_a_wider_type(new):
     assert 2**18 < ours.largest[torch.bfloat16] <= 2**19
 
 
-@both
-@shared_or_own
+@of_each
 def test_factors_are_no_matter_of_half_precision(shared, kernel):
     """Neither few targets beside many, nor row weights, nor a scaled loss drive a gradient out of float16's range."""
     N = 30 if kernel and not GPU else 400
@@ -177,6 +184,7 @@ def test_memory_is_poisoned():
         assert (torch.empty_like(torch.zeros(9, dtype=torch.long)) == 2**63 - 1).all()
 
 
+@pytest.mark.hypothesis
 @both
 def test_random_shapes(kernel):
     slow = kernel and not GPU
@@ -185,7 +193,7 @@ def test_random_shapes(kernel):
            V=st.integers(1, 30), shared=st.booleans(), bias=st.booleans(), buffer=st.integers(1, 200 if slow else 2000),
            ignored=st.sampled_from([0, 0.5, 1]), seed=st.integers(0, 99), everything=st.booleans(), alike=st.booleans(),
            dtype=st.sampled_from([torch.float32, torch.bfloat16] if kernel else list(TOLERANCE)))  # fmt: skip
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True)
+    @settings(derandomize=True)
     def check(N, K, D, V, shared, bias, buffer, ignored, seed, everything, alike, dtype):
         inputs = loss_inputs(N, K, D, V, shared, bias, dtype, seed, ignored, kernel=kernel)
         options = {**EVERYTHING, **weights_for(inputs[0], K)} if everything else {}
@@ -211,8 +219,7 @@ def test_gradcheck(shared, options):
     )
 
 
-@both
-@shared_or_own
+@of_each
 @pytest.mark.parametrize("alike", [False, True])
 def test_second_backward(shared, alike, kernel):
     """Through a retained graph: the gradients of the first one are gone by then, the second computes them again."""
@@ -247,8 +254,7 @@ def test_loss_of_one_head_takes_a_plain_matrix():
 # the edges
 
 
-@both
-@shared_or_own
+@of_each
 @pytest.mark.parametrize("N, upstream", [(0, 1), (1, 1), (3, 1), (0, 2.0**16), (3, 2.0**16)])
 def test_no_target_at_all(N, upstream, shared, kernel):
     """Whatever the gradient of the loss is, such as the scale of a loss in half precision."""
@@ -260,8 +266,7 @@ def test_no_target_at_all(N, upstream, shared, kernel):
     assert all(x.shape == y.shape and (x == 0).all() for x, y in zip(grads, inputs, strict=True))
 
 
-@both
-@shared_or_own
+@of_each
 @pytest.mark.parametrize("V", [1, 2, 2051, 4096, 4097, 5000, 9001])
 def test_many_classes(V, shared, kernel):
     """The kernel takes 4096 of them at a time; J codebooks of odd V lie one behind the other in a row."""
@@ -382,8 +387,7 @@ def test_rows_write_nothing_outside_their_tile(dtype, V, kernel):
 # how it is called
 
 
-@both
-@shared_or_own
+@of_each
 def test_autocast(shared, kernel):
     inputs = loss_inputs(6, 3, 16, 40, shared, True, torch.float32, kernel=kernel)
     with torch.autocast(inputs[0].device.type, torch.bfloat16):
@@ -445,8 +449,7 @@ def test_one_state_for_two_losses(kernel):
     assert_near(ours, both_losses(plain_loss, *(x.double() for x in (hidden, weight, other))), 1e-5)
 
 
-@both
-@shared_or_own
+@of_each
 @pytest.mark.parametrize("frozen", range(3))
 def test_frozen(frozen, shared, kernel):
     inputs = loss_inputs(4, 2, 8, 20, shared, True, torch.float32, kernel=kernel)
@@ -502,8 +505,7 @@ def as_slice(x):
     return wide[tuple(slice(1, -1) for _ in x.shape)]
 
 
-@both
-@shared_or_own
+@of_each
 @pytest.mark.parametrize("change", [as_columns, as_slice])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["hidden", "weight", "bias"])
 def test_not_contiguous(which, change, shared, kernel):
@@ -693,6 +695,7 @@ print(resident("VmHWM") - before - hidden.grad.nbytes - weight.grad.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs")
 @pytest.mark.parametrize("N, K, D, V, shared, dtype", [
     (512, 31, 256, 2051, False, torch.float32), (512, 31, 256, 2051, False, torch.bfloat16),
@@ -801,6 +804,7 @@ for tile in ("fp32", "bf16", "fp16"):
 """
 
 
+@pytest.mark.slow
 @TRITON
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernel_becomes_machine_code(capability, tmp_path):

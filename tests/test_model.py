@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -19,7 +19,6 @@ from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contrac
 
 GOLDEN = Path(__file__).parent / "golden"
 STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
-FEW = settings(max_examples=25, deadline=None)
 
 
 def tiny(cls=CSM, K=4, V=16, backbone=None, decoder=None, **options):
@@ -106,7 +105,6 @@ KINDS = [
 
 
 @given(cuts=st.lists(st.integers(1, 23), max_size=8), kind=st.sampled_from(KINDS))
-@FEW
 @torch.no_grad()
 def test_cached_blocks_equal_the_whole(cuts, kind):
     """Rows fed in any division, single steps and blocks of many, give what one pass over all gives."""
@@ -378,7 +376,6 @@ def test_build_refuses_what_does_not_fit():
 
 @given(n=st.integers(1, 20), T=st.integers(1, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
        bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), stop=st.sampled_from(["class", "zeros"]))
-@FEW
 def test_layout(n, T, prompt, bos, eos, stop):
     config = CSMConfig(30, 4, 16, STACK, STACK, bos, eos, stop)
     text, codes = utterance(n, T)

@@ -19,7 +19,7 @@ import sentencepiece
 import soundfile
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import configurator
@@ -467,7 +467,6 @@ def test_nothing_is_heard_of_a_decoder(capfd):
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=30))
-@settings(max_examples=60, deadline=None)
 def test_unseen_characters_survive_the_tokenizer(text):
     tokenizer = given_tokenizer()
     text = normalise(text)

@@ -61,11 +61,6 @@ def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
-
-
 def run(data_dir, out_dir, *flags, usual=TINY):
     """Train in this process, give back last.pt and the lines of metrics.jsonl."""
     flags = [*usual, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]

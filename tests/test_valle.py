@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import batch_of, gradients, spoken_by, utterance
-from test_train import exact, same, write_tokens
+from test_train import exact, same
 
 import configurator
 import model as models
@@ -28,7 +28,6 @@ from sample import Voice
 ROOT = Path(models.__file__).parent
 GOLDEN = ROOT / "tests/golden/valle2"
 STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, max_positions=256, **models.VALLE)
-FEW = settings(max_examples=25, deadline=None)
 MODES = ("ar", "nar")
 greedy = models.sampler(temperature=0)
 
@@ -307,7 +306,6 @@ def test_published_files(sft, golden, tmp_path):
 
 @given(n=st.integers(0, 20), T=st.integers(1, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
        bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), mode=st.sampled_from(MODES))
-@FEW
 def test_layout(n, T, prompt, bos, eos, mode):
     config = VallEConfig(30, 4, 16, STACK, bos, eos, mode, languages=3, language=1)
     text, codes = utterance(n, T)
@@ -606,7 +604,6 @@ def test_text_dropout_is_the_layout_without_text():
 
 
 @given(st.integers(0, 99_999))
-@FEW
 def test_lengths_in_digits(length):
     n = torch.tensor([length, 0, 99_999])
     for gray in (False, True):
@@ -909,11 +906,6 @@ def test_checkpoint_round_trip(tmp_path):
         assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
     again = models.load_model(checkpoint, rounds=3, guidance=None)
     assert (again.config.rounds, again.config.guidance) == (3, 1.0)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 RUN = [

@@ -9,7 +9,7 @@ import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -27,7 +27,6 @@ from sample import Voice
 
 GPT2 = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **models.GPT2)
 EARS = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2)
-FEW = settings(max_examples=25, deadline=None)
 
 
 def tiny(cls=XTTS, backbone=None, **options):
@@ -66,7 +65,6 @@ def means(stats):
 
 
 @given(n=st.integers(0, 18), T=st.integers(0, 25), prompt=st.booleans())
-@FEW
 def test_layout(n, T, prompt):
     config = tiny().config
     text, codes, _ = utterance(n, T)
@@ -295,7 +293,6 @@ def test_contract_check_refuses(broken):
 
 
 @given(seed=st.integers(0, 50), n=st.integers(0, 18), most=st.integers(0, 40))
-@FEW
 def test_generation_speaks_only_codes(seed, n, most):
     model, (text, _, heard) = tiny(), utterance(n, seed=seed)
     generator, kinds = torch.Generator().manual_seed(seed), []
