@@ -1,0 +1,1301 @@
+"""Thousands of damaged inputs for every reader: none may end in a traceback or a hang, or be taken in silence.
+
+The default run has a few hundred of them, `pytest -m slow tests/test_fuzz.py` thousands; FUZZ_SEED chooses others.
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import shutil
+import struct
+import tarfile
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import codec as codecs
+import configurator
+import data
+import model as models
+import prepare
+import published
+import sample
+import sources
+import train
+from fuzz import (
+    BAD,
+    GOOD,
+    MAY,
+    ODD,
+    Case,
+    at,
+    branches,
+    changed,
+    damaged_bytes,
+    damaged_tree,
+    differs,
+    dumps,
+    mistyped,
+    odd,
+    report,
+    run,
+    sift,
+    table,
+    unless_same,
+    without,
+)
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are called in a forked process")
+SEED = int(os.environ.get("FUZZ_SEED", "17"))
+GOLDEN = Path(__file__).parent / "golden"
+
+# What may be taken in silence: the kind of damage, and why no reader can or should notice it.
+ALLOWED = {
+    "control characters": "a tokenizer with bytes reads any character, and some texts have them on purpose",
+    "a letter in a table": "a text file has no checksum: another letter is another text",
+    "a table's end": "a text file does not say how long it is: cut inside its last cell, it is a shorter text",
+    "a bit in a recording": "wav and its like have no checksum: another sample is another sound",
+    "a bit in published weights": "their formats have no checksum: another number is another weight",
+    "a bit in a codec's weights": "the same; the fingerprint in a token folder notices it from then on",
+    "a bit in token files": "codes and texts are read as they are needed, millions of them: the index is checked",
+    "a number in config.json": "it says what shapes cannot, and another number of the right kind is another model",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sound inputs
+
+RATE = 8000
+WORDS = ["zero one two", "one two three four", "two three", "three one", "four zero one", "five two", "six three one",
+         "seven one two"]  # fmt: skip
+ROWS = [(f"wavs/u{i}.wav", text, "ab"[i % 2]) for i, text in enumerate(WORDS)]
+STACK = "{'n_layer': 1, 'n_head': 2, 'n_kv_head': 2, 'd_model': 16, 'd_ff': 32}"
+HYBRID = "{'n_layer': 2, 'n_head': 2, 'n_kv_head': 1, 'd_model': 16, 'd_ff': 24, 'layers': 'ca', 'qk_norm': True}"
+FLAGS = ["--max_tokens=150", "--warmup_iters=1", "--log_interval=1", "--eval_interval=1", "--eval_samples=1",
+         "--eval_iters=1", "--device=cpu", "--max_iters=1", "--lr_schedule=constant"]  # fmt: skip
+FAMILIES = {
+    "csm": ["--arch=csm", f"--backbone={STACK}", f"--decoder={STACK}", "--voice_prompt=0.5"],
+    "kani": ["--arch=kani", f"--backbone={HYBRID}"],
+    "xtts": ["--arch=xtts", f"--backbone={ {**eval(STACK), **models.GPT2} }", "--n_latents=3", "--perceiver_heads=1",
+             "--conditioning_layers=1", "--perceiver_layers=1", "--reference_seconds=[0.2, 0.4]"],
+    "valle ar": ["--arch=valle", "--mode=ar", f"--backbone={STACK}"],
+    "valle nar": ["--arch=valle", "--mode=nar", f"--backbone={STACK}"],
+}  # fmt: skip
+
+
+class Now:
+    """A pool whose work is done at once, in this process."""
+
+    _max_workers = 1
+
+    def submit(self, function, *args):
+        result = function(*args)
+        return SimpleNamespace(result=lambda: result)
+
+    def shutdown(self, **_):
+        pass
+
+
+def voice_like(i, seconds=0.6):
+    t = np.arange(int(seconds * RATE)) / RATE
+    wav = sum(np.sin(2 * np.pi * k * (100 + 9 * i) * t) / k for k in range(1, 6)) * np.abs(np.sin(9 * t))
+    return (0.3 * wav / np.abs(wav).max()).astype(np.float32)
+
+
+def write_tokens(folder, K, references):
+    """A token folder of two voices: each word is three frames that follow from it."""
+    rng = np.random.default_rng(0)
+    words = ["zero", "one", "two", "three"]
+    tokenizer = data.SentencePiece(data.train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
+    codec = codecs.load_codec("mel", n_codebooks=K, codebook_size=16, sample_rate=RATE, n_mels=20, dims=16)
+    codec.fit([0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))])
+    silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
+    with data.TokenWriter(folder, references=references) as w:
+        for i in range(14):
+            spoken = rng.integers(0, 4, rng.integers(1, 4))
+            codes = (4 * np.repeat(spoken, 3)[:, None] + np.arange(K) + np.arange(3 * len(spoken))[:, None] % 3) % 16
+            text = f"[{'ab'[i % 2]}]" + " ".join(words[j] for j in spoken)
+            heard = rng.standard_normal((len(codes) * len(silence), 20)) if references else None
+            w.add("train" if i < 10 else "val", f"u{i}", tokenizer.encode(text), codes, i % 2, heard)
+        w.file("tokenizer.model", tokenizer.model)
+        codec.save(w.partial)
+        keys = ["name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size"]
+        described = {**{key: getattr(codec, key) for key in keys}, "fingerprint": codec.fingerprint()}
+        if references:
+            described["reference"] = {"rows_per_frame": len(silence), "silence": silence[0].tolist()}
+        w.finish({"codec": described, "tokenizer": tokenizer.describe(), "text_format": "[{speaker}]{text}",
+                  "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
+    return folder
+
+
+class Yard:
+    """Sound inputs of all kinds, made once; what a reader makes of them is read once too."""
+
+    def __init__(self, folder):
+        self.folder, self.known, self.n = folder, {}, 0
+        (folder / "wavs").mkdir()
+        for i in range(len(ROWS)):
+            soundfile.write(folder / f"wavs/u{i}.wav", voice_like(i), RATE)
+        self.csm = write_tokens(folder / "csm", 3, False)
+        self.xtts = write_tokens(folder / "xtts", 1, True)
+        self.codec = codecs.load_codec("mel", str(self.csm))
+        self.meta = json.loads((self.csm / "meta.json").read_text())
+        self.checkpoints = {}
+        prepare.start_pool = lambda _: Now()
+
+    def tokens(self, family):
+        return self.xtts if family == "xtts" else self.csm
+
+    def once(self, name, make):
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
+
+    def checkpoint(self, family, which="last"):
+        """A checkpoint of a family as a dict; "lora": of an adapter on the csm."""
+
+        def make():
+            out = self.folder / "out" / family
+            of = "csm" if family == "lora" else family
+            more = [f"--init_from={self.folder}/out/csm/best.pt", "--lora_rank=2"] if family == "lora" else []
+            if family == "lora":
+                self.checkpoint("csm")
+            train_once(self.tokens(of), out, *FAMILIES[of], *more)
+            return {name: models.load_checkpoint(str(out / f"{name}.pt")) for name in ("best", "last")}
+
+        return self.once(("checkpoint", family), make)[which]
+
+
+@pytest.fixture(scope="session")
+def yard(tmp_path_factory):
+    torch.set_num_threads(1)
+    before = prepare.start_pool
+    yield Yard(tmp_path_factory.mktemp("yard"))
+    prepare.start_pool = before
+
+
+def fresh(stem="x"):
+    """A path that no other case has, in the folder of the cases."""
+    fresh.n += 1
+    return Path(f"{stem}{fresh.n}").resolve()
+
+
+fresh.n = 0
+
+
+def written(content, name, folder=None):
+    """The path of a new file of that name, in a folder of its own."""
+    folder = folder or fresh()
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables, json, codes, parquet, tar: the doctor's findings
+
+
+def doctor(source, codec, **keys):
+    """What prepare.py would use of a source, and what it names: rows (audio, text, speaker, start, end), (id, why)."""
+    cfg = configurator.configure(prepare.__file__, [])
+    vars(cfg).update(min_chars_per_second=0.1, **keys)
+    found = prepare.diagnose(sources.read_source(source), cfg, Now(), None, codec)
+    findings = prepare.report(found)
+    used = [("wavs/" + os.path.basename(u.audio), u.text, u.speaker, u.start, u.end) for u in found if not u.reason]
+    return used, [f"{x['id']} {x['reason']} {x['detail']}" for x in findings["not_used"]]
+
+
+def told(rows, allowed=()):
+    """A judge of the doctor: each row it uses is one of the true ones, or one of those allowed besides, and where true
+    ones are missing it names something."""
+
+    def judge(result, output):
+        used, named = result
+        known = {*rows, *allowed}
+        if strange := [row for row in used if row not in known]:
+            return f"taken: {strange[0]!r:.200}"
+        if max(map(len, named), default=0) > 1000:
+            return f"a finding of {max(map(len, named))} characters"
+        lost = len({*rows} - {*used})
+        return f"{lost} rows are lost and nothing is named" if lost and not named else "named" if named else "accepted"
+
+    return judge
+
+
+def row(i, audio=None, text=None, speaker=None, start=0.0, end=None):
+    """A true row as the doctor gives it."""
+    of = ROWS[i]
+    words = data.normalise(of[1] if text is None else text)
+    return audio or of[0], words, of[2] if speaker is None else speaker, start, end
+
+
+TRUTH = [row(i) for i in range(len(ROWS))]
+
+
+def as_table(rows, delimiter, header=("audio", "text", "speaker"), end="\n"):
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter, lineterminator=end).writerows(([header] if header else []) + rows)
+    return out.getvalue()
+
+
+def tables(rng, yard):
+    """csv, tsv and tables with bars, each with one thing wrong, or with a freedom that tables have."""
+
+    def case(content, label, truth=TRUTH, allowed=(), expect=MAY, kind=""):
+        content = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        name = f"t{fresh.n}.{ending}"
+
+        def call():
+            fresh.n += 1
+            (yard.folder / f"{fresh.n}{name}").write_bytes(content)
+            try:
+                return doctor(str(yard.folder / f"{fresh.n}{name}"), yard.codec)
+            finally:
+                os.remove(yard.folder / f"{fresh.n}{name}")
+
+        return Case(f"{ending}: {label}", call, expect, kind, told(truth, allowed))
+
+    n = len(ROWS)
+    while True:
+        delimiter, ending = rng.choice([(",", "csv"), ("\t", "tsv"), ("|", "txt"), (";", "csv")])
+        rows, i = [list(r) for r in ROWS], rng.randrange(n)
+        plain, others = as_table(rows, delimiter), [r for j, r in enumerate(TRUTH) if j != i]
+        lines = plain.split("\n")
+        how = rng.choice(["as it is", "ends", "cell", "strange", "quote", "field", "header", "cut", "bytes", "time", "junk",
+                          "double", "quotes", "zip", "columns"])  # fmt: skip
+        if how == "as it is":
+            yield case(plain, how, expect=GOOD)
+        elif how == "ends":
+            end = rng.choice(["\r\n", "\n\n", " \n", "\r"])
+            text = rng.choice(["", "\ufeff", "\n\n"]) + plain.replace("\n", end)
+            yield case(text, f"lines end in {end!r}", expect=GOOD if end != "\r" else MAY)
+        elif how == "cell":
+            column, value = rng.randrange(3), rng.choice(["", " ", "nan", "None", "x" * 5000, "1", "é" * 9, "../../x"])
+            rows[i][column] = value
+            known = [row(i, text=value)] if column == 1 else [row(i, speaker=value)] if column == 2 else []
+            folder = [row(i, speaker=os.path.basename(yard.folder)), row(i, speaker="speaker")]
+            known += folder if column == 2 and value.lower() in ("", " ", "nan", "none") else []
+            yield case(as_table(rows, delimiter), f"{'audio text speaker'.split()[column]} is {value!r:.20}", others, known)
+        elif how == "strange":
+            c = rng.choice("\0\x01\x07\x1b\x7f\x85\u200b\u200e\u2028\ufeff\ufffd\U0001f600\ue000\u0301")
+            rows[i][1] = f"one{c}two"
+            yield case(as_table(rows, delimiter), f"text with {c!r}", others, [], BAD, "control characters")
+        elif how == "quote":
+            mark, where = rng.choice(['"', "'", '""']), rng.choice(["before", "in", "after"])
+            text = {"before": mark + rows[i][1], "in": rows[i][1].replace(" ", mark + " ", 1), "after": rows[i][1] + mark}[where]
+            line = delimiter.join([rows[i][0], text, rows[i][2]])
+            lines[i + 1] = line
+            if rng.random() < 0.5 and i < n - 2:
+                lines[i + 3] = lines[i + 3].replace(rows[i + 2][1], rows[i + 2][1] + mark)
+            known = [row(j, text=t) for j in range(n) for t in (text, rows[j][1] + mark, rows[j][1], text.strip('"'))]
+            yield case("\n".join(lines), f"{mark} {where} row {i}", TRUTH, known)
+        elif how == "field":
+            lines[i + 1] = rng.choice([lines[i + 1] + delimiter + "x", lines[i + 1].rsplit(delimiter, 1)[0],
+                                       lines[i + 1].replace(delimiter, " "), delimiter * 2, lines[i + 1] * 2])  # fmt: skip
+            yield case("\n".join(lines), f"row {i} is {lines[i + 1]!r:.60}", others, [], BAD)
+        elif how == "header":
+            header = rng.choice([("audio", "words", "speaker"), ("x", "text", "speaker"), ("", "", ""), ("audio", "text"),
+                                 ("audio", "text", "text"), ("audio", "audio", "text"), ("text", "audio", "speaker"),
+                                 ("audio", "text", "speaker", "x"), ("AUDIO ", " Text", "Speaker")])  # fmt: skip
+            good = header[0] == "AUDIO "
+            yield case(as_table(rows, delimiter, header), f"header {header}", TRUTH, [], GOOD if good else BAD)
+        elif how == "cut":
+            stop = rng.randrange(len(plain))
+            whole = plain[:stop].count("\n")
+            last = plain[:stop].rpartition("\n")[2].split(delimiter)
+            known = [row(whole - 1, text=last[1], speaker=s) for s in (last[-1], "")] if len(last) > 1 and whole else []
+            yield case(plain[:stop], f"cut at {stop}", TRUTH[: max(0, whole - 1)], known, BAD, "a table's end")
+        elif how == "bytes":
+            label, made, kind = damaged_bytes(rng, plain.encode())
+            yield case(made, label, [], [], BAD, "a letter in a table" if kind in ("bit", "zeros", "noise", "twice", "grown")
+                       else "a table's end" if kind == "cut" else "")  # fmt: skip
+        elif how == "time":
+            column = rng.choice(["start", "end", "duration"])
+            value = rng.choice(["inf", "nan", "1e400", "-1", "x", "9" * 400, "0x1", "1,5", "-inf", "99", "0.1"])
+            cells = [r + [value if j == i else ""] for j, r in enumerate(rows)]
+            known = [row(i, start=0.1)] if (column, value) == ("start", "0.1") else []
+            known += [row(i, end=float(value))] if column == "end" and value in ("99", "0.1") else []
+            known += [TRUTH[i]] if column == "duration" else []
+            text = as_table(cells, delimiter, ("audio", "text", "speaker", column))
+            yield case(text, f"{column} = {value:.20}", others, known)
+        elif how == "junk":
+            content = rng.choice([b"", b"\n", b"\0" * 50, rng.randbytes(300), plain.encode("utf-16"), b"PK\x03\x04junk",
+                                  plain.replace("one", "ön").encode("latin-1"), plain.split("\n")[0].encode(),
+                                  b"%PDF-1.4", b"a" * 300_000, b'"' + b"a" * 300_000, b"{" * 9, b"[" * 99_999])  # fmt: skip
+            yield case(content, f"{content[:20]!r}, {len(content)} bytes", [], [], BAD)
+        elif how == "double":
+            lines.insert(rng.randrange(1, n), lines[i + 1])
+            yield case("\n".join(lines), f"row {i} stands there twice", TRUTH, expect=BAD)
+        elif how == "quotes":
+            rows[i][1] = 'one "two" three'
+            text = as_table(rows, delimiter)  # doubled, as pandas writes them
+            yield case(text, "quotation marks, doubled", [*others, row(i, text='one "two" three')], expect=GOOD)
+        elif how == "zip":
+            packed = gzip.compress(plain.encode())
+            packed = rng.choice([packed, packed[:-9], packed[:20], packed + b"junk", b"\x1f\x8b" + plain.encode()])
+            yield case(packed, f"gzip of {len(packed)} bytes", expect=MAY)
+        else:  # without a header, in orders that others have
+            order = rng.choice([(0, 2, 1), (0, 1, 2), (2, 0, 1), (1, 0, 2)])
+            text = as_table([[r[k] for k in order] for r in rows], delimiter, None)
+            yield case(text, f"no header, order {order}", TRUTH, [row(j, text=rows[j][1]) for j in range(n)], BAD)
+
+
+def source_keys(rng, yard):
+    """The key `sources` of prepare.py."""
+    (yard.folder / "sound.csv").write_text(as_table(ROWS, ","))
+    path = str(yard.folder / "sound.csv")
+    while True:
+        key, value = rng.choice(["path", "speaker", "filter", "cap", "name", "x"]), rng.choice(ODD)
+        source = {"path": path, key: value}
+        if rng.random() < 0.3:
+            value = rng.choice([{"speaker": v} for v in ODD] + [{"text": "("}, {"x": ".*"}, {"speaker": "a|b"}, {3: "a"}])
+            source = {"path": path, "filter": value}
+        elif rng.random() < 0.2:
+            source = value = rng.choice([v for v in ODD if v != "../x"])
+        fine = [row(j, speaker=s) for j in range(len(ROWS)) for s in ("a", "b", str(value))]
+        yield Case(f"{source!r:.150}", partial(doctor, source, yard.codec), MAY, "", told([], fine))
+
+
+def json_lines(rng, yard):
+    """json and jsonl: values of all types in all fields, and broken syntax."""
+    fields = ("audio", "text", "speaker", "start", "end", "duration")
+    while True:
+        rows = [dict(zip(fields, r, strict=False)) for r in ROWS]
+        i, as_lines = rng.randrange(len(rows)), rng.random() < 0.5
+        others, known, expect, kind = [r for j, r in enumerate(TRUTH) if j != i], [], MAY, ""
+        how = rng.choice(["value", "value", "value", "value", "gone", "bytes", "deep", "whole", "twice", "row"])
+        label, text = how, None
+        if how == "value":
+            name, value = rng.choice(fields), rng.choice(ODD + [["one", "two"], 3.0, {"bytes": "x", "path": "y.wav"}])
+            rows[i][name] = value
+            label = f"{name} = {value!r:.40}"
+            plain = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
+            empty = value is None or (type(value) is float and math.isnan(value)) or value in ("", " ")
+            strange = isinstance(value, str) and any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value)
+            said = str(int(value)) if type(value) is float and value in (1.0, 3.0, 7.0) else str(value)
+            if name == "text" and plain and not (strange and "\ud800" in value):
+                known = [row(i, text=said), row(i, text=str(value))]
+            elif name == "speaker" and (plain or empty) and not (strange and "\ud800" in value):
+                known = [row(i, speaker=s) for s in (said, "speaker", yard.folder.name, data.normalise(said))]
+            elif name in ("start", "end", "duration") and (empty or value == 0 and type(value) is not bool):
+                known = [TRUTH[i]]
+            elif name in ("start", "end") and type(value) in (int, float) and math.isfinite(value):
+                known = [row(i, start=value)] if name == "start" else [row(i, end=value)]
+            elif name == "duration":
+                known = [TRUTH[i]] if plain or empty else []
+        elif how == "gone":
+            name = rng.choice(fields[:3])
+            del rows[i][name]
+            label, known = f"no {name}", [row(i, speaker="speaker"), row(i, speaker=yard.folder.name)]
+        elif how == "row":
+            rows[i] = odd(rng, rows[i])
+            label, expect = f"a row is {rows[i]!r:.30}", BAD
+        elif how == "twice":
+            text = "\n".join(map(dumps, rows)).replace('"text"', '"text": "zero", "text"')
+        elif how == "deep":
+            rows[i]["more"] = json.loads("[" * 900 + "]" * 900)
+            if rng.random() < 0.5:
+                text, expect, others = rng.choice(["[", '{"a":']) * 100_000, BAD, []
+        elif how == "whole":
+            text = dumps(rng.choice([v for v in ODD if not isinstance(v, str) or v.isprintable()]))
+            others, expect, label = [], MAY, f"all of it is {text:.30}"
+        text = text or ("\n".join(map(dumps, rows)) if as_lines else dumps(rows))
+        content = text.encode()
+        if how == "bytes":
+            label, content, kind = damaged_bytes(rng, content)
+            others, expect = [], BAD
+            kind = "a table's end" if kind == "cut" and as_lines else "" if kind in ("cut", "empty", "text") else "a letter in a table"
+        name = f"{rng.randrange(10**9)}.{'jsonl' if as_lines else 'json'}"
+
+        def call(content=content, name=name):
+            path = written(content, name, yard.folder)
+            try:
+                return doctor(path, yard.codec)
+            finally:
+                os.remove(path)
+
+        yield Case(f"{'jsonl' if as_lines else 'json'}: {label}", call, expect, kind, told(others, known))
+
+
+def coded(rng, yard):
+    """Rows that hold codes: one of them is not what a codec makes."""
+    sound = {"audio_tokens": [[1, 2, 3, 4] * 3] * 3}
+    layers = {f"nano_layer_{k}": [1, 2, 3, 4] * 3 for k in (1, 2, 3)} | {"encoded_len": 12}
+    while True:
+        rows = [{"id": f"c{j}", "text": "one two", "speaker": "a", **json.loads(dumps(rng.choice([sound, layers])))}
+                for j in range(3)]  # fmt: skip
+        rows = [{**layers, **r} if "nano_layer_1" in r else r for r in rows]
+        for key in layers:  # one kind of columns for all
+            for r in rows:
+                r.pop(key, None)
+        rows = [{**r, **json.loads(dumps(sound))} for r in rows]
+        if layered := rng.random() < 0.4:
+            rows = [{k: v for k, v in r.items() if k != "audio_tokens"} | json.loads(dumps(layers)) for r in rows]
+        books = [r for r in branches(rows[1]) if r[0] not in ("id", "text", "speaker")]
+        path = rng.choice(books)
+        value = rng.choice([v for v in [*ODD, 16, 65536, [1], [[1] * 12], [1] * 12, "1"] if differs(v, at(rows[1], path))])
+        fine = type(value) is int and 0 <= value < 16 and path[0] != "encoded_len"
+        fine = fine or path[0] == "encoded_len" and value in ("", " ", None, [], {}, {"x": 1}, {"path": 3})
+        rows[1] = changed(rows[1], path, value)
+        content = "\n".join(map(dumps, rows)).encode()
+
+        def call(content=content):
+            used, named = doctor(written(content, "codes.jsonl"), yard.codec)
+            return len(used), named
+
+        def judge(result, output, fine=fine):
+            return "named" if result[1] else "accepted" if fine or result[0] < 3 else "codes are taken"
+
+        yield Case(f"{'layers' if layered else 'tokens'}: {'.'.join(map(str, path))} = {value!r:.40}", call, MAY, "", judge)
+
+
+def wav_bytes(yard, i):
+    return (yard.folder / f"wavs/u{i}.wav").read_bytes()
+
+
+def parquet(rng, yard):
+    """Parquet files with columns of all types, and broken ones."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    n = len(ROWS)
+    sounds = [{"bytes": wav_bytes(yard, i), "path": f"u{i}.wav"} for i in range(n)]
+    base = {"audio": sounds, "text": [r[1] for r in ROWS], "speaker": [r[2] for r in ROWS]}
+
+    def packed(columns):
+        out = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=5)
+        return out.getvalue()
+
+    column = {
+        "integers": lambda: list(range(n)), "floats": lambda: [math.nan, 1.0, math.inf, *[2.5] * (n - 3)],
+        "lists": lambda: [["a", "b"]] * n, "truths": lambda: [True] * n, "nothing": lambda: [None] * n,
+        "bytes": lambda: [b"\xff\xfe"] * n, "objects": lambda: [{"x": 1}] * n, "empty": lambda: [""] * n,
+        "words": lambda: pyarrow.array([r[1] for r in ROWS]).dictionary_encode(),
+    }  # fmt: skip
+    while True:
+        how, fields, kind, expect = rng.choice(["type", "type", "bytes", "sound", "none"]), dict(base), "", MAY
+        fine = None
+        if how == "type":
+            name, of = rng.choice(["audio", "text", "speaker"]), rng.choice(list(column))
+            fields[name] = column[of]()
+            label, content = f"{name} of {of}", packed(fields)
+            wrong = name in ("text", "speaker") and of in ("lists", "truths", "objects", "bytes")
+            wrong = wrong or name == "audio" or name == "text" and of in ("nothing", "empty")
+            fine = 0 if wrong else n
+        elif how == "sound":
+            i = rng.randrange(n)
+            value = rng.choice([None, {"bytes": None, "path": "x"}, {"bytes": b"", "path": "x.wav"},
+                                {"bytes": b"junk", "path": None}, {"bytes": wav_bytes(yard, i)[:700], "path": "a.wav"}])
+            fields["audio"] = [value if j == i else s for j, s in enumerate(sounds)]
+            label, content, fine = f"a recording is {value!r:.60}", packed(fields), n - 1
+        elif how == "none":
+            name = rng.choice(list(base))
+            del fields[name]
+            label, content, fine = f"no {name}", packed(fields), n if name == "speaker" else 0
+        else:
+            label, content, kind = damaged_bytes(rng, packed(fields))
+            expect = MAY if kind in ("bit", "zeros", "noise", "twice") else BAD
+            fine = 0 if expect == BAD else n
+
+        def judge(result, output, fine=fine):
+            used, named = result
+            return f"{len(used)} rows are taken" if len(used) > fine else "named" if named else "accepted"
+
+        def call(content=content):
+            return doctor(written(content, "x.parquet"), yard.codec)
+
+        yield Case(label, call, expect, kind, judge)
+
+
+def tar(rng, yard):
+    """WebDataset shards with odd members, and broken ones."""
+    n = 5
+    while True:
+        members = []
+        for i in range(n):
+            members += [(f"u{i}.wav", wav_bytes(yard, i)), (f"u{i}.json", dumps({"text": ROWS[i][1], "speaker": "a"}).encode())]
+        how, i, expect, kind, fine = rng.choice(["bytes", "bytes", "member", "member", "member", "type"]), rng.randrange(n), MAY, "", n
+        label, mode = how, rng.choice(["w", "w", "w:gz"])
+        if how == "member":
+            name, content, fine = rng.choice([
+                (f"u{i}.json", b"{", n - 1), (f"u{i}.json", b"[1]", n - 1), (f"u{i}.json", b"\xff", n - 1),
+                (f"u{i}.json", dumps({"text": odd(rng, "x"), "speaker": "a"}).encode(), n), (f"u{i}.wav", b"junk", n - 1),
+                (f"u{i}.wav", b"", n - 1), (f"u{i}.wav", wav_bytes(yard, i)[:3000], n - 1), (f"u{i}.wav", None, n - 1),
+                (f"u{i}.json", None, n - 1), (f"._u{i}.wav", b"\0\5\x16\7", n), (f"../u{i}.txt", b"x", n),
+                (f"u{i}.txt", b"\xff\xfe", n), (f"u{i}.JSON", b"{}", n - 1), ("a/b.c.d", b"x", n), ("x.json", b"[" * 99_999, n),
+                (f"u{i}.wav", bytes(30 << 20), n - 1),
+            ])  # fmt: skip
+            members = [(m, content if m == name else c) for m, c in members if m != name or content is not None]
+            members += [(name, content)] if content is not None and name not in dict(members) else []
+            label = f"{name} is {content!r:.40}"
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode=mode) as archive:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                if how == "type" and name == f"u{i}.wav":
+                    info.type, info.linkname = rng.choice([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]), "/etc/passwd"
+                    info.size, fine = 0, n - 1
+                archive.addfile(info, io.BytesIO(content))
+        content = out.getvalue()
+        if how == "bytes":
+            label, content, kind = damaged_bytes(rng, content)
+            expect, fine = (MAY, n) if kind in ("bit", "zeros", "noise", "twice", "grown", "same") else (BAD, n - 1)
+            kind = "a bit in a recording" if fine == n else ""
+        size = rng.choice([1 << 40, 8 << 30])
+        if how == "type" and rng.random() < 0.3 and mode == "w":  # a header that says more than there is
+            info = tarfile.TarInfo("big.json")
+            info.size = size
+            content, label, fine = content[:-1024] + info.tobuf() + bytes(2048), f"a member of {size} bytes", n
+
+        def judge(result, output, fine=fine):
+            used, named = result
+            return f"{len(used)} rows are taken" if len(used) > fine else "named" if named or len(used) == n else f"{n - len(used)} rows are lost"
+
+        def call(content=content):
+            return doctor(written(content, "x.tar"), yard.codec)
+
+        yield Case(f"{mode}: {label}", call, expect, kind, judge)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recordings
+
+FORMATS = [("wav", "WAV", "PCM_16"), ("wav", "WAV", "FLOAT"), ("wav", "WAV", "PCM_24"), ("wav", "WAV", "ULAW"),
+           ("wav", "WAV", "MS_ADPCM"), ("flac", "FLAC", "PCM_16"), ("ogg", "OGG", "VORBIS"), ("opus", "OGG", "OPUS"),
+           ("mp3", "MP3", "MPEG_LAYER_III"), ("aiff", "AIFF", "PCM_16"), ("au", "AU", "PCM_16"), ("w64", "W64", "PCM_16"),
+           ("caf", "CAF", "PCM_16"), ("rf64", "RF64", "PCM_16")]  # fmt: skip
+
+
+def recordings(rng, yard):
+    """(label, file's name, bytes, expectation, kind of damage) of recordings of half a second and more."""
+    sounds = {}
+    for ending, form, subtype in FORMATS:
+        if form in soundfile.available_formats() and subtype in soundfile.available_subtypes(form):
+            soundfile.write(out := io.BytesIO(), voice_like(1, 0.8), RATE, subtype, format=form)
+            sounds[ending, subtype] = out.getvalue()
+    while True:
+        (ending, subtype), content = rng.choice(list(sounds.items()))
+        how, expect, kind = rng.choice(["as it is", "cut", "cut", "bytes", "field", "field", "samples", "name"]), MAY, ""
+        label = how
+        if how == "as it is":
+            expect = GOOD
+        elif how == "cut":
+            stop = int(len(content) * rng.choice([0.2, 0.4, 0.6, 0.8]))
+            content, label, expect = content[:stop], f"cut at byte {stop} of {len(content)}", BAD
+        elif how == "bytes":
+            label, content, of = damaged_bytes(rng, content)
+            expect = BAD if of in ("empty", "text") else MAY
+        elif how == "field":
+            content, ending = bytearray(sounds["wav", "PCM_16"]), "wav"
+            place, form, name = rng.choice([(24, "<I", "sample rate"), (22, "<H", "channels"), (40, "<I", "data size"),
+                                            (4, "<I", "file size"), (34, "<H", "bits"), (32, "<H", "block"), (20, "<H", "format")])
+            value = rng.choice([0, 1, 2, 3, 8, 44100, 384_001, 655_351, 999_983, 2**31 - 1, 2**31, 2**32 - 1])
+            struct.pack_into(form, content, place, value & (0xFFFF if form == "<H" else 2**32 - 1))
+            label, content = f"{name} = {value}", bytes(content)
+        elif how == "samples":
+            wav = voice_like(1, 0.8)
+            value = rng.choice([math.nan, math.inf, -math.inf, "none", "silence", "one"])
+            wav[100:200] = value if isinstance(value, float) else wav[100:200]
+            wav = {"none": wav[:0], "silence": 0 * wav, "one": wav[:1]}.get(value, wav)
+            soundfile.write(out := io.BytesIO(), wav, RATE, "FLOAT", format="WAV")
+            ending, label, content, expect = "wav", f"samples: {value}", out.getvalue(), BAD if value != "silence" else MAY
+        else:
+            name = rng.choice(["raw", "txt", "mp3", "flac", "wav", "WAV", "", "pcm", "vox"])
+            content = rng.choice([content, b"junk" * 500, rng.randbytes(4000)])
+            label, ending, expect = f"{content[:4]!r} named .{name}", name, BAD if name == "raw" or content[:4] == b"junk" else MAY
+        yield f"{ending} {subtype}: {label}", f"r.{ending}", content, expect, kind
+
+
+def audio_prepared(rng, yard):
+    """Recordings that the doctor listens to."""
+    for label, name, content, expect, kind in recordings(rng, yard):
+
+        def call(name=name, content=content):
+            path = Path(written(content, name))
+            (path.parent / "metadata.csv").write_text(f"audio,text\n{name},one two three\n")
+            return doctor(str(path.parent / "metadata.csv"), yard.codec, min_level=-200.0)
+
+        def judge(result, output, expect=expect):
+            return "named" if result[1] else "its text is used" if expect == BAD else "accepted"
+
+        yield Case(label, call, expect, kind, judge)
+
+
+def references(rng, yard):
+    """Recordings of a voice to clone."""
+    voices = {family: sample.Voice.from_checkpoint(speaking(yard, family)[0], "cpu") for family in ("csm", "xtts")}
+    for label, name, content, expect, kind in recordings(rng, yard):
+        family = rng.choice(list(voices))
+
+        def call(name=name, content=content, voice=voices[family]):
+            path = written(content, name)
+            return len(list(voice.frames("one", reference=path, reference_text="one two", cap_seconds=0.2)))
+
+        yield Case(f"{family}: {label}", call, expect, kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token folders and checkpoints
+
+
+def train_once(tokens, out, *flags):
+    """A run of train.py; what it measured, and what it said."""
+    train.main(configurator.configure(train.__file__, [*FLAGS, f"--data_dir={tokens}", f"--out_dir={out}", *flags]))
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    wavs = {path.name: path.read_bytes() for path in sorted((Path(out) / "samples").glob("*.wav"))}
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines], wavs
+
+
+HARMLESS = ("made_by", "report.json", "ids.txt")
+
+
+def token_folders(rng, yard):
+    """Token folders with a field or a file that is wrong, and a run of one step on them."""
+    while True:
+        family = rng.choice(["csm", "csm", "xtts"])
+        tokens = yard.tokens(family)
+        meta = json.loads((tokens / "meta.json").read_text())
+        changes, kind, same_is_fine = {}, "", False
+        how = rng.choice(["meta", "meta", "meta", "meta", "file", "bytes", "index", "index", "numbers"])
+        if how == "meta":
+            label, tree, path, _ = damaged_tree(rng, meta)
+            changes["meta.json"] = dumps(tree).encode()
+            if rng.random() < 0.05:
+                label = "meta.json is a list"
+                changes["meta.json"] = rng.choice([b"[]", b"3", b"null", b'"x"', b"[" * 99_999])
+        elif how == "index":
+            split = rng.choice(["train", "val"])
+            index = np.load(tokens / f"{split}.index.npy")
+            label, index = odd_index(rng, index)
+            np.save(out := io.BytesIO(), index)
+            changes[f"{split}.index.npy"] = out.getvalue()
+            label = f"{split}.index.npy: {label}"
+        elif how == "numbers":
+            name, value = rng.choice(["train.codes.bin", "val.codes.bin", "train.text.bin"]), rng.choice([16, 301, 60000, 65535, 3])
+            numbers = np.fromfile(tokens / name, np.uint16)
+            numbers[rng.randrange(len(numbers))] = value
+            changes[name], label = numbers.tobytes(), f"{name}: a number is {value}"
+            kind = "a bit in token files" if value == 3 else ""
+            if family == "xtts" and rng.random() < 0.5:
+                heard = np.fromfile(tokens / "val.reference.bin", np.float16)
+                heard[rng.randrange(len(heard))] = value = rng.choice([np.nan, np.inf, 1.0])
+                changes, label = {"val.reference.bin": heard.tobytes()}, f"val.reference.bin: a number is {value}"
+                kind = "a bit in token files" if value == 1 else ""
+        else:
+            name = rng.choice(sorted(os.listdir(tokens)))
+            changes[name], label = None, f"{name} is missing"
+            if how == "bytes":
+                label, changes[name], of = damaged_bytes(rng, (tokens / name).read_bytes())
+                label = f"{name}: {label}"
+                kind = "a bit in token files" if name.endswith(".bin") and of in ("bit", "zeros", "noise") else ""
+                kind = "a letter in a table" if name == "meta.json" and of == "bit" else kind
+                same_is_fine = True
+        base = partial(yard.once, ("tokens", family), lambda family=family, tokens=tokens: train_once(tokens, fresh("base"), *FAMILIES[family]))
+        expect = MAY if any(word in label for word in HARMLESS) else BAD
+
+        def call(changes=changes, tokens=tokens, family=family):
+            folder = fresh("tokens")
+            shutil.copytree(tokens, folder)
+            for name, content in changes.items():
+                os.remove(folder / name)
+                if content is not None:
+                    (folder / name).write_bytes(content)
+            return train_once(folder, fresh("out"), *FAMILIES[family])
+
+        def judge(result, output, base=base, expect=expect, fine=same_is_fine):
+            same = unless_same(base())(result, output)
+            return same if fine or same == "named" else "accepted" if expect == MAY else f"trained on it ({same})"
+
+        yield Case(f"{family}: {label}", call, expect, kind, judge)
+
+
+def odd_index(rng, index):
+    """(what was done, an index with something wrong)."""
+    i, column = rng.randrange(len(index)), rng.randrange(5)
+    name = data.INDEX_COLUMNS[column]
+    value = rng.choice([-1, 10**9, 2**62, -(2**62), 10**4, 0])
+    if rng.random() < 0.6 and index[i, column] != value and (name, value) != ("speaker", 0):
+        made = index.copy()
+        made[i, column] = value
+        return f"{name} of {i} = {value}", made
+    how = rng.choice(["zeros", "floats", "flat", "short", "objects", "wide", "turned"])
+    made = {"zeros": lambda: 0 * index, "floats": lambda: index + 0.5, "flat": lambda: index.ravel(),
+            "short": lambda: index[:-1], "objects": lambda: np.array([{}]), "wide": lambda: index[:, :4],
+            "turned": lambda: index[::-1]}[how]()  # fmt: skip
+    return how, made
+
+
+def speaking(yard, family, which="best"):
+    """The path of a sound checkpoint, and its dict."""
+    content = yard.checkpoint(family, which)
+    return str(yard.folder / "out" / family / f"{which}.pt"), content
+
+
+def heard(path):
+    """What a checkpoint says: ids, logits and the wav of a text."""
+    voice = sample.Voice.from_checkpoint(path, "cpu")
+    wav = voice.say("one two", cap_seconds=0.3)
+    side = voice.prompt(None, "") if voice.model.reference else {}
+    side.pop("latents", None)
+    side.pop("timbre", None)
+    codes = np.arange(6 * voice.codec.n_codebooks).reshape(6, -1) % 16
+    logits = voice.model.teacher_forced_logits(np.array([5, 6, 7]), codes, **side)
+    return voice.text_ids("one two", "b"), logits, wav, voice.sample_rate
+
+
+def resumed(yard, family, folder):
+    of = "csm" if family == "lora" else family
+    more = [f"--init_from={yard.folder}/out/csm/best.pt", "--lora_rank=2"] if family == "lora" else []
+    return train_once(yard.tokens(of), folder, *FAMILIES[of], *more, "--init_from=resume", "--max_iters=2")
+
+
+def odd_tensor(rng, x):
+    """(what was done, a tensor that is none of the model's)."""
+    ways = {
+        "nan": lambda: torch.where(torch.arange(x.numel()).view(x.shape) == 0, math.nan, x.float()),
+        "infinite": lambda: torch.full_like(x.float(), math.inf), "empty": lambda: x[:0] if x.ndim else x[None][:0],
+        "longer": lambda: torch.cat([x, x]) if x.ndim else x[None], "complex": lambda: x.to(torch.complex64),
+        "whole numbers": lambda: x.to(torch.int8), "truths": lambda: x.bool(), "a list": lambda: x.flatten()[:3].tolist(),
+        "flat": lambda: x[None], "sparse": lambda: x.to_sparse(), "nothing": lambda: None,
+        "without memory": lambda: x.to("meta"), "text": lambda: "x",
+    }  # fmt: skip
+    how = rng.choice(list(ways) + ["nan", "nan"])
+    return how, ways[how]()
+
+
+def checkpoints(rng, yard):
+    """Checkpoints of all families that speak, go on or are started from, each with one thing wrong."""
+    while True:
+        family = rng.choice([*FAMILIES, "lora"])
+        use = rng.choice(["speak", "speak", "resume", "init"])
+        path, content = speaking(yard, family, "last" if use == "resume" else "best")
+        content = {key: value for key, value in content.items() if key not in ("format",)}
+        how, made, kind = rng.choice(["field", "field", "field", "tensor", "tensor", "bytes", "bytes"]), None, ""
+        if how == "field":
+            top = [(key,) for key in content]
+            label, tree, _, _ = damaged_tree(rng, content, top if rng.random() < 0.3 else None)
+        elif how == "tensor":
+            tensors = [p for p in branches(content) if isinstance(at(content, p), torch.Tensor)]
+            chosen = rng.choice(tensors)
+            way, x = odd_tensor(rng, at(content, chosen))
+            label, tree = f"{'.'.join(map(str, chosen))}: {way}", changed(content, chosen, x)
+        else:
+            label, made, _ = damaged_bytes(rng, Path(path).read_bytes())
+            tree = None
+
+        def call(tree=tree, made=made, use=use, family=family):
+            folder = fresh("ckpt")
+            folder.mkdir()
+            target = str(folder / ("last.pt" if use == "resume" else "best.pt"))
+            if made is None:
+                models.save_checkpoint(target, tree)
+            else:
+                Path(target).write_bytes(made)
+            if use == "speak":
+                return heard(target)
+            if use == "resume":
+                shutil.copy(yard.folder / "out" / family / "metrics.jsonl", folder)
+                return resumed(yard, family, folder)
+            of = "csm" if family == "lora" else family
+            return train_once(yard.tokens(of), fresh("out"), *FAMILIES[of], f"--init_from={target}")
+
+        def sound(use=use, family=family, path=path):
+            if use == "speak":
+                return heard(path)
+            of = "csm" if family == "lora" else family
+            if use == "init":
+                return train_once(yard.tokens(of), fresh("base"), *FAMILIES[of], f"--init_from={path}")
+            shutil.copytree(yard.folder / "out" / family, folder := fresh("base"))
+            return resumed(yard, family, folder)
+
+        def judge(result, output, base=partial(yard.once, (use, family), sound)):
+            return "named" if "changed: " in output else unless_same(base())(result, output)
+
+        yield Case(f"{use} {family}: {label}", call, BAD, kind, judge)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published weights, tokenizers, codecs
+
+
+def golden(name):
+    from safetensors.torch import load_file
+
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    return {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
+
+
+def publications(yard):
+    """{layout: (tensors, config.json, config inside the file)} of small models as their authors publish them."""
+    from safetensors.torch import load_file
+
+    heads = {"num_attention_heads": 4, "depth_decoder_config": {"num_attention_heads": 4}}
+    found = {"csm": (golden("csm_original"), heads, {})}
+    for family in ("csm", "kani"):
+        checkpoint = yard.checkpoint(family, "best")
+        folder = yard.folder / "hub" / family
+        published.export(models.load_model(checkpoint), folder)
+        given = json.loads((folder / "config.json").read_text())
+        found[f"{family} exported"] = load_file(folder / "model.safetensors"), given, {}
+    args = {"gpt_n_heads": 2, "gpt_start_text_token": 37, "gpt_stop_text_token": None}
+    found["xtts"] = {f"gpt.{key}": x for key, x in golden("xtts_gpt").items()}, {"model_args": args}, {}
+    facts = json.loads((GOLDEN / "valle2.json").read_text())["config"]
+    found["valle"] = golden("valle2"), {}, {"experimental": facts["experimental"], "size": {"heads": facts["n_heads"]}}
+    return found
+
+
+def put_published(folder, tensors, config, inside, form):
+    """Write weights as safetensors, in shards of such, or as a pickle; returns what to load."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    if config:
+        (folder / "config.json").write_text(dumps(config))
+    if form == "shards":
+        names = sorted(tensors)
+        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for part, keys in parts.items():
+            save_file({key: tensors[key].contiguous() for key in keys}, folder / part)
+        index = {"weight_map": {key: part for part, keys in parts.items() for key in keys}}
+        (folder / "model.safetensors.index.json").write_text(dumps(index))
+    elif form == "safetensors":
+        said = {"config": dumps(inside)} if inside else None
+        save_file({key: x.contiguous().clone() for key, x in tensors.items()}, folder / "model.safetensors", said)
+    else:
+        torch.save({"module": tensors, "config": inside or {}}, folder / "model.pth")
+    return folder
+
+
+def sized(path):
+    """The weights of a published model, and the logits of an utterance."""
+    model = published.load(str(path), "cpu")
+    c, rng = model.config, np.random.default_rng(0)
+    side = {"reference": torch.from_numpy(rng.standard_normal((9, c.reference_bands))).float()} if model.reference else {}
+    logits = model.teacher_forced_logits(np.array([5, 6, 7]), rng.integers(0, c.codebook_size, (4, c.n_codebooks)), **side)
+    models.contract_check(model, np.array([5, 6, 7]), rng.integers(0, c.codebook_size, (4, c.n_codebooks)), **side)
+    return logits.detach()
+
+
+def published_folders(rng, yard):
+    """Folders of published weights with one thing wrong."""
+    pytest.importorskip("safetensors")
+    found = yard.once("publications", lambda: publications(yard))
+    while True:
+        layout = rng.choice(list(found))
+        tensors, config, inside = found[layout]
+        form = rng.choice(["safetensors", "shards", "pickle"]) if not inside else rng.choice(["safetensors", "pickle"])
+        how, expect, kind, spoil = rng.choice(["config", "config", "tensor", "tensor", "bytes", "bytes", "index", "header", "folder"]), BAD, "", None
+        label = how
+        if how == "config":
+            tree = rng.random() < 0.7 and config or inside or config
+            label, tree, path, way = damaged_tree(rng, tree)
+            label, kind = f"config: {label}", "a number in config.json"
+            config, inside = (tree, inside) if config else (config, tree)
+            expect = MAY if way == "missing" else BAD
+            if rng.random() < 0.1:
+                junk = rng.choice([b"", b"[]", b"3", b"{", b"\xff", b"[" * 99_999, b'{"a":' * 99_999])
+                label, kind = f"config.json is {junk[:9]!r}", ""
+                spoil = lambda folder, junk=junk: (folder / "config.json").write_bytes(junk)  # noqa: E731
+        elif how == "tensor":
+            name = rng.choice(sorted(tensors))
+            way, x = odd_tensor(rng, tensors[name])
+            if form != "pickle" and not (isinstance(x, torch.Tensor) and not x.is_sparse and not x.is_meta):
+                way, x = "nothing", None
+            tensors = {**tensors, name: x} if x is not None or form == "pickle" else without(tensors, (name,))
+            label = f"{name}: {way}"
+        elif how == "bytes":
+            dice = rng.getrandbits(32)
+            label, kind = f"bytes, dice {dice}", "a bit in published weights"
+
+            def spoil(folder, dice=dice):
+                import random
+
+                dice = random.Random(dice)
+                path = dice.choice(sorted(p for p in folder.iterdir() if p.name != "config.json"))
+                path.write_bytes(damaged_bytes(dice, path.read_bytes())[1])
+        elif how == "index" and form == "shards":
+            name = rng.choice(sorted(tensors))
+            value = rng.choice([*ODD, "model.safetensors.index.json", "/etc/passwd", "b.safetensors/x", "missing.safetensors"])
+            label, expect = f"index: a shard is {value!r:.40}", BAD
+
+            def spoil(folder, name=name, value=value):
+                path = folder / "model.safetensors.index.json"
+                tree = json.loads(path.read_text())
+                path.write_text(dumps({"weight_map": {**tree["weight_map"], name: value}}))
+        elif how == "header" and form != "pickle":
+            where, value = rng.choice(["dtype", "shape", "data_offsets"]), rng.choice([*ODD, "F8", "I64", [1], [0, 10**12], [-1]])
+            label = f"header: {where} = {value!r:.30}"
+
+            def spoil(folder, where=where, value=value):
+                path = sorted(folder.glob("*.safetensors"))[0]
+                content = path.read_bytes()
+                size = struct.unpack("<Q", content[:8])[0]
+                header = json.loads(content[8 : 8 + size])
+                name = sorted(key for key in header if key != "__metadata__")[0]
+                header[name][where] = value
+                text = dumps(header).encode()
+                path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+        elif how == "folder":
+            way = rng.choice(["empty", "two", "a file", "itself", "code"])
+            label, expect = f"folder: {way}", MAY if way == "two" else BAD
+
+            def spoil(folder, way=way):
+                spoil_folder(folder, way)
+        else:
+            expect, kind = GOOD, ""
+
+        def call(tensors=tensors, config=config, inside=inside, form=form, spoil=spoil):
+            folder = put_published(fresh("hub"), tensors, config, inside, form)
+            if spoil:
+                spoil(folder)
+            result = sized(folder)
+            assert not os.path.exists("executed"), "a pickle's code was run"
+            return result
+
+        def sound(layout=layout):
+            return sized(put_published(fresh("hub"), *found[layout], "safetensors"))
+
+        yield Case(f"{layout}, {form}: {label}", call, expect, kind, lambda result, output, base=partial(yard.once, ("sized", layout), sound):
+                   unless_same(base())(result, output))  # fmt: skip
+
+
+class Runs:
+    """A pickle of it would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def spoil_folder(folder, way):
+    files = [p for p in folder.iterdir() if p.name != "config.json"]
+    if way == "two":
+        shutil.copy(files[0], files[0].with_name(f"z{files[0].name}"))
+        return
+    for path in files:
+        os.remove(path)
+    if way == "a file":
+        (folder / "model.safetensors").mkdir()
+    elif way == "itself":
+        content = {}
+        content["model"] = content
+        torch.save(content, folder / "model.pt")
+    elif way == "code":
+        torch.save({"model": Runs()}, folder / "model.pt")
+
+
+def tokenizer_files(rng, yard):
+    """sentencepiece models, tokenizer.json and XTTS's vocab.json, and what they make of texts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
+    special = ["[STOP]", "[UNK]", "[SPACE]", "[START]", "[en]"]
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    learner.train_from_iterator(WORDS * 3, trainer)
+    kinds = {"sentencepiece": (yard.csm / "tokenizer.model").read_bytes(), "tokenizer.json": learner.to_str().encode()}
+    texts = ["one two", "seven", "čaj 茶", "[en]one"]
+
+    def read(content):
+        cfg = SimpleNamespace(tokenizer=written(content, "tokenizer"), extend_vocab=0)
+        tokenizer = prepare.read_tokenizer(cfg)
+        ids = [tokenizer.encode(text) for text in texts]
+        words = [tokenizer.decode(i) for i in ids]
+        about = tokenizer.describe()
+        return ids, words, sorted(tokenizer.unknown("one茶")), {k: about[k] for k in ("vocab_size", "bos_id", "eos_id")}
+
+    while True:
+        kind, content = rng.choice(list(kinds.items()))
+        if kind == "tokenizer.json" and rng.random() < 0.6:
+            label, tree, _, _ = damaged_tree(rng, json.loads(content))
+            made, expect = dumps(tree).encode(), MAY
+            if rng.random() < 0.1:
+                made = rng.choice([b"{}", b'{"model": 3}', b'{"model": {}}', b"{" * 99_999, b'{"model": null}'])
+                label, expect = f"it is {made:.20}", BAD
+        else:
+            label, made, how = damaged_bytes(rng, content)
+            expect = BAD if how in ("empty", "text") else MAY
+        yield Case(f"{kind}: {label}", partial(read, made), expect)
+
+
+def codec_files(rng, yard):
+    """Weights of codecs and codec.pt with one thing wrong, and what they make of noise."""
+
+    def nemo(name):
+        torch.save(golden(name), out := io.BytesIO())
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            info = tarfile.TarInfo("./model_weights.ckpt")
+            info.size = len(out.getvalue())
+            tar.addfile(info, io.BytesIO(out.getvalue()))
+        return {"x.nemo": archive.getvalue()}
+
+    def xtts():
+        from safetensors.torch import load_file
+
+        stats = load_file(GOLDEN / "xtts_mels.safetensors")["in.mel_norms"]
+        model = {f"hifigan_decoder.{part}.{key}": x for part, name in (("waveform_decoder", "hifigan"), ("speaker_encoder", "speaker_encoder"))
+                 for key, x in golden(f"xtts_{name}").items()}  # fmt: skip
+        files = {"dvae.pth": golden("xtts_dvae"), "mel_stats.pth": stats, "model.pth": {"model": {**model, "mel_stats": stats}}}
+        return files
+
+    def mel():
+        return {"codec.pt": yard.codec.pack()}
+
+    def packed(content):
+        if isinstance(content, bytes):
+            return content
+        torch.save(content, out := io.BytesIO())
+        return out.getvalue()
+
+    def read(name, files):
+        folder = fresh("codec")
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / file).write_bytes(packed(content))
+        codec = codecs.load_codec(name, str(folder))
+        wav = 0.1 * torch.randn(1, codec.sample_rate // 5, generator=torch.Generator().manual_seed(0))
+        codes = codec.encode(wav)
+        return codes, codec.decode(codes)
+
+    sets = {"mel": mel(), "nanocodec": nemo("nemo_nanocodec"), "xtts": xtts()}
+    while True:
+        name = rng.choice(["mel", "mel", "mel", *sets])
+        files = dict(sets[name])
+        file = rng.choice(sorted(files))
+        how, kind, expect = rng.choice(["field", "tensor", "bytes", "bytes", "gone"]), "", BAD
+        if how == "bytes" or isinstance(files[file], bytes) and how != "gone":
+            label, files[file], of = damaged_bytes(rng, packed(files[file]))
+            label = f"{file}: {label}"
+            kind = "a bit in a codec's weights" if of in ("bit", "noise", "zeros", "grown", "twice", "same") else ""
+        elif how == "gone":
+            label = f"{file} is missing"
+            del files[file]
+        else:
+            tree = {"all": files[file]}
+            paths = [p for p in branches(tree) if isinstance(at(tree, p), torch.Tensor) == (how == "tensor")]
+            if how == "tensor":
+                path = rng.choice(paths)
+                way, x = odd_tensor(rng, at(tree, path))
+                label, tree = f"{file} {'.'.join(map(str, path))}: {way}", changed(tree, path, x)
+            else:
+                label, tree, _, _ = damaged_tree(rng, tree, paths or [("all",)])
+                label = f"{file} {label}"
+            files[file] = tree.get("all", {})
+
+        def judge(result, output, name=name):
+            return unless_same(yard.once(("codec", name), partial(read, name, sets[name])))(result, output)
+
+        yield Case(f"{name}: {label}", partial(read, name, files), expect, kind, judge)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recipes, keys, texts
+
+RECIPES = [
+    "learning_rate = ", "learning_rate = 1 +", "raise ValueError('no')", "import sys\nsys.exit(0)", "raise SystemExit",
+    "raise KeyboardInterrupt", "import nothing_of_that_name", "learning_rte = 1", "learning_rate = 'x'", "1 / 0",
+    "lora_targets = [len]", "milestones = ['x']", "milestones = [None]", "backbone = {3: 4}", "backbone = len",
+    "def f(): return f()\nf()", "x = 'a' * 3", "learning_rate = [1]", "freeze = [3]", "freeze = ['(']", "freeze = [len]",
+    "reference_seconds = ['a', 'b']", "reference_seconds = [1]", "reference_seconds = [float('nan'), 1.0]",
+    "raise Exception('x' * 5000)", "raise MemoryError", "assert False", "import os\nos.chdir('/nowhere')", "\tx = 1",
+    "raise ValueError('a\\nb')", "backbone = {'n_layer': [1]}", "lr_schedule = 'x' * 5000", "raise BaseException('x')",
+    "class arch: pass\nmax_iters = arch", "text = 3", "learning_rate = True", "max_iters = 1.0", "max_iters = 10 ** 5000",
+    "data_dir = None", "out_dir = b'x'", "lora_targets = []", "lora_targets = [3]", "sources = {}", "learning_rate = 1j",
+]  # fmt: skip
+BYTES = [b"\xff\xfe", b"\0", b"learning_rate = 1\0", "x = 'é'".encode("latin-1"), b"\xef\xbb\xbflearning_rate = 'x'", b"(" * 5000,
+         b"learning_rate = " + b"-" * 99_999 + b"1", b"x = " + b"[" * 300, b"learning_rate = " + b"9" * 9000]  # fmt: skip
+ARGUMENTS = ["-x", "--=", "--", "---", "--learning_rate", "--learning_rate=", "--learning_rte=1", "-", "", "x", "x.py", "é.py",
+             "--max_iters=1=2", "--data_dir", "--muon=2", "--muon x", "--\udcff=1", "--max_iters=\udcff", "--" + "x" * 5000,
+             "--max_iters=" + "x" * 5000, "--max_iters=" + "9" * 5000, "--max_iters=" + "[" * 5000, "--backbone={", "--help=3x",
+             "--backbone={'n_layer': 1, 'n_layer': 2}", "--backbone=" + "(" * 3000, "/", ".py", "--max_iters=1_0", "\0.py",
+             "--milestones=[1,2", "--freeze=x", "--learning_rate=1e-3x", "--out_dir=\0", "x" * 5000 + ".py", "--data_dir=" + "x" * 5000]  # fmt: skip
+
+
+def trained(yard, flags, family="csm"):
+    return train_once(yard.tokens(family), fresh("out"), *FAMILIES[family], *flags)
+
+
+def recipes(rng, yard):
+    """Recipes with mistakes and odd command lines, for a run of one step."""
+    while True:
+        if rng.random() < 0.6:
+            content = rng.choice([*(r.encode() for r in RECIPES), *BYTES])
+            harmless = content in (b"x = 'a' * 3", b"text = 3", b"\tx = 1")
+
+            def call(content=content):
+                return trained(yard, [written(content, "recipe.py")])
+
+            yield Case(f"recipe {content!r:.120}", call, MAY if harmless else BAD)
+        else:
+            words = rng.choice(ARGUMENTS)
+            yield Case(f"arguments {words!r:.120}", partial(trained, yard, words.split(" ")), MAY)
+
+
+TEXTS = ["nan", "inf", "-inf", "-1", "0", "0.5", "-0.5", "1e999", "1e20", "x", "", "None", "[]", "{}", "[None]", "{'x': 1}", "True", "é",
+         str(10**30), str(-(10**30)), "1" * 5000, "x" * 5000, "\udcff", "a\nb"]  # fmt: skip
+SLOW_KEYS = {"compile", "wandb_project", "device"}  # builds for minutes, asks the network, has its own test below
+WHOLE = {"max_iters", "seed"}  # any number is meant
+OWN = {"xtts": ("n_latents", "conditioning_layers", "perceiver_layers", "perceiver_heads", "chunk_seconds", "text_positions",
+                "code_positions", "text_loss_weight", "hide_text_stop", "reference_seconds"),
+       "kani": ("loss_on", "drop_repeats"),
+       "valle nar": ("mode", "shared_heads", "level_attention", "segmented_mask", "stretched_text", "mask_ratio", "text_dropout",
+                     "random_level", "length_loss_weight", "level_weights", "rounds", "whole_frames", "guidance")}  # fmt: skip
+
+
+def expected(types, text):
+    """Whether a value can be meant for a key of these types: None where nobody knows."""
+    number = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "1e999": math.inf}.get(text)
+    if int in types or float in types:
+        if number is not None or text in ("-1", "-0.5", str(-(10**30))):
+            return BAD
+        if text in ("x", "é", "[]", "{}", "[None]", "{'x': 1}", "\udcff", "a\nb", "x" * 5000) and str not in types:
+            return BAD
+    return MAY
+
+
+def keys_of_train(rng, yard):
+    """One key of train.py with an odd value, in a family that has it, for a run of one step."""
+    defaults = configurator.read_defaults(train.__file__)
+    owner = {key: family for family, keys in OWN.items() for key in keys}
+    while True:
+        key = rng.choice([key for key in defaults if key not in SLOW_KEYS])
+        family, value = owner.get(key, rng.choice(["csm", "csm", "valle ar"])), rng.choice(TEXTS)
+        if key in ("backbone", "decoder") and rng.random() < 0.8:
+            sizes = dict(eval(FAMILIES[family][1].partition("=")[2]))
+            field = rng.choice([*sizes, "dropout", "norm_eps", "rope_theta", "max_positions", "head_dim", "rope_scaling", "layers"])
+            sizes[field] = rng.choice([v for v in ODD if v != 10**30])
+            value, expect = repr(sizes).replace("nan", "1e999 - 1e999").replace("inf", "1e999"), MAY
+        elif key == "max_iters" and value in (str(10**30), "1" * 5000):
+            continue
+        else:
+            expect = MAY if key in WHOLE else expected(defaults[key][1], value)
+        flags = [f"--{key}={value}"] + ([] if key == "max_iters" else ["--max_iters=1"])
+        if key.startswith("lora_"):
+            speaking(yard, "csm")
+            flags += [f"--init_from={yard.folder}/out/csm/best.pt"] + ([] if key == "lora_rank" else ["--lora_rank=2"])
+            family = "csm"
+        yield Case(f"{family}: --{key}={value!r:.80}", partial(trained, yard, flags, family), expect)
+
+
+def keys_of_prepare(rng, yard):
+    """One key of prepare.py with an odd value, for a small set."""
+    (yard.folder / "sound.csv").write_text(as_table(ROWS, ","))
+    defaults = configurator.read_defaults(prepare.__file__)
+    small = {"n_codebooks": 2, "codebook_size": 16, "sample_rate": RATE, "n_mels": 20, "dims": 16}
+    formats = ["{text!r}{speaker}", "{text:>9}", "{text:d}", "{text}{text}", "{speaker.x}{text}", "{text[0]}", "{", "{}{text}", "x",
+               "{{text}}", "{text:>2000000000}", "{speaker!s}{text}", "{0}", "[{speaker}]{text}é"]  # fmt: skip
+    while True:
+        key, value, expect = rng.choice(list(defaults)), rng.choice(TEXTS), MAY
+        if key == "text_format" and rng.random() < 0.8:
+            value = rng.choice(formats)
+            expect = MAY if value.endswith("é") else BAD
+        elif key == "codec_args" and rng.random() < 0.8:
+            field = rng.choice([*small, "frame_rate", "x"])
+            args = {**small, field: rng.choice([v for v in ODD if v not in ("x" * 5000,)])}
+            value = repr(args).replace("nan", "1e999 - 1e999").replace("inf", "1e999")
+        elif key in ("device", "overwrite", "data_dir"):
+            pass
+        else:
+            expect = expected(defaults[key][1], value)
+        expect = MAY if key in ("seed", "min_level") else expect
+
+        def call(key=key, value=value):
+            out = fresh("tokens")
+            flags = [f"--sources={yard.folder}/sound.csv", f"--data_dir={out}", f"--codec_args={small}", "--val_fraction=0.4",
+                     "--vocab_size=300", "--min_chars_per_second=0.1", "--fit_seconds=2", f"--{key}={value}"]  # fmt: skip
+            prepare.main(configurator.configure(prepare.__file__, flags))
+            return train_once(out, fresh("out"), *FAMILIES["csm"]) if out.exists() and key == "text_format" else None
+
+        yield Case(f"--{key}={value!r:.80}", call, expect)
+
+
+def keys_of_sample(rng, yard):
+    """One key of sample.py with an odd value."""
+    defaults = configurator.read_defaults(sample.__file__)
+    while True:
+        family = rng.choice(["csm", "valle nar", "xtts"])
+        path, _ = speaking(yard, family)
+        key, value = rng.choice(list(defaults)), rng.choice(TEXTS)
+        expect = MAY if key in ("seed", "text", "out_dir", "rounds") else expected(defaults[key][1], value)
+
+        def call(key=key, value=value, path=path):
+            flags = [f"--ckpt={path}", "--text=one", f"--out_dir={fresh('spoken')}", "--cap_seconds=0.2", f"--{key}={value}"]
+            sample.main(configurator.configure(sample.__file__, flags))
+
+        yield Case(f"{family}: --{key}={value!r:.80}", call, expect)
+
+
+def texts(rng, yard):
+    """Texts to speak, and files of them."""
+    voices = [sample.Voice.from_checkpoint(speaking(yard, family)[0], "cpu") for family in ("csm", "kani", "valle nar")]
+    parts = ["one", "two", " ", "\n", "\0", "\x1b[31m", "\ud800", "\udcff", "\u200b", "\u2028", "\x85", "\ufeff", "\U0001f600", "[a]",
+             "{speaker}", "<s>", "\u202e", "é", "e\u0301", "\u0301", "ﬁ", "茶", "\ufffd", "\uffff", "\r", "%s", "\\n", "\x7f"]  # fmt: skip
+    while True:
+        text = "".join(rng.choices(parts, k=rng.choice([0, 1, 2, 3, 8])))
+        text = rng.choice([text, text, text * 50, "one " * rng.choice([100, 3000])])
+        voice, as_file = rng.choice(voices), rng.random() < 0.3
+        halves = any(0xD800 <= ord(c) < 0xE000 for c in text)
+
+        def call(text=text, voice=voice, as_file=as_file):
+            lines = [text]
+            if as_file:
+                lines = sample.read_lines("", written(text.encode("utf-8", "surrogatepass"), "lines.txt"))
+            return [len(voice.say(line, cap_seconds=0.1)) for line in lines]
+
+        plain = not text.isprintable() or any(c in text for c in "\ufffd\uffff")
+        blank = not text.replace("\0", "").replace("\ufeff", "").strip()
+        expect = BAD if blank else MAY
+        yield Case(f"{'file' if as_file else 'text'} {text!r:.80}, {len(text)} characters", call, expect,
+                   "control characters" if plain and not halves and not blank else "")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tests
+
+READERS = {  # name: (generator, cases in the default run, cases in the slow one)
+    "tables": (tables, 40, 700), "sources key": (source_keys, 12, 120), "json": (json_lines, 30, 400),
+    "codes rows": (coded, 15, 150), "parquet": (parquet, 15, 200), "tar": (tar, 20, 250),
+    "audio: prepare": (audio_prepared, 30, 350), "audio: reference": (references, 20, 250),
+    "token folders": (token_folders, 30, 450), "checkpoints": (checkpoints, 40, 800),
+    "published": (published_folders, 40, 600), "tokenizers": (tokenizer_files, 20, 200),
+    "codec files": (codec_files, 15, 200), "recipes": (recipes, 25, 200), "train keys": (keys_of_train, 40, 600),
+    "prepare keys": (keys_of_prepare, 25, 300), "sample keys": (keys_of_sample, 25, 300), "texts": (texts, 20, 200),
+}  # fmt: skip
+
+
+def tried(name, seed, count, yard, folder):
+    """The outcomes of a reader's cases; prints them, and fails where one is a fault."""
+    reader = READERS[name][0]
+    outcomes = run(lambda rng: reader(rng, yard), seed, count, folder)
+    faults = sift(outcomes, ALLOWED)
+    if log := os.environ.get("FUZZ_LOG"):
+        with open(log, "a", encoding="utf-8") as file:
+            file.writelines(dumps({"reader": name, "seed": seed, **asdict(o)}) + "\n" for o in outcomes)
+    print(table({name: outcomes}))
+    assert not faults, "\n" + report({name: outcomes}, seed)
+    assert len(outcomes) == count
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_few_damaged_inputs(name, yard, tmp_path):
+    tried(name, SEED, READERS[name][1], yard, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_thousands_of_damaged_inputs(name, yard, tmp_path):
+    tried(name, SEED + 1, READERS[name][2], yard, tmp_path)
+
+
+def test_the_kinds_that_may_be_silent():
+    assert len(ALLOWED) <= 20 and all(ALLOWED.values())
