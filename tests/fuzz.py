@@ -250,7 +250,7 @@ ODD = [None, True, False, 0, 1, -1, 7, 0.5, -0.5, math.nan, math.inf, -math.inf,
 def alike(a, b):
     """Whether two nested results are the same, arrays number by number."""
     if isinstance(a, torch.Tensor | np.ndarray) and isinstance(b, torch.Tensor | np.ndarray):
-        a, b = np.asarray(a), np.asarray(b)
+        a, b = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (a, b))
         return a.shape == b.shape and bool((a == b).all())
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
