@@ -196,13 +196,13 @@ def written(content, name, folder=None):
 
 
 def doctor(source, codec, **keys):
-    """What prepare.py would use of a source, and what it names: rows (audio, text, speaker, start, end), (id, why)."""
+    """What prepare.py would use of a source, rows (audio, text, speaker, start, end), and what it names."""
     cfg = configurator.configure(prepare.__file__, [])
     vars(cfg).update(min_chars_per_second=0.1, **keys)
     found = prepare.diagnose(sources.read_source(source), cfg, Now(), None, codec)
     findings = prepare.report(found)
     used = [("wavs/" + os.path.basename(u.audio), u.text, u.speaker, u.start, u.end) for u in found if not u.reason]
-    return used, [f"{x['id']} {x['reason']} {x['detail']}" for x in findings["not_used"]]
+    return used, [f"{x['reason']}: {x['detail']}" for x in findings["not_used"]]
 
 
 def told(rows, allowed=()):
@@ -216,7 +216,7 @@ def told(rows, allowed=()):
             return f"taken: {strange[0]!r:.200}"
         if max(map(len, named), default=0) > 1000:
             return f"a finding of {max(map(len, named))} characters"
-        lost = len({*rows} - {*used})
+        lost = len({name for name, *_ in rows} - {name for name, *_ in used})
         return f"{lost} rows are lost and nothing is named" if lost and not named else "named" if named else "accepted"
 
     return judge
@@ -380,9 +380,9 @@ def json_lines(rng, yard):
             elif name in ("start", "end", "duration") and (empty or value == 0 and type(value) is not bool):
                 known = [TRUTH[i]]
             elif name in ("start", "end") and type(value) in (int, float) and math.isfinite(value):
-                known = [row(i, start=value)] if name == "start" else [row(i, end=value)]
-            elif name == "duration":
-                known = [TRUTH[i]] if plain or empty else []
+                known = [row(i, **{name: float(value)})]
+            elif name == "duration":  # it counts beside a start only
+                known = [TRUTH[i]]
         elif how == "gone":
             name = rng.choice(fields[:3])
             del rows[i][name]
@@ -524,7 +524,7 @@ def tar(rng, yard):
                 (f"u{i}.json", dumps({"text": odd(rng, "x"), "speaker": "a"}).encode(), n), (f"u{i}.wav", b"junk", n - 1),
                 (f"u{i}.wav", b"", n - 1), (f"u{i}.wav", wav_bytes(yard, i)[:3000], n - 1), (f"u{i}.wav", None, n - 1),
                 (f"u{i}.json", None, n - 1), (f"._u{i}.wav", b"\0\5\x16\7", n), (f"../u{i}.txt", b"x", n),
-                (f"u{i}.txt", b"\xff\xfe", n), (f"u{i}.JSON", b"{}", n - 1), ("a/b.c.d", b"x", n), ("x.json", b"[" * 99_999, n),
+                (f"u{i}.txt", b"\xff\xfe", n), (f"u{i}.JSON", b"{}", n), ("a/b.c.d", b"x", n), ("x.json", b"[" * 99_999, n),
                 (f"u{i}.wav", bytes(30 << 20), n - 1),
             ])  # fmt: skip
             members = [(m, content if m == name else c) for m, c in members if m != name or content is not None]
@@ -1012,7 +1012,7 @@ def tokenizer_files(rng, yard):
             made, expect = dumps(tree).encode(), MAY
             if rng.random() < 0.1:
                 made = rng.choice([b"{}", b'{"model": 3}', b'{"model": {}}', b"{" * 99_999, b'{"model": null}'])
-                label, expect = f"it is {made:.20}", BAD
+                label, expect = f"it is {made[:20]}", BAD
         else:
             label, made, how = damaged_bytes(rng, content)
             expect = BAD if how in ("empty", "text") else MAY
