@@ -142,7 +142,7 @@ class Yard:
 
     def __init__(self, folder):
         self.folder, self.known, self.n = folder, {}, 0
-        (folder / "wavs").mkdir()
+        (folder / "wavs").mkdir(parents=True)
         for i in range(len(ROWS)):
             soundfile.write(folder / f"wavs/u{i}.wav", voice_like(i), RATE)
         self.csm = write_tokens(folder / "csm", 3, False)
@@ -170,7 +170,7 @@ class Yard:
 def yard(tmp_path_factory):
     torch.set_num_threads(1)
     before = prepare.start_pool
-    yield Yard(tmp_path_factory.mktemp("yard"))
+    yield Yard(tmp_path_factory.mktemp("sound") / "yard")
     prepare.start_pool = before
 
 
@@ -238,106 +238,145 @@ def as_table(rows, delimiter, header=("audio", "text", "speaker"), end="\n"):
     return out.getvalue()
 
 
+def doctored(yard, name, content, label, truth=TRUTH, allowed=(), expect=MAY, kind=""):
+    """A case: the doctor reads this content as a file beside the recordings."""
+
+    def call():
+        path = yard.folder / f"{fresh().name}{name}"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        try:
+            return doctor(str(path), yard.codec)
+        finally:
+            path.unlink()
+
+    return Case(f"{name}: {label}", call, expect, kind, told(truth, allowed))
+
+
+class Sheet:
+    """A table in one of the usual kinds, and a row of it in which something is to be wrong."""
+
+    def __init__(self, rng):
+        self.rng, self.rows, self.i = rng, [list(r) for r in ROWS], rng.randrange(len(ROWS))
+        self.delimiter, self.ending = rng.choice([(",", ".csv"), ("\t", ".tsv"), ("|", ".txt"), (";", ".csv")])
+        self.others = [r for j, r in enumerate(TRUTH) if j != self.i]
+
+    def text(self, *more):
+        return as_table(self.rows, self.delimiter, *more)
+
+
+# Each of these is one way to spoil a table: Sheet -> arguments of `doctored` from `content` on.
+
+
+def sheet_sound(t):
+    end = t.rng.choice(["\n", "\r\n", "\n\n", " \n"])
+    return t.rng.choice(["", "\ufeff", "\n\n"]) + t.text().replace("\n", end), f"lines end in {end!r}", TRUTH, (), GOOD
+
+
+def sheet_cell(t):
+    column, value = t.rng.randrange(3), t.rng.choice(["", " ", "nan", "None", "x" * 5000, "1", "\xe9" * 9, "../../x"])
+    t.rows[t.i][column] = value
+    known = [row(t.i, text=value)] if column == 1 else [row(t.i, speaker=value)] if column == 2 else []
+    if column == 2 and value.lower() in ("", " ", "nan", "none"):
+        known += [row(t.i, speaker=s) for s in ("speaker", "yard")]
+    return t.text(), f"{('audio', 'text', 'speaker')[column]} of row {t.i} is {value!r:.20}", t.others, known
+
+
+def sheet_character(t):
+    c = t.rng.choice("\0\x01\x07\x1b\x7f\x85\u200b\u200e\u2028\ufeff\ufffd\U0001f600\ue000\u0301")
+    t.rows[t.i][1] = f"one{c}two"
+    return t.text(), f"text with {c!r}", t.others, [], BAD, "control characters"
+
+
+def sheet_quote(t):
+    """A quotation mark that opens and, maybe, closes in another row."""
+    i, lines, mark = t.i, t.text().split("\n"), t.rng.choice(['"', "'", '""'])
+    text = t.rng.choice([mark + t.rows[i][1], t.rows[i][1].replace(" ", mark + " ", 1), t.rows[i][1] + mark])
+    lines[i + 1] = t.delimiter.join([t.rows[i][0], text, t.rows[i][2]])
+    if t.rng.random() < 0.5 and i < len(ROWS) - 2:
+        lines[i + 3] = lines[i + 3].replace(t.rows[i + 2][1], t.rows[i + 2][1] + mark)
+    known = [row(j, text=said) for j in range(len(ROWS)) for said in (text, text.strip('"'), t.rows[j][1] + mark)]
+    return "\n".join(lines), f"{text!r} in row {i}", TRUTH, known
+
+
+def sheet_fields(t):
+    lines, mark = t.text().split("\n"), t.delimiter
+    line = lines[t.i + 1]
+    lines[t.i + 1] = t.rng.choice([line + mark + "x", line.rsplit(mark, 1)[0], line.replace(mark, " "), line * 2])
+    return "\n".join(lines), f"row {t.i} is {lines[t.i + 1]!r:.60}", t.others, [], BAD
+
+
+def sheet_header(t):
+    header = t.rng.choice([("audio", "words", "speaker"), ("x", "text", "speaker"), ("", "", ""), ("audio", "text"),
+                           ("audio", "text", "text"), ("audio", "audio", "text"), ("text", "audio", "speaker"),
+                           ("audio", "text", "speaker", "x"), ("AUDIO ", " Text", "Speaker")])  # fmt: skip
+    return t.text(header), f"header {header}", TRUTH, [], GOOD if header[0] == "AUDIO " else BAD
+
+
+def sheet_order(t):
+    """No header, and columns in an order that others have."""
+    order = t.rng.choice([(0, 2, 1), (0, 1, 2), (2, 0, 1), (1, 0, 2)])
+    return as_table([[r[k] for k in order] for r in ROWS], t.delimiter, None), f"order {order}", TRUTH, [], BAD
+
+
+def sheet_cut(t):
+    plain = t.text()
+    stop = t.rng.randrange(len(plain))
+    whole, last = plain[:stop].count("\n"), plain[:stop].rpartition("\n")[2].split(t.delimiter)
+    known = [row(whole - 1, text=last[1], speaker=s) for s in (last[-1], "")] if len(last) > 1 and whole else []
+    return plain[:stop], f"cut at {stop}", TRUTH[: max(0, whole - 1)], known, BAD, "a table's end"
+
+
+def sheet_bytes(t):
+    label, made, how = damaged_bytes(t.rng, t.text().encode())
+    kind = {"cut": "a table's end", "empty": "", "text": ""}.get(how, "a letter in a table")
+    return made, label, [], [], BAD, kind
+
+
+def sheet_time(t):
+    column = t.rng.choice(["start", "end", "duration"])
+    value = t.rng.choice(["inf", "nan", "1e400", "-1", "x", "9" * 400, "0x1", "1,5", "-inf", "99", "0.1"])
+    cells = [r + [value if j == t.i else ""] for j, r in enumerate(t.rows)]
+    known = [TRUTH[t.i]] if column == "duration" else []  # which counts beside a start only
+    known += [row(t.i, **{column: float(value)})] if (column, value) in (("start", "0.1"), ("end", "0.1"), ("end", "99")) else []
+    header = ("audio", "text", "speaker", column)
+    return as_table(cells, t.delimiter, header), f"{column} = {value:.20}", t.others, known
+
+
+def sheet_junk(t):
+    plain = t.text()
+    content = t.rng.choice([b"", b"\n", b"\0" * 50, t.rng.randbytes(300), plain.encode("utf-16"), b"PK\x03\x04junk",
+                            plain.replace("one", "\xf6n").encode("latin-1"), plain.split("\n")[0].encode(),
+                            b"%PDF-1.4", b"a" * 300_000, b'"' + b"a" * 300_000, b"{" * 9, b"[" * 99_999])  # fmt: skip
+    return content, f"{content[:20]!r}, {len(content)} bytes", [], [], BAD
+
+
+def sheet_twice(t):
+    lines = t.text().split("\n")
+    lines.insert(t.rng.randrange(1, len(ROWS)), lines[t.i + 1])
+    return "\n".join(lines), f"row {t.i} stands there twice", TRUTH, [], BAD
+
+
+def sheet_doubled(t):
+    """Quotation marks in a text, doubled, as pandas writes them."""
+    t.rows[t.i][1] = 'one "two" three'
+    return t.text(), "quotation marks, doubled", [*t.others, row(t.i, text='one "two" three')], (), GOOD
+
+
+def sheet_packed(t):
+    packed = gzip.compress(t.text().encode())
+    packed = t.rng.choice([packed, packed[:-9], packed[:20], packed + b"junk", b"\x1f\x8b" + t.text().encode()])
+    return packed, f"gzip of {len(packed)} bytes"
+
+
+SHEETS = (sheet_sound, sheet_cell, sheet_character, sheet_quote, sheet_fields, sheet_header, sheet_order, sheet_cut, sheet_bytes,
+          sheet_time, sheet_junk, sheet_twice, sheet_doubled, sheet_packed)  # fmt: skip
+
+
 def tables(rng, yard):
     """csv, tsv and tables with bars, each with one thing wrong, or with a freedom that tables have."""
-
-    def case(content, label, truth=TRUTH, allowed=(), expect=MAY, kind=""):
-        content = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
-        name = f"t{fresh.n}.{ending}"
-
-        def call():
-            fresh.n += 1
-            (yard.folder / f"{fresh.n}{name}").write_bytes(content)
-            try:
-                return doctor(str(yard.folder / f"{fresh.n}{name}"), yard.codec)
-            finally:
-                os.remove(yard.folder / f"{fresh.n}{name}")
-
-        return Case(f"{ending}: {label}", call, expect, kind, told(truth, allowed))
-
-    n = len(ROWS)
     while True:
-        delimiter, ending = rng.choice([(",", "csv"), ("\t", "tsv"), ("|", "txt"), (";", "csv")])
-        rows, i = [list(r) for r in ROWS], rng.randrange(n)
-        plain, others = as_table(rows, delimiter), [r for j, r in enumerate(TRUTH) if j != i]
-        lines = plain.split("\n")
-        how = rng.choice(["as it is", "ends", "cell", "strange", "quote", "field", "header", "cut", "bytes", "time", "junk",
-                          "double", "quotes", "zip", "columns"])  # fmt: skip
-        if how == "as it is":
-            yield case(plain, how, expect=GOOD)
-        elif how == "ends":
-            end = rng.choice(["\r\n", "\n\n", " \n", "\r"])
-            text = rng.choice(["", "\ufeff", "\n\n"]) + plain.replace("\n", end)
-            yield case(text, f"lines end in {end!r}", expect=GOOD if end != "\r" else MAY)
-        elif how == "cell":
-            column, value = rng.randrange(3), rng.choice(["", " ", "nan", "None", "x" * 5000, "1", "é" * 9, "../../x"])
-            rows[i][column] = value
-            known = [row(i, text=value)] if column == 1 else [row(i, speaker=value)] if column == 2 else []
-            folder = [row(i, speaker=os.path.basename(yard.folder)), row(i, speaker="speaker")]
-            known += folder if column == 2 and value.lower() in ("", " ", "nan", "none") else []
-            yield case(as_table(rows, delimiter), f"{'audio text speaker'.split()[column]} is {value!r:.20}", others, known)
-        elif how == "strange":
-            c = rng.choice("\0\x01\x07\x1b\x7f\x85\u200b\u200e\u2028\ufeff\ufffd\U0001f600\ue000\u0301")
-            rows[i][1] = f"one{c}two"
-            yield case(as_table(rows, delimiter), f"text with {c!r}", others, [], BAD, "control characters")
-        elif how == "quote":
-            mark, where = rng.choice(['"', "'", '""']), rng.choice(["before", "in", "after"])
-            text = {"before": mark + rows[i][1], "in": rows[i][1].replace(" ", mark + " ", 1), "after": rows[i][1] + mark}[where]
-            line = delimiter.join([rows[i][0], text, rows[i][2]])
-            lines[i + 1] = line
-            if rng.random() < 0.5 and i < n - 2:
-                lines[i + 3] = lines[i + 3].replace(rows[i + 2][1], rows[i + 2][1] + mark)
-            known = [row(j, text=t) for j in range(n) for t in (text, rows[j][1] + mark, rows[j][1], text.strip('"'))]
-            yield case("\n".join(lines), f"{mark} {where} row {i}", TRUTH, known)
-        elif how == "field":
-            lines[i + 1] = rng.choice([lines[i + 1] + delimiter + "x", lines[i + 1].rsplit(delimiter, 1)[0],
-                                       lines[i + 1].replace(delimiter, " "), delimiter * 2, lines[i + 1] * 2])  # fmt: skip
-            yield case("\n".join(lines), f"row {i} is {lines[i + 1]!r:.60}", others, [], BAD)
-        elif how == "header":
-            header = rng.choice([("audio", "words", "speaker"), ("x", "text", "speaker"), ("", "", ""), ("audio", "text"),
-                                 ("audio", "text", "text"), ("audio", "audio", "text"), ("text", "audio", "speaker"),
-                                 ("audio", "text", "speaker", "x"), ("AUDIO ", " Text", "Speaker")])  # fmt: skip
-            good = header[0] == "AUDIO "
-            yield case(as_table(rows, delimiter, header), f"header {header}", TRUTH, [], GOOD if good else BAD)
-        elif how == "cut":
-            stop = rng.randrange(len(plain))
-            whole = plain[:stop].count("\n")
-            last = plain[:stop].rpartition("\n")[2].split(delimiter)
-            known = [row(whole - 1, text=last[1], speaker=s) for s in (last[-1], "")] if len(last) > 1 and whole else []
-            yield case(plain[:stop], f"cut at {stop}", TRUTH[: max(0, whole - 1)], known, BAD, "a table's end")
-        elif how == "bytes":
-            label, made, kind = damaged_bytes(rng, plain.encode())
-            yield case(made, label, [], [], BAD, "a letter in a table" if kind in ("bit", "zeros", "noise", "twice", "grown")
-                       else "a table's end" if kind == "cut" else "")  # fmt: skip
-        elif how == "time":
-            column = rng.choice(["start", "end", "duration"])
-            value = rng.choice(["inf", "nan", "1e400", "-1", "x", "9" * 400, "0x1", "1,5", "-inf", "99", "0.1"])
-            cells = [r + [value if j == i else ""] for j, r in enumerate(rows)]
-            known = [row(i, start=0.1)] if (column, value) == ("start", "0.1") else []
-            known += [row(i, end=float(value))] if column == "end" and value in ("99", "0.1") else []
-            known += [TRUTH[i]] if column == "duration" else []
-            text = as_table(cells, delimiter, ("audio", "text", "speaker", column))
-            yield case(text, f"{column} = {value:.20}", others, known)
-        elif how == "junk":
-            content = rng.choice([b"", b"\n", b"\0" * 50, rng.randbytes(300), plain.encode("utf-16"), b"PK\x03\x04junk",
-                                  plain.replace("one", "ön").encode("latin-1"), plain.split("\n")[0].encode(),
-                                  b"%PDF-1.4", b"a" * 300_000, b'"' + b"a" * 300_000, b"{" * 9, b"[" * 99_999])  # fmt: skip
-            yield case(content, f"{content[:20]!r}, {len(content)} bytes", [], [], BAD)
-        elif how == "double":
-            lines.insert(rng.randrange(1, n), lines[i + 1])
-            yield case("\n".join(lines), f"row {i} stands there twice", TRUTH, expect=BAD)
-        elif how == "quotes":
-            rows[i][1] = 'one "two" three'
-            text = as_table(rows, delimiter)  # doubled, as pandas writes them
-            yield case(text, "quotation marks, doubled", [*others, row(i, text='one "two" three')], expect=GOOD)
-        elif how == "zip":
-            packed = gzip.compress(plain.encode())
-            packed = rng.choice([packed, packed[:-9], packed[:20], packed + b"junk", b"\x1f\x8b" + plain.encode()])
-            yield case(packed, f"gzip of {len(packed)} bytes", expect=MAY)
-        else:  # without a header, in orders that others have
-            order = rng.choice([(0, 2, 1), (0, 1, 2), (2, 0, 1), (1, 0, 2)])
-            text = as_table([[r[k] for k in order] for r in rows], delimiter, None)
-            yield case(text, f"no header, order {order}", TRUTH, [row(j, text=rows[j][1]) for j in range(n)], BAD)
+        sheet = Sheet(rng)
+        yield doctored(yard, sheet.ending, *rng.choice(SHEETS)(sheet))
 
 
 def source_keys(rng, yard):
@@ -356,66 +395,59 @@ def source_keys(rng, yard):
         yield Case(f"{source!r:.150}", partial(doctor, source, yard.codec), MAY, "", told([], fine))
 
 
+FIELDS = ("audio", "text", "speaker", "start", "end", "duration")
+
+
+def known_rows(i, name, value):
+    """What the doctor may make of row i where one of its fields has this value, beside naming it."""
+    number = type(value) in (int, float) and math.isfinite(value)
+    empty = value is None or type(value) is float and math.isnan(value) or value in ("", " ")
+    words = isinstance(value, str) and not any(0xD800 <= ord(c) < 0xE000 for c in value)
+    said = str(int(value)) if number and value == int(value) else str(value)
+    if name == "duration" or name in ("start", "end") and (empty or value == 0 and type(value) is not bool):
+        return [TRUTH[i]]
+    if name in ("start", "end"):
+        return [row(i, **{name: float(value)})] if number else []
+    if name == "text" and (words or number):
+        return [row(i, text=said), row(i, text=str(value))]
+    if name == "speaker" and (words or number or empty):
+        return [row(i, speaker=s) for s in (said, "speaker", "yard", data.normalise(said))]
+    return []
+
+
 def json_lines(rng, yard):
     """json and jsonl: values of all types in all fields, and broken syntax."""
-    fields = ("audio", "text", "speaker", "start", "end", "duration")
     while True:
-        rows = [dict(zip(fields, r, strict=False)) for r in ROWS]
-        i, as_lines = rng.randrange(len(rows)), rng.random() < 0.5
-        others, known, expect, kind = [r for j, r in enumerate(TRUTH) if j != i], [], MAY, ""
-        how = rng.choice(["value", "value", "value", "value", "gone", "bytes", "deep", "whole", "twice", "row"])
-        label, text = how, None
+        rows = [dict(zip(FIELDS, r, strict=False)) for r in ROWS]
+        i, as_lines, truth, known, expect, kind, text = rng.randrange(len(rows)), rng.random() < 0.5, TRUTH, [], MAY, "", ""
+        others = [r for j, r in enumerate(TRUTH) if j != i]
+        how = rng.choice(["value", "value", "value", "value", "missing", "bytes", "deep", "whole", "twice", "row"])
+        label = how
         if how == "value":
-            name, value = rng.choice(fields), rng.choice(ODD + [["one", "two"], 3.0, {"bytes": "x", "path": "y.wav"}])
+            name, value = rng.choice(FIELDS), rng.choice([*ODD, ["one", "two"], 3.0, {"bytes": "x", "path": "y.wav"}])
             rows[i][name] = value
-            label = f"{name} = {value!r:.40}"
-            plain = type(value) in (str, int) or (type(value) is float and math.isfinite(value))
-            empty = value is None or (type(value) is float and math.isnan(value)) or value in ("", " ")
-            strange = isinstance(value, str) and any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value)
-            said = str(int(value)) if type(value) is float and value in (1.0, 3.0, 7.0) else str(value)
-            if name == "text" and plain and not (strange and "\ud800" in value):
-                known = [row(i, text=said), row(i, text=str(value))]
-            elif name == "speaker" and (plain or empty) and not (strange and "\ud800" in value):
-                known = [row(i, speaker=s) for s in (said, "speaker", yard.folder.name, data.normalise(said))]
-            elif name in ("start", "end", "duration") and (empty or value == 0 and type(value) is not bool):
-                known = [TRUTH[i]]
-            elif name in ("start", "end") and type(value) in (int, float) and math.isfinite(value):
-                known = [row(i, **{name: float(value)})]
-            elif name == "duration":  # it counts beside a start only
-                known = [TRUTH[i]]
-        elif how == "gone":
-            name = rng.choice(fields[:3])
-            del rows[i][name]
-            label, known = f"no {name}", [row(i, speaker="speaker"), row(i, speaker=yard.folder.name)]
+            label, truth, known = f"{name} = {value!r:.40}", others, known_rows(i, name, value)
+        elif how == "missing":
+            del rows[i][name := rng.choice(FIELDS[:3])]
+            label, truth, known = f"no {name}", others, [row(i, speaker="speaker"), row(i, speaker="yard")]
         elif how == "row":
             rows[i] = odd(rng, rows[i])
-            label, expect = f"a row is {rows[i]!r:.30}", BAD
-        elif how == "twice":
-            others = TRUTH  # the last one counts
+            label, truth, expect = f"a row is {rows[i]!r:.30}", others, BAD
+        elif how == "twice":  # the last one counts
             text = "\n".join(map(dumps, rows)).replace('"text"', '"text": "zero", "text"')
         elif how == "deep":
-            others, rows[i]["more"] = TRUTH, json.loads("[" * 900 + "]" * 900)
+            rows[i]["more"] = json.loads("[" * 900 + "]" * 900)
             if rng.random() < 0.5:
-                text, expect, others = rng.choice(["[", '{"a":']) * 100_000, BAD, []
+                text, expect, truth = rng.choice(["[", '{"a":']) * 100_000, BAD, []
         elif how == "whole":
-            text = dumps(rng.choice([v for v in ODD if not isinstance(v, str) or v.isprintable()]))
-            others, expect, label = [], MAY, f"all of it is {text:.30}"
-        text = text or ("\n".join(map(dumps, rows)) if as_lines else dumps(rows))
-        content = text.encode()
+            text, truth = dumps(rng.choice(ODD)), []
+            label = f"all of it is {text:.30}"
+        content = (text or ("\n".join(map(dumps, rows)) if as_lines else dumps(rows))).encode()
         if how == "bytes":
-            label, content, kind = damaged_bytes(rng, content)
-            others, expect = [], BAD
-            kind = "a table's end" if kind == "cut" and as_lines else "" if kind in ("cut", "empty", "text") else "a letter in a table"
-        name = f"{rng.randrange(10**9)}.{'jsonl' if as_lines else 'json'}"
-
-        def call(content=content, name=name):
-            path = written(content, name, yard.folder)
-            try:
-                return doctor(path, yard.codec)
-            finally:
-                os.remove(path)
-
-        yield Case(f"{'jsonl' if as_lines else 'json'}: {label}", call, expect, kind, told(others, known))
+            label, content, of = damaged_bytes(rng, content)
+            truth, expect, kind = [], BAD, "" if of in ("cut", "empty", "text") else "a letter in a table"
+            kind = "a table's end" if of == "cut" and as_lines else kind
+        yield doctored(yard, ".jsonl" if as_lines else ".json", content, label, truth, known, expect, kind)
 
 
 def coded(rng, yard):
