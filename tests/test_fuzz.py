@@ -51,7 +51,6 @@ import model as models
 import prepare
 import published
 import sample
-import sources
 import train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are called in a forked process")
@@ -141,16 +140,16 @@ class Yard:
     """Sound inputs of all kinds, made once; what a reader makes of them is read once too."""
 
     def __init__(self, folder):
-        self.folder, self.known, self.n = folder, {}, 0
+        self.folder, self.known = folder, {}
         (folder / "wavs").mkdir(parents=True)
         for i in range(len(ROWS)):
             soundfile.write(folder / f"wavs/u{i}.wav", voice_like(i), RATE)
+        self.utterances = []  # as prepare.py reported them last
         self.csm = write_tokens(folder / "csm", 3, False)
         self.xtts = write_tokens(folder / "xtts", 1, True)
         self.codec = codecs.load_codec("mel", str(self.csm))
         self.meta = json.loads((self.csm / "meta.json").read_text())
         self.checkpoints = {}
-        prepare.start_pool = lambda _: Now()
         for family in [*FAMILIES, "lora"]:  # here, not in a forked process, of which nothing comes back
             out, of = folder / "out" / family, "csm" if family == "lora" else family
             more = [f"--init_from={folder}/out/csm/best.pt", "--lora_rank=2"] if family == "lora" else []
@@ -171,9 +170,17 @@ class Yard:
 @pytest.fixture(scope="session")
 def yard(tmp_path_factory):
     torch.set_num_threads(1)
-    before = prepare.start_pool
-    yield Yard(tmp_path_factory.mktemp("sound") / "yard")
-    prepare.start_pool = before
+    report = prepare.report
+
+    def watched(utterances):
+        yard.utterances = utterances
+        return report(utterances)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "start_pool", lambda _: Now())
+        patch.setattr(prepare, "report", watched)
+        yard = Yard(tmp_path_factory.mktemp("sound") / "yard")
+        yield yard
 
 
 def fresh(stem="x"):
@@ -197,14 +204,16 @@ def written(content, name, folder=None):
 # tables, json, codes, parquet, tar: the doctor's findings
 
 
-def doctor(source, codec, **keys):
-    """What prepare.py would use of a source, rows (audio, text, speaker, start, end), and what it names."""
+def doctor(source, yard, **keys):
+    """What prepare.py uses of a source, rows (audio, text, speaker, start, end), and what it names."""
     cfg = configurator.configure(prepare.__file__, [])
-    vars(cfg).update(min_chars_per_second=0.1, **keys)
-    found = prepare.diagnose(sources.read_source(source), cfg, Now(), None, codec)
-    findings = prepare.report(found)
-    used = [("wavs/" + os.path.basename(u.audio), u.text, u.speaker, u.start, u.end) for u in found if not u.reason]
-    return used, [f"{x['reason']}: {x['detail']}" for x in findings["not_used"]]
+    given = {"codec_path": str(yard.csm), "tokenizer": str(yard.csm / "tokenizer.model")}
+    easy = {"val_fraction": 0.5, "max_bad": 1.0, "min_chars_per_second": 0.1, "workers": 1}
+    vars(cfg).update({"sources": source, "data_dir": str(fresh("tokens")), **given, **easy, **keys})
+    prepare.main(cfg)
+    found = yard.utterances
+    rows = [("wavs/" + os.path.basename(u.audio), u.text, u.speaker, u.start, u.end) for u in found if not u.reason]
+    return rows, [f"{u.reason}: {u.detail}" for u in found if u.reason]
 
 
 def told(rows, allowed=()):
@@ -247,7 +256,7 @@ def doctored(yard, name, content, label, truth=TRUTH, allowed=(), expect=MAY, ki
         path = yard.folder / f"{fresh().name}{name}"
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         try:
-            return doctor(str(path), yard.codec)
+            return doctor(str(path), yard)
         finally:
             path.unlink()
 
@@ -398,7 +407,7 @@ def source_keys(rng, yard):
         elif rng.random() < 0.2:
             source = value = rng.choice([v for v in ODD if v != "../x"])
         fine = [row(j, speaker=s) for j in range(len(ROWS)) for s in ("a", "b", data.normalise(str(value)))]
-        yield Case(f"{source!r:.150}", partial(doctor, source, yard.codec), MAY, "", told([], fine))
+        yield Case(f"{source!r:.150}", partial(doctor, source, yard), MAY, "", told([], fine))
 
 
 FIELDS = ("audio", "text", "speaker", "start", "end", "duration")
@@ -464,7 +473,7 @@ def coded(rng, yard):
     kinds = [{"audio_tokens": [book] * 3}, {**{f"nano_layer_{k}": book for k in (1, 2, 3)}, "encoded_len": 12}]
     while True:
         fields = rng.choice(kinds)
-        rows = [{"id": f"c{j}", "text": "one two", "speaker": "a", **fields} for j in range(3)]
+        rows = [{"id": f"c{j}", "text": "one two", "speaker": "a", **fields} for j in range(6)]
         path = rng.choice(list(branches(fields)))
         odd_codes = [*ODD, 16, 65536, [1], [[1] * 12], [1] * 12, "1"]
         value = rng.choice([v for v in odd_codes if differs(v, at(fields, path))])
@@ -473,11 +482,11 @@ def coded(rng, yard):
         rows[1] = changed(rows[1], path, value)
 
         def call(rows=rows):
-            used, named = doctor(written("\n".join(map(dumps, rows)).encode(), "codes.jsonl"), yard.codec)
+            used, named = doctor(written("\n".join(map(dumps, rows)).encode(), "codes.jsonl"), yard)
             return len(used), named
 
         def judge(result, output, fine=fine):
-            return "named" if result[1] else "accepted" if fine or result[0] < 3 else "codes are taken"
+            return "named" if result[1] else "accepted" if fine or result[0] < 6 else "codes are taken"
 
         yield Case(f"{'.'.join(map(str, path))} = {value!r:.40}", call, MAY, "", judge)
 
@@ -533,7 +542,7 @@ def parquet(rng, yard):
             expect, fine = (BAD, 0) if way in ("cut", "empty", "text") else (MAY, n)
 
         def call(content=content):
-            return doctor(written(content, "x.parquet"), yard.codec)
+            return doctor(written(content, "x.parquet"), yard)
 
         yield Case(label, call, expect, "", counted(fine, total))
 
@@ -578,7 +587,7 @@ def tar(rng, yard):
             content, label = content[:-1024] + info.tobuf() + bytes(2048), f"a member of {info.size} bytes"
 
         def call(content=content):
-            return doctor(written(content, "x.tar"), yard.codec)
+            return doctor(written(content, "x.tar"), yard)
 
         yield Case(f"{mode}: {label}", call, expect, kind, counted(fine, n))
 
@@ -636,16 +645,21 @@ def recordings(rng, yard):
 
 
 def audio_prepared(rng, yard):
-    """Recordings that the doctor listens to."""
+    """Recordings that the doctor listens to, each beside sound ones."""
+    sound = [(str(yard.folder / audio), text) for audio, text, _ in ROWS[2:]]
     for label, name, content, expect in recordings(rng, yard):
 
         def call(name=name, content=content):
-            path = Path(written(content, name))
-            (path.parent / "metadata.csv").write_text(f"audio,text\n{name},one two three\n")
-            return doctor(str(path.parent / "metadata.csv"), yard.codec, min_level=-200.0)
+            path = Path(written(content, name)).with_name("metadata.csv")
+            path.write_text(as_table([(name, "one two three"), *sound], ",", ("audio", "text")))
+            return doctor(str(path), yard, min_level=-200.0)
 
-        def judge(result, output, expect=expect):
-            return "named" if result[1] else "its text is used" if expect == BAD else "accepted"
+        def judge(result, output, name=name, expect=expect):
+            rows, named = result
+            taken = any(audio == f"wavs/{name}" for audio, *_ in rows)
+            if taken:
+                return "its text is used" if expect == BAD else "accepted"
+            return "named" if named else "it is lost"
 
         yield Case(label, call, expect, "", judge)
 
