@@ -758,10 +758,10 @@ def odd_index(rng, index):
         made = index.copy()
         made[i, column] = value
         return f"{name} of {i} = {value}", made
-    how = rng.choice(["zeros", "floats", "flat", "short", "objects", "wide", "turned"])
+    how = rng.choice(["zeros", "floats", "flat", "short", "objects", "wide"])
     made = {"zeros": lambda: 0 * index, "floats": lambda: index + 0.5, "flat": lambda: index.ravel(),
-            "short": lambda: index[:-1], "objects": lambda: np.array([{}]), "wide": lambda: index[:, :4],
-            "turned": lambda: index[::-1]}[how]()  # fmt: skip
+            "short": lambda: index[:-1], "objects": lambda: np.array([{}]),
+            "wide": lambda: index[:, :4]}[how]()  # fmt: skip
     return how, made
 
 
