@@ -55,14 +55,15 @@ from sources import Utterance
 
 name = "data"  # what to measure: data, codec, sample, families, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
-limit = 0  # most utterances to listen to; 0: all of a data set, 60 of a model
+limit = 0  # data: most utterances to listen to; 0: all
+strings = 200  # sample, families: new strings of 3 to 6 digits that each voice speaks; 0: the held-out ones
 show_errors = False  # print every utterance that was misheard
 speech = ""  # codec: folder of recordings in LJSpeech's layout, 16 to fit on, then 8; empty: none
 minutes = 1.0  # codec: of the recording that is encoded to measure memory
 ckpt = "out/digits/best.pt"  # sample: the model that speaks
-speaker = "slt"  # sample: whose held-out strings it speaks
-temperature: float | None = None  # sample: of the draw; None: as the checkpoint's recipe says
-seed = 1337  # sample: of the draw
+speaker = ""  # sample, families: the voices to speak in, with commas between; empty: all of the data set
+temperature: float | None = None  # sample, families: of the draw; None: as the checkpoint's recipe says
+seed = 1337  # sample, families: of the new strings and of the draw
 recipes = ""  # families: names of recipes in config/, with commas between; empty: all that are for digits
 seeds = "1337,1,2"  # families: of the training runs, likewise
 sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
@@ -72,9 +73,10 @@ fractions = ""  # train: likewise, shares of the frames that the depth decoder t
 repeats = 3  # codec, loss, train: how often each is timed, after it was warmed up; the median counts
 large_batch = 32  # train, on a GPU: utterances of the larger batch
 
-GRAMMAR = """#JSGF V1.0;
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+GRAMMAR = f"""#JSGF V1.0;
 grammar digits;
-public <string> = ( zero | one | two | three | four | five | six | seven | eight | nine )+ ;
+public <string> = ( {" | ".join(WORDS)} )+ ;
 """
 RATE = 16000  # of pocketsphinx's acoustic model
 
@@ -144,6 +146,11 @@ def error_rates(heard):
             old = counts.get(key, (0, 0, 0))
             counts[key] = old[0] + 1, old[1] + len(ref.split()), old[2] + word_errors(ref, hyp)
     return {key: counts[key] for key in sorted(counts, key=lambda key: (key == "all", key))}
+
+
+def voice_rates(heard):
+    """The word error rate of each group of `error_rates`, without "all"."""
+    return {key: errors / max(words, 1) for key, (_, words, errors) in error_rates(heard).items() if key != "all"}
 
 
 def report(heard):
@@ -269,27 +276,48 @@ def bit_rate(codec):
     return round(codec.n_codebooks * np.log2(codec.codebook_size) * codec.frame_rate)
 
 
+def new_strings(rows, speaker, n, seed):
+    """n different strings of 3 to 6 digits, of each length alike, that no recording of the speaker in `rows` reads."""
+    rng = random.Random(f"{seed} {speaker}")
+    read, found = {text for _, text, voice in rows if voice == speaker}, []
+    while len(found) < n:
+        text = " ".join(rng.choices(WORDS, k=3 + len(found) % 4))
+        if text not in read:
+            read.add(text)
+            found.append(text)
+    return found
+
+
+def texts_to_speak(cfg):
+    """[(speaker, text), ...]: new strings for each voice, or the held-out ones. Raises ValueError for no such voice."""
+    rows = read_raw(cfg.raw, every=cfg.strings > 0)
+    wanted = chosen(cfg.speaker, dict.fromkeys(voice for _, _, voice in rows), "speaker")
+    if not cfg.strings:
+        return [(voice, text) for _, text, voice in rows if voice in wanted]
+    return [(voice, text) for voice in wanted for text in new_strings(rows, voice, cfg.strings, cfg.seed)]
+
+
 def listen(voice, cfg):
-    """Held-out strings, spoken: [(speaker, text, what was heard)], how many ended by themselves, real-time factor."""
+    """Strings that a model speaks: [(speaker, text, what is heard)], how many end by themselves, real-time factor."""
     how = {} if cfg.temperature is None else {"temperature": cfg.temperature}
-    texts = [text for _, text, speaker in read_raw(cfg.raw) if speaker == cfg.speaker]
     heard, stopped, seconds, took = [], 0, 0.0, 0.0
-    for text in tqdm(texts[: cfg.limit or 60], "speaking", unit="wav"):
+    for speaker, text in tqdm(texts_to_speak(cfg), "speaking", unit="wav"):
         start = time.perf_counter()
-        wav = voice.say(text, speaker=cfg.speaker, seed=cfg.seed, **how)
+        wav = voice.say(text, speaker=speaker, seed=cfg.seed, **how)
         took += time.perf_counter() - start
         seconds += len(wav) / voice.sample_rate
         stopped += voice.stopped
-        heard.append((cfg.speaker, text, recognise(wav, voice.sample_rate)))
+        heard.append((speaker, text, recognise(wav, voice.sample_rate)))
         if cfg.show_errors and heard[-1][1] != heard[-1][2]:
-            tqdm.write(f"{text!r} heard as {heard[-1][2]!r}")
+            tqdm.write(f"{speaker}: {text!r} heard as {heard[-1][2]!r}")
     return heard, stopped, took / max(seconds, 1e-9)
 
 
 def bench_sample(cfg):
-    """What `listen` finds of one checkpoint."""
+    """Word errors of one checkpoint for each voice and their mean over the voices."""
     heard, stopped, factor = listen(Voice.from_checkpoint(cfg.ckpt), cfg)
     print(report(heard))
+    print(f"mean over the voices {statistics.mean(voice_rates(heard).values()):.1%}")
     print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {factor:.2f}")
 
 
@@ -321,15 +349,15 @@ def bench_families(cfg):
         out_dir = trained(recipe, seed, cfg.raw)
         lines, voice = read_metrics(os.path.join(out_dir, "metrics.jsonl")), Voice.from_checkpoint(f"{out_dir}/best.pt")
         heard, stopped, factor = listen(voice, cfg)
-        _, words, errors = error_rates(heard)["all"]
+        rates = voice_rates(heard)
         codec, n = voice.codec, sum(p.numel() for p in voice.model.parameters())
         codes = f"{codec.n_codebooks} x {codec.codebook_size} x {codec.frame_rate:g}/s"
         minutes = sum(line["timing"]["seconds"] for line in lines) / 60
         rows.append([recipe, seed, f"{n / 1e6:.2f}M", codes, lines[-1]["iter"], f"{minutes:.1f}",
-                     f"{lowest_loss(lines):.3f}", f"{errors / max(words, 1):.1%}", f"{stopped}/{len(heard)}",
-                     f"{factor:.2f}"])  # fmt: skip
+                     f"{lowest_loss(lines):.3f}", ", ".join(f"{rate:.1%} {key}" for key, rate in rates.items()),
+                     f"{statistics.mean(rates.values()):.1%}", f"{stopped}/{len(heard)}", f"{factor:.2f}"])  # fmt: skip
         print(table(rows, ["recipe", "seed", "parameters", "codes", "steps", "minutes", "held-out loss", "word errors",
-                           "ended", "real-time factor"]), flush=True)  # fmt: skip
+                           "mean", "ended", "real-time factor"]), flush=True)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ C: channels   L: steps of a layer's signal
 """
 
 import argparse
+import contextlib
 import hashlib
 import html
 import inspect
@@ -34,6 +35,7 @@ import zipfile
 from functools import lru_cache, partial
 from glob import escape, glob
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -41,36 +43,43 @@ import soundfile
 import torch
 from torch import nn
 
+from parts.files import whole
+
 # -----------------------------------------------------------------------------
 # audio files
 
 
-@lru_cache(maxsize=16)
-def sinc_filters(up, down, zeros=48, rolloff=0.96, beta=9.0, block=256):
-    """What turns every `down` samples into `up`: [(first input sample, matrix (inputs, at most `block` outputs)), ...].
-    A matrix holds Kaiser-windowed sincs, `zeros` zero crossings to each side, shifted from output to output. Where beta
-    is 0 the window is Hann's, and sums are left as they are, as in torchaudio."""
+MOST_RATE = 384_000  # Hz; a header that says more is damaged
+PIPED = 0x7FF00000  # bytes; sizes from here on are what writers to a pipe put, who do not know them
+PROMISED = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.M)
+
+
+@lru_cache(maxsize=32)
+def sinc_filter(up, down, block, zeros=48, rolloff=0.96, beta=9.0, size=256):
+    """What turns every `down` samples into outputs block, ..., block + size - 1 of `up`: the first input sample and a
+    matrix (inputs, at most `size` outputs). It holds Kaiser-windowed sincs, `zeros` zero crossings to each side,
+    shifted from output to output. Where beta is 0 the window is Hann's, and sums are left as they are, as in
+    torchaudio."""
     cutoff = min(1.0, up / down) * rolloff  # of the input's Nyquist frequency; the rest is the filter's slope
     width = math.ceil(zeros / cutoff)
-    filters = []
-    for outputs in torch.arange(up, dtype=torch.float64).split(block):
-        at = outputs * down / up  # in input samples
-        first, last = math.floor(at[0]) - width + 1, math.floor(at[-1]) + width
-        t = torch.arange(first, last + 1, dtype=torch.float64)[:, None] - at
-        if beta:
-            sinc = torch.sinc(cutoff * t) * torch.special.i0(beta * (1 - (t / width) ** 2).clamp(min=0).sqrt())
-            sinc *= t.abs() < width
-            sinc /= sinc.sum(0)
-        else:
-            window = (math.pi / 2 * (cutoff * t / zeros).clamp(-1, 1)).cos().square()
-            sinc = cutoff * torch.sinc(cutoff * t) * window
-        filters.append((first, sinc.float()))
-    return filters
+    at = torch.arange(block, min(block + size, up), dtype=torch.float64) * down / up  # in input samples
+    inputs = at.floor().long() - width + torch.arange(1, 2 * width + 1)[:, None]  # what each output hears
+    t = inputs - at
+    if beta:
+        sinc = torch.sinc(cutoff * t) * torch.special.i0(beta * (1 - (t / width) ** 2).clamp(min=0).sqrt())
+        sinc *= t.abs() < width
+        sinc /= sinc.sum(0)
+    else:
+        window = (math.pi / 2 * (cutoff * t / zeros).clamp(-1, 1)).cos().square()
+        sinc = cutoff * torch.sinc(cutoff * t) * window
+    first = int(inputs[0, 0])
+    matrix = torch.zeros(int(inputs[-1, -1]) - first + 1, len(at))
+    return first, matrix.scatter_(0, inputs - first, sinc.float())
 
 
 def resample(wav, from_rate, to_rate, **filter):
     """Band-limited change of sample rate: wav (..., N) -> (..., ceil(N * to_rate / from_rate)). `filter`: see
-    sinc_filters."""
+    sinc_filter."""
     if from_rate == to_rate or wav.shape[-1] == 0:
         return wav
     up, down = to_rate // math.gcd(from_rate, to_rate), from_rate // math.gcd(from_rate, to_rate)
@@ -78,49 +87,147 @@ def resample(wav, from_rate, to_rate, **filter):
     many = max(1, 128 // up)  # periods at once, for a matrix worth multiplying with
     up, down = up * many, down * many
     periods = -(-n_out // up)
-    filters = sinc_filters(up, down, **filter)
-    left, right = -filters[0][0], periods * down + filters[-1][0] + len(filters[-1][1]) - wav.shape[-1]
-    wav = nn.functional.pad(wav, (left, max(0, right)))
-    out = [wav[..., first + left :].unfold(-1, len(matrix), down)[..., :periods, :] @ matrix.to(wav)
-           for first, matrix in filters]  # fmt: skip
+    left = -sinc_filter(up, down, 0, **filter)[0]
+    wav = nn.functional.pad(wav, (left, max(0, periods * down + left + 2 - wav.shape[-1])))
+    out = []
+    for block in range(0, min(up, n_out), 256):  # one matrix at a time: of odd rates all of them would fill the memory
+        first, matrix = sinc_filter(up, down, block, **filter)
+        windows = wav[..., first + left :].unfold(-1, len(matrix), down)[..., :periods, :]
+        out.append(windows @ matrix.to(wav))
     return torch.cat(out, -1).flatten(-2)[..., :n_out]
 
 
-def read_audio(path, sample_rate, start=0.0, end=None):
-    """Read what soundfile reads (wav, flac, ogg, mp3, ...) as mono at `sample_rate`: float32 (N,) in [-1, 1].
-    `start` and `end` are seconds. Raises FileNotFoundError or ValueError, one line that names the file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such audio file")
+class AudioHeader(NamedTuple):
+    """What a recording says of itself: sample rate (Hz), frames, kind of file, and the seconds it lacks at its end,
+    where it is cut off (inf: nobody knows how many)."""
+
+    rate: int
+    frames: int
+    kind: str
+    lacks: float
+
+    @property
+    def seconds(self):
+        return self.frames / self.rate
+
+
+@contextlib.contextmanager
+def open_audio(source):
+    """The soundfile.SoundFile of a path or an io.BytesIO. Whatever goes wrong with it is a ValueError, one line."""
+    name = audio_name(source)
+    if not isinstance(source, io.BytesIO) and not os.path.isfile(source):
+        raise FileNotFoundError(f"{name}: no such audio file")
     try:
-        with soundfile.SoundFile(path) as file:
-            rate, total = file.samplerate, file.frames
-            first = round(start * rate)
-            last = total if end is None else min(round(end * rate), total)
-            if total == 0:
-                raise ValueError(f"{path}: the recording is empty")
-            if not 0 <= first < last:
-                raise ValueError(f"{path}: nothing from {start} to {end} s in a recording of {total / rate:.2f} s")
-            file.seek(first)
-            wav = file.read(last - first, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise ValueError(f"{path}: not readable as audio ({error})".replace("\n", " ")) from error
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
+        with soundfile.SoundFile(source) as file:
+            yield file
+    except Exception as error:  # soundfile raises TypeError, OverflowError, MemoryError and more beside its own
+        says = " ".join(str(getattr(error, "error_string", error)).split())
+        if "regular file" in says or "samplerate must" in says:
+            says = "no kind of recording that is known here"
+        raise ValueError(f"{name}: not readable as audio ({says or type(error).__name__})") from error
+
+
+def audio_name(source):
+    return getattr(source, "name", "the recording") if isinstance(source, io.BytesIO) else os.fspath(source)
+
+
+def stamp(source):
+    """What changes with a file, so that nothing is remembered of an older one of the same name."""
+    if isinstance(source, io.BytesIO) or not os.path.exists(source):
+        return None
+    return os.stat(source).st_mtime_ns, os.stat(source).st_size
+
+
+def audio_header(source):
+    """The AudioHeader of a path or an io.BytesIO. Raises FileNotFoundError or ValueError, one line that names it."""
+    return _audio_header(source, stamp(source))
+
+
+@lru_cache(maxsize=8)  # to open a long mp3 means to go through all of it
+def _audio_header(source, stamp):
+    with open_audio(source) as file:
+        rate, frames, kind, log = file.samplerate, file.frames, file.format, file.extra_info
+    if not 0 < rate <= MOST_RATE:
+        raise ValueError(f"{audio_name(source)}: a sample rate of {rate:,} Hz, at most {MOST_RATE:,} can be meant")
+    lacks = 0.0
+    if found := PROMISED.search(log):
+        promised, there = map(int, found.groups())
+        if 0 < there < promised < PIPED:
+            lacks = frames / rate * (promised - there) / there
+    elif kind == "OGG" and not last_page_is_whole(source):
+        lacks = math.inf
+    return AudioHeader(rate, frames, kind, lacks if lacks > 0.1 else 0.0)
+
+
+def last_page_is_whole(source):
+    """Does an Ogg file end with a whole page? libsndfile takes what comes before a broken one for all of it."""
+    with io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16 - 27))  # no page is longer
+        page = file.read()
+    page = page[page.rfind(b"OggS") :]  # its header: 26 bytes, the number of its segments, the length of each
+    return len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def read_audio(source, sample_rate, start=0.0, end=None, most_seconds=math.inf):
+    """Read what soundfile reads (wav, flac, ogg, mp3, ...) as mono at `sample_rate`: float32 (N,) in [-1, 1].
+
+    source: a path, or an io.BytesIO, whose attribute `name` says in messages what it is. `start` and `end` are seconds.
+    Raises FileNotFoundError or ValueError, one line that names the file; of more than `most_seconds` before it is read.
+    """
+    name, header = audio_name(source), audio_header(source)
+    rate, total = header.rate, header.frames
+    if total <= 0:
+        raise ValueError(f"{name}: the recording {'breaks off at once' if header.lacks else 'is empty'}")
+    first = round(start * rate) if 0 <= start < header.seconds else total
+    last = total if end is None or end >= header.seconds else round(end * rate)
+    if not first < last:
+        raise ValueError(f"{name}: nothing from {start} to {end} s in a recording of {header.seconds:.2f} s")
+    if last - first > most_seconds * rate:
+        raise ValueError(f"{name}: {(last - first) / rate:,.0f} s long, at most {most_seconds:g} s are read")
+    lacks, wav = header.lacks if end is None or end > header.seconds else 0.0, ()
+    if not lacks:
+        wav = read_frames(source, header, first, last)
+        lacks = (last - first - len(wav)) / rate
+    if lacks > 0.1:
+        raise ValueError(f"{name}: breaks off {f'{lacks:.2f} s ' if lacks < math.inf else ''}before its end")
     if len(wav) == 0:
-        raise ValueError(f"{path}: the recording is empty")
+        raise ValueError(f"{name}: the recording is empty")
     if not np.isfinite(wav).all():
-        raise ValueError(f"{path}: the recording holds NaN or infinite samples")
-    return resample(torch.from_numpy(wav.mean(1)), rate, sample_rate)
+        raise ValueError(f"{name}: the recording holds NaN or infinite samples")
+    return resample(torch.from_numpy(wav), rate, sample_rate)
+
+
+def read_frames(source, header, first, last):
+    """Frames first .. last - 1 of a recording, mixed down: float32 (N,), fewer where it breaks off."""
+    if header.kind == "MP3" and last - first < header.frames and not isinstance(source, io.BytesIO):
+        size = 300 * header.rate  # a long mp3 cannot be opened for each cut: pieces of five minutes are kept
+        pieces = [_mp3_piece(source, stamp(source), n * size, size) for n in range(first // size, -(-last // size))]
+        return np.concatenate(pieces)[first - first // size * size :][: last - first]
+    with open_audio(source) as file:
+        if first:
+            file.seek(first)
+        return file.read(last - first, dtype="float32", always_2d=True).mean(1)
+
+
+@lru_cache(maxsize=6)
+def _mp3_piece(path, stamp, first, size):
+    """So many frames of an mp3, mixed down. It is opened anew for each piece: what a decoder that stays open makes of a
+    cut depends, in the last bit, on the cut before."""
+    with open_audio(path) as file:
+        file.seek(first)
+        return file.read(size, dtype="float32", always_2d=True).mean(1)
 
 
 def write_audio(path, wav, sample_rate):
     """Write wav (N,) as a 16-bit mono WAV file, under a temporary name until it is whole."""
     samples = (wav.detach().cpu().flatten().clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
-    partial = f"{path}.partial"
-    with open(partial, "wb") as raw, wave.open(raw) as file:
+    with whole(path) as raw, wave.open(raw) as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
         file.writeframes(samples.astype("<i2").tobytes())
-    os.replace(partial, path)
 
 
 # -----------------------------------------------------------------------------
@@ -183,9 +290,8 @@ class Codec(nn.Module):
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "codec.pt")
         torch.save(self.pack(), packed := io.BytesIO())  # not to the file: of a full disk torch.save makes no OSError
-        with open(f"{path}.partial", "wb") as file:
+        with whole(path) as file:
             file.write(packed.getvalue())
-        os.replace(f"{path}.partial", path)
 
 
 def need_waves(wav):
@@ -1548,9 +1654,8 @@ def write_page(path, title, about, head, rows):
         cells = [f'<audio controls src="{quote(str(cell))}"></audio>' if isinstance(cell, Path) else html.escape(cell)
                  for cell in row]  # fmt: skip
         lines.append("<tr><td>" + "<td>".join(cells))
-    with open(f"{path}.partial", "w", encoding="utf-8") as page:
+    with whole(path, "w") as page:
         page.write(PAGE.format(title=html.escape(title), about=html.escape(about), rows="\n".join(lines)))
-    os.replace(f"{path}.partial", path)
 
 
 def round_trip(codec, source, target):

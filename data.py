@@ -10,17 +10,23 @@
 Letters in shapes: B batch, S rows (padded length), C columns, K codebooks, T frames, n text ids.
 """
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import string
 import unicodedata
+from functools import lru_cache
 
 import numpy as np
 import torch
+
+from parts.files import locked
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -41,21 +47,28 @@ class TokenWriter:
             w.finish(meta)
 
     Leaving the block without `finish` (an error, Ctrl-C) removes the partial folder; a kill leaves it under its partial
-    name, which the next run replaces. `text_dtype` is uint16 unless the vocabulary needs uint32. With `references` each
-    utterance also brings the features of its recording, a fixed number of rows for each frame.
-    Raises ValueError for codes or ids that do not fit their type, OSError when the disk refuses.
+    name, which the next run replaces. Two writers of one folder at a time are refused. `text_dtype` is uint16 unless
+    the vocabulary needs uint32; it may be set until the first `add`. With `references` each utterance also brings the
+    features of its recording, a fixed number of rows for each frame.
+    Raises ValueError for codes or ids that do not fit their type and for a folder that another run writes, OSError,
+    which names the file, when the disk refuses.
     """
 
     def __init__(self, folder, text_dtype=np.uint16, references=False):
         self.folder, self.partial = str(folder).rstrip("/"), str(folder).rstrip("/") + ".partial"
-        self.text_dtype = np.dtype(text_dtype)
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.makedirs(self.partial)
-        kinds = ("text.bin", "codes.bin", "ids.txt", *(["reference.bin"] if references else []))
-        self.out = {s: [self._open(f"{s}.{kind}") for kind in kinds] for s in SPLITS}
+        self.text_dtype = text_dtype
         self.index = {s: [] for s in SPLITS}
         self.ends = {s: [0, 0] for s in SPLITS}  # text ids and frames written so far
         self.n_codebooks = None
+        kinds = ("text.bin", "codes.bin", "ids.txt", *(["reference.bin"] if references else []))
+        self.lock = contextlib.ExitStack()
+        self.lock.enter_context(locked(self.partial))
+        try:
+            empty(self.partial)
+            self.out = {s: [self._open(f"{s}.{kind}") for kind in kinds] for s in SPLITS}
+        except BaseException:
+            self.lock.close()
+            raise
 
     def _open(self, name):
         return open(os.path.join(self.partial, name), "wb")
@@ -64,10 +77,11 @@ class TokenWriter:
         return self
 
     def __exit__(self, *exc):
-        for files in self.out.values():
-            for f in files:
-                f.close()
+        for file in itertools.chain(*self.out.values()):
+            with contextlib.suppress(OSError):  # of a full disk, which was said before
+                file.close()
         shutil.rmtree(self.partial, ignore_errors=True)  # already renamed away if finish was reached
+        self.lock.close()
 
     def add(self, split, name, text, codes, speaker=0, reference=None):
         """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K), `reference` (T * r, M) features."""
@@ -75,18 +89,18 @@ class TokenWriter:
         if codes.ndim != 2 or self.n_codebooks not in (None, codes.shape[1]):
             K = self.n_codebooks or "K"
             raise ValueError(f"utterance {name}: codes of shape {codes.shape}, expected (frames, {K})")
-        for what, array, dtype in (("text ids", text, self.text_dtype), ("codes", codes, np.dtype(np.uint16))):
+        ranges = ("text ids", text, np.dtype(self.text_dtype)), ("codes", codes, np.dtype(np.uint16))
+        for what, array, dtype in ranges:
             if array.size and not 0 <= array.min() <= array.max() <= np.iinfo(dtype).max:
                 raise ValueError(f"utterance {name}: {what} from {array.min()} to {array.max()} do not fit {dtype}")
         if any(c in name for c in "\r\n"):
             raise ValueError(f"utterance id {name!r} contains a line break")
         self.n_codebooks = codes.shape[1]
-        text_out, codes_out, ids_out, *reference_out = self.out[split]
-        text_out.write(text.astype(self.text_dtype).tobytes())
-        codes_out.write(codes.astype(np.uint16).tobytes())
-        ids_out.write(f"{name}\n".encode())
-        for out in reference_out:
-            out.write(np.asarray(reference, np.float16).tobytes())
+        parts = [text.astype(self.text_dtype), codes.astype(np.uint16), f"{name}\n".encode()]
+        parts += [np.asarray(reference, np.float16)] * (len(self.out[split]) - len(parts))
+        for file, part in zip(self.out[split], parts, strict=True):
+            with naming(file.name):
+                file.write(part if isinstance(part, bytes) else part.tobytes())
         ends = self.ends[split]
         self.index[split].append((ends[0], len(text), ends[1], len(codes), speaker))
         ends[0] += len(text)
@@ -94,34 +108,65 @@ class TokenWriter:
 
     def file(self, name, content):
         """Put a further file (bytes) into the folder: the tokenizer, a report."""
-        with self._open(name) as f:
-            f.write(content)
+        with naming(os.path.join(self.partial, name)), self._open(name) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, meta):
         """Write index and meta.json, flush to disk, and rename; an older folder of the same name is replaced."""
+        for file in itertools.chain(*self.out.values()):
+            with naming(file.name):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
         for split in SPLITS:
-            for f in self.out[split]:
-                f.flush()
-                os.fsync(f.fileno())
-                f.close()
-            index = np.array(self.index[split], np.int64).reshape(-1, len(INDEX_COLUMNS))
-            with self._open(f"{split}.index.npy") as f:
-                np.save(f, index)
+            np.save(index := io.BytesIO(), np.array(self.index[split], np.int64).reshape(-1, len(INDEX_COLUMNS)))
+            self.file(f"{split}.index.npy", index.getvalue())
         splits = {
             s: {"utterances": len(self.index[s]), "text_tokens": self.ends[s][0], "frames": self.ends[s][1]}
             for s in SPLITS
         }
-        meta = {"version": VERSION, "text_dtype": self.text_dtype.name, "splits": splits, **meta}
-        with self._open("meta.json") as f:
-            f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode())
-            f.flush()
-            os.fsync(f.fileno())
+        meta = {"version": VERSION, "text_dtype": np.dtype(self.text_dtype).name, "splits": splits, **meta}
+        self.file("meta.json", json.dumps(meta, indent=1, ensure_ascii=False).encode())
+        sync(self.partial)
         old = self.folder + ".old"
         shutil.rmtree(old, ignore_errors=True)
         if os.path.lexists(self.folder):
             os.replace(self.folder, old)
         os.replace(self.partial, self.folder)
+        sync(os.path.dirname(os.path.abspath(self.folder)))
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """The system's errors name the file: those of writing, of a full disk for example, do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or not error.strerror:
+            raise
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def empty(folder):
+    """Remove what a killed run left in a folder, and keep the folder itself, on which the lock is."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.remove(entry.path)
+
+
+def sync(folder):
+    """The names in a folder, too, survive a loss of power. Windows does that by itself."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_meta(folder):
@@ -436,9 +481,39 @@ class _Reader(torch.utils.data.Dataset):
 
 
 def normalise(text, lowercase=False):
-    """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request."""
+    """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request. Of a
+    surrogate pair, halves that stand alone are dropped: they are no character, and no tokenizer takes them."""
     text = text.replace("\ufeff", "").replace("\0", "")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
     return " ".join(unicodedata.normalize("NFC", text.lower() if lowercase else text).split())
+
+
+def wording(text_format, speaker="", text="", language=""):
+    """What the model reads of a text: the text_format with {speaker}, {text} and {language} filled in.
+
+    Nothing else may stand in braces, and {text} stands there once; {{ and }} are braces themselves. The values may hold
+    whatever they like. Raises ValueError for another text_format, and where it has a {language} and none is given.
+    """
+    values = {"speaker": speaker, "text": text, "language": language}
+    parts = parse_format(text_format if isinstance(text_format, str) else "")
+    if not language and any(field == "language" for _, field in parts):
+        raise ValueError(f"text_format = {text_format!r:.60} has {{language}}: give the language")
+    return "".join(before + values.get(field, "") for before, field in parts)
+
+
+@lru_cache
+def parse_format(text_format):
+    """A text_format as [(text, name of the field after it or None), ...]. Raises ValueError where it is none."""
+    wrong = f"text_format = {text_format!r:.60}: takes {{text}} once, {{speaker}}, {{language}}, and no other braces"
+    try:
+        parts = list(string.Formatter().parse(text_format))
+    except ValueError:
+        raise ValueError(wrong) from None
+    fields = [field for _, field, _, _ in parts if field is not None]
+    sound = fields.count("text") == 1 and {"text", "speaker", "language"}.issuperset(fields) and "\0" not in text_format
+    if not sound or any(extra or conversion for _, _, extra, conversion in parts):
+        raise ValueError(wrong)
+    return [(before, field) for before, field, _, _ in parts]
 
 
 class Tokenizer:

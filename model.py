@@ -536,9 +536,17 @@ class Cache:
         return x
 
 
-def recompute(function, *inputs):
-    """function(*inputs), of which the backward pass keeps the inputs alone and makes what it needs anew."""
-    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
+SMALL = 2**20  # numbers in a tensor: to recompute less takes a tenth of a small model's step and saves little memory
+
+
+def recompute(function, *inputs, least=0):
+    """function(*inputs) with gradient checkpointing: the backward pass keeps the inputs and recomputes the rest.
+
+    Inputs of fewer than `least` numbers are not worth it: then everything is kept.
+    """
+    if torch.is_grad_enabled() and inputs[0].numel() >= least:
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 def in_chunks(function, size, inputs, parameters):
@@ -612,7 +620,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
-        return F.rms_norm(*inputs) if x.is_cuda else recompute(F.rms_norm, *inputs)
+        return F.rms_norm(*inputs) if x.is_cuda else recompute(F.rms_norm, *inputs, least=SMALL)
 
 
 def norm(c):
@@ -678,7 +686,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         wide = [self.up_proj(x)] if self.kind == "gelu" else [self.gate_proj(x), self.up_proj(x)]
-        return recompute(self.narrow, *wide)  # what else is d_ff wide is quickly made again
+        return recompute(self.narrow, *wide, least=SMALL)  # what else is d_ff wide is quickly made again
 
     def narrow(self, x, up=None):
         if up is None:

@@ -21,10 +21,7 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
-import string
-import tempfile
 import threading
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -32,12 +29,11 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
 import configurator
-from codec import CODECS, PUBLISHED, load_codec, read_audio
+from codec import CODECS, PUBLISHED, audio_header, load_codec, read_audio
 from data import (
     TIMBRES,
     HuggingFace,
@@ -45,17 +41,20 @@ from data import (
     TokenWriter,
     extend_tokenizer,
     load_tokenizer,
+    normalise,
     read_meta,
     train_tokenizer,
+    wording,
 )
-from sources import EXTENSIONS, fraction, load, read_source
+from parts.files import locked, whole
+from sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 
 # from where to where
 # A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a
 # folder of the one or the others, or a dict with the path and any of these:
 # {"path": "x/metadata.csv", "speaker": "anna", "filter": {"accent": "us|england"}, "cap": 1000, "name": "x"}.
-# speaker: where no column says who speaks; filter: for each column a regular expression that has to match the whole
-# field; cap: how many utterances at most; name: put before the ids, where two sources would have the same ones.
+# speaker: who speaks, whatever a column says, "speaker" where nothing says it; filter: for each column a regular
+# expression that has to match the whole field; cap: how many utterances at most; name: put before the ids.
 sources: str | dict | list = "data/digits"  # one source or a list of them
 data_dir = "data/digits/tokens"  # token folder to write
 overwrite = True  # replace an existing token folder, once the new one is whole
@@ -70,10 +69,11 @@ tokenizer = ""  # a sentencepiece .model, a tokenizer.json, XTTS's vocab.json; e
 extend_vocab = 0  # further pieces for a tokenizer.json, learnt from the training split where it meets a new script
 vocab_size = 1024  # of the tokenizer trained here; fewer where the texts do not support so many
 lowercase = False  # lower-case the text
-text_format = "[{speaker}]{text}"  # what the model reads; XTTS: "[en]{text}"
+text_format = "[{speaker}]{text}"  # what the model reads: {text}, {speaker}, {language}; XTTS: "[en]{text}"
+language = ""  # what stands for {language}
 # split
 heldout = ""  # file with the ids of the val split, one a line; empty: a share val_fraction by hash of the id
-val_fraction = 0.02  # share of the utterances held out
+val_fraction = 0.02  # share of the utterances held out; 0: no val split
 # what the doctor lets pass
 min_seconds = 0.3  # shorter is too short
 max_seconds = 30.0  # longer is too long
@@ -82,7 +82,8 @@ max_clipped = 0.01  # share of samples at full scale, above which it is clipping
 min_chars_per_second = 1.0  # slower than anybody reads: audio and text do not belong together
 max_chars_per_second = 40.0  # faster than anybody reads
 max_text_tokens = 0  # more is too much text; 0: no limit
-max_bad = 0.1  # share of the utterances that may be unusable before the whole set is refused
+max_bad = 0.1  # share of the utterances that may be at fault before the whole set is refused; 1: refuse none for faults
+trim_silence = 0.0  # seconds of silence to keep at each end; 0: all
 # the run
 workers = 0  # processes; 0: one for each core
 device = "auto"  # where codecs with network weights encode: cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
@@ -91,37 +92,72 @@ seed = 1337  # of the codec's fit
 max_tokens = 8192  # train.py's batch: only to say how many steps an epoch will take
 
 FOLDERS = ["", "wavs", "clips", "audio"]  # where the audio lies, seen from its metadata
-BY_CHOICE = ["filtered out", "beyond the cap"]  # reasons that say nothing against an utterance
+NOT_WANTED = ("filtered out", "beyond the cap")  # what the sources' own keys leave out
+BY_CHOICE = (*NOT_WANTED, "too long", "too short", "too much text")  # reasons that are no fault of an utterance
+QUIET = 40.0  # dB below the loudest 20 ms: from there on it is silence at an end
+LONG_SILENCE = 1.0  # seconds of it that are worth a word
 
 
 # -----------------------------------------------------------------------------
 # the split
 
 
-def divide(utterances, cfg):
+def read_heldout(path, utterances):
+    """The ids listed in the file `path`, written as in the sources or as in reports, or None where there is no file.
+    Raises ValueError, before anything is trained on by mistake, where one of them is of no utterance."""
+    if not path:
+        return None
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = list(dict.fromkeys(name for line in file if (name := line.strip())))
+    except UnicodeDecodeError:
+        raise ValueError(f"heldout = {path} is not text in UTF-8") from None
+    ids, folders = {u.id for u in utterances}, {os.path.dirname(u.source): u.source for u in utterances}
+    places = [path, *folders.values()]
+    found = {n: next((i for i in (n, *(utterance_id(n, place) for place in places)) if i in ids), None) for n in names}
+    if unknown := [name for name in names if found[name] is None]:
+        some = ", ".join(f"{name!r:.60}" for name in unknown[:3])
+        more = " and others" if len(unknown) > 3 else ""
+        raise ValueError(f"heldout = {path}: {len(unknown)} of its {len(names)} ids are of no utterance: {some}{more}; "
+                         f"an id is {utterances[0].id!r:.60}, for example")  # fmt: skip
+    return set(found.values())
+
+
+def divide(utterances, cfg, listed):
     """The utterances in use, those of them to train on, and the ids of the others."""
     used = [u for u in utterances if not u.reason]
-    val = held_out(used, cfg.heldout, cfg.val_fraction)
+    val = held_out(used, listed, cfg.val_fraction)
     return used, [u for u in used if u.id not in val], val
 
 
-def held_out(utterances, heldout, val_fraction):
-    """The ids of the val split: those listed in the file `heldout`, else those that hash below val_fraction.
-    Raises ValueError where that leaves one of the two splits empty."""
-    if heldout:
-        with open(heldout, encoding="utf-8-sig") as file:
-            listed = {name for line in file if (name := line.strip())}
+def held_out(utterances, listed, val_fraction):
+    """The ids of the val split: those `listed`, where that is not None, else those that hash below val_fraction.
+    Raises ValueError where that leaves a split empty, but for the val split of a val_fraction of 0."""
+    if listed is not None:
         val = {u.id for u in utterances if u.id in listed}
-        advice = f"none of the {len(listed)} ids in {heldout} is among the utterances, such as {utterances[0].id!r}"
+        advice = f"none of the {len(listed)} ids of heldout is of an utterance that can be used"
     else:
         val = {u.id for u in utterances if fraction(u.id) < val_fraction}
         enough = math.ceil(1000 * min(fraction(u.id) for u in utterances) + 1e-6) / 1000
-        advice = f"val_fraction = {val_fraction} holds out none of {len(utterances)}; --val_fraction={enough} would"
-    if not val:
+        advice = f"val_fraction = {val_fraction} holds out none of {len(utterances)}; --val_fraction=0 does without"
+        if any(fraction(u.id) >= enough for u in utterances):
+            advice += f", --val_fraction={enough} would hold out one"
+    if not val and (val_fraction or listed is not None):
         raise ValueError(f"the val split is empty: {advice}")
     if len(val) == len(utterances):
         raise ValueError(f"the train split is empty: all of the {len(val)} usable utterances are held out")
     return val
+
+
+def tell_split(utterances, cfg, listed):
+    """What one may want to know about the split, as lines."""
+    used, train, val = divide(utterances, cfg, listed)
+    if lost := (listed or set()) - {u.id for u in used}:
+        some = ", ".join(f"{u.id} ({u.reason})" for u in utterances if u.id in lost and u.reason)
+        yield f"{len(lost)} of the {len(listed)} ids of heldout cannot be used: {some:.200}"
+    if strange := sorted({u.speaker for u in used if u.id in val} - {u.speaker for u in train}):
+        some = ", ".join(strange[:5])
+        yield f"{len(strange)} speakers of the val split are not in the train split: {some:.200}"
 
 
 # -----------------------------------------------------------------------------
@@ -174,29 +210,52 @@ def in_order(what, pool, function, utterances, *args, chunk=8, order=None):
 # the doctor
 
 
-@contextlib.contextmanager
-def as_file(u):
-    """The path of an utterance's recording; one that its source holds becomes a file for as long as it is needed."""
+def recording(u):
+    """What read_audio takes for an utterance: a path, or the bytes that its source holds."""
     if not u.content:
-        yield u.audio
+        return u.audio
+    held = io.BytesIO(u.content)
+    held.name = u.audio or u.id
+    return held
+
+
+@contextlib.contextmanager
+def hushed():
+    """Nothing comes on standard error meanwhile: libmpg123 writes there what it thinks of each mp3, past Python. For
+    processes of one thread."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, as that of a service may be
+        yield
         return
-    with tempfile.NamedTemporaryFile(suffix=os.path.splitext(u.audio)[1]) as file:
-        file.write(u.content)
-        file.flush()
-        yield file.name
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def examine(utterances, limits):
-    """Listen to utterances: the same, with their audio's path and length, and a reason where one is unfit."""
+    """Listen to utterances: the same, with their length, and a reason where one is unfit."""
+    with hushed():
+        for u in utterances:
+            u.reason, u.detail = (u.row >= 0 and find(u)) or listen(u, limits)
+            u.content = None
+    return utterances
+
+
+def locate(utterances):
+    """The utterances with the paths of their recordings, and a reason where one has none."""
     for u in utterances:
-        u.reason, u.detail = find(u) or listen(u, limits)
-        u.content = None
+        u.reason, u.detail = find(u) or ("", "")
     return utterances
 
 
 def find(u):
     """Set `audio` to the path of the recording, where that is a file; returns what is wrong if there is none."""
-    places = [os.path.join(os.path.dirname(u.source), sub, u.audio) for sub in FOLDERS]
+    places = [os.path.join(os.path.dirname(u.source), sub, name) for name in spellings(u.audio) for sub in FOLDERS]
     endings = ["", *(f".{e}" for extension in EXTENSIONS for e in (extension, extension.upper()))]
     path = u.audio if u.content else next((p + e for p in places for e in endings if os.path.isfile(p + e)), None)
     if path is None:
@@ -205,35 +264,48 @@ def find(u):
 
 
 def listen(u, limits):
-    """What is wrong with a recording, as (reason, detail), or two empty strings. Sets its `seconds`."""
-    with as_file(u) as path:
-        try:
-            info = soundfile.info(path)
-            total = info.frames / info.samplerate
-            u.seconds = max(0.0, (total if u.end is None else min(u.end, total)) - u.start)
-            if (unfit := misfit(u, limits))[0] in ("too long", "too short"):  # said before hours of it are read
-                return unfit
-            wav = read_audio(path, info.samplerate, u.start, u.end).numpy()
-        except (soundfile.SoundFileError, ValueError, OSError) as error:
-            says = " ".join(str(error).split()).replace(path, u.audio or u.id)
-            return "NaN" if "NaN or infinite" in says else "unreadable file", says
-    if len(wav) < (u.seconds - 0.1) * info.samplerate:
-        return "unreadable file", f"{u.audio}: breaks off {u.seconds - len(wav) / info.samplerate:.2f} s before its end"
-    step = min(len(wav), max(1, info.samplerate // 50))
-    power = np.square(wav[: len(wav) // step * step].reshape(-1, step)).mean(1).max()
-    level, clipped = 10 * math.log10(power + 1e-20), (np.abs(wav) >= 0.99).mean()
+    """What is wrong with a recording, as (reason, detail), or two empty strings. Sets its `seconds`, the `silence` at
+    its ends and, where that is to be trimmed, `start` and `end`."""
+    source = recording(u)
+    try:
+        header = audio_header(source)
+        u.seconds = max(0.0, (header.seconds if u.end is None else min(u.end, header.seconds)) - u.start)
+        unfit = misfit(u, limits)
+        if unfit[0] in ("too long", "too short", "empty audio") and not header.lacks:  # before hours of it are read
+            return unfit
+        wav = read_audio(source, header.rate, u.start, u.end).numpy()
+    except (ValueError, OSError) as error:
+        says = " ".join(str(error).split())
+        return "NaN" if "NaN or infinite" in says else "unreadable file", says
+    step = min(len(wav), max(1, header.rate // 50))
+    power = np.square(wav[: len(wav) // step * step].reshape(-1, step)).mean(1)
+    level, clipped = 10 * math.log10(power.max() + 1e-20), (np.abs(wav) >= 0.99).mean()
     if level < limits["min_level"]:
         return "silence", f"{level:.0f} dB at its loudest"
     if clipped > limits["max_clipped"]:
         return "clipping", f"{clipped:.1%} of its samples"
-    return unfit
+    loud = np.flatnonzero(power >= power.max() * 10 ** (-QUIET / 10))
+    trim(u, loud[0] * step / header.rate, (len(wav) - (loud[-1] + 1) * step) / header.rate, limits["trim_silence"])
+    return misfit(u, limits)
+
+
+def trim(u, before, after, keep):
+    """Note the seconds of silence before and after an utterance; where `keep` is not 0, leave so many at each end."""
+    if keep:
+        u.end = u.start + u.seconds - max(0.0, after - keep)
+        u.start += max(0.0, before - keep)
+        u.seconds = u.end - u.start
+        before, after = min(before, keep), min(after, keep)
+    u.silence = float(max(before, after))
 
 
 def misfit(u, limits):
     """What the length of an utterance says against it, as (reason, detail), or two empty strings."""
+    if u.seconds < 1e-4:  # which is a sample or two
+        return "empty audio", f"nothing after {u.start:g} s"
     if u.seconds > limits["max_seconds"]:
         return "too long", f"{u.seconds:.1f} s"
-    if u.seconds < max(limits["min_seconds"], 1e-4):  # which is a sample or two
+    if u.seconds < limits["min_seconds"]:
         return "too short", f"{u.seconds:.2f} s"
     speed = len(u.text) / u.seconds
     if not limits["min_chars_per_second"] <= speed <= limits["max_chars_per_second"]:
@@ -257,21 +329,40 @@ def compare(u, codec):
         return "bad codes", f"{wrong} is among them, and those of {codec.name} are 0 to {codec.codebook_size - 1}"
 
 
-def diagnose(utterances, cfg, pool, tokenizer, codec):
-    """The utterances with file and length, or with the reason why they cannot be used. `tokenizer` may be None yet."""
+def look_over(utterances, cfg, pool, tokenizer, codec):
+    """Give each utterance the path of its recording, or the reason that can be told without listening to it.
+    `tokenizer` may be None yet."""
     seen = set()
     for u in utterances:
         if not u.reason:
             u.reason = "duplicate id" if u.id in seen else ""
             seen.add(u.id)
+        if not u.reason and not sound_id(u.id):
+            u.reason, u.detail = "bad row", f"its id {u.id!r:.60} cannot be written to a line of a text file"
     if tokenizer:
         proofread(utterances, cfg, tokenizer)
     for u in utterances:
         if u.codes and not u.reason:
             u.reason, u.detail = compare(u, codec) or misfit(u, vars(cfg))
-    recorded = [u for u in utterances if not u.codes and not u.reason]
-    examined = iter(list(in_order("listening", pool, examine, recorded, vars(cfg))))
-    return [u if u.codes or u.reason else next(examined) for u in utterances]
+    outside = [i for i, u in enumerate(utterances) if not u.codes and u.row < 0 and not u.reason]
+    update(utterances, outside, "finding files", pool, locate, chunk=256)
+
+
+def sound_id(name):
+    return not any(c in name for c in "\r\n") and name.encode(errors="replace").decode() == name
+
+
+def diagnose(utterances, cfg, pool):
+    """Listen to the utterances: each gets its length, or the reason why it cannot be used."""
+    recorded = [i for i, u in enumerate(utterances) if not u.codes and not u.reason]
+    update(utterances, recorded, "listening", pool, examine, vars(cfg))
+
+
+def update(utterances, which, what, pool, function, *args, chunk=8):
+    """Replace the utterances of the indices `which` by what in_order makes of them."""
+    made = in_order(what, pool, function, [utterances[i] for i in which], *args, chunk=chunk)
+    for i, u in zip(which, made, strict=True):
+        utterances[i] = u
 
 
 def proofread(utterances, cfg, tokenizer):
@@ -280,10 +371,10 @@ def proofread(utterances, cfg, tokenizer):
     for u in utterances:
         if u.reason:
             continue
-        ids = tokenizer.encode(wording(u, cfg))
+        ids = tokenizer.encode(said(u, cfg))
         unknown = strange.intersection(u.text)
         if unknown or tokenizer.unk_id in ids:  # the second where a speaker's tag is what it does not know
-            unknown = unknown or tokenizer.unknown(wording(u, cfg))
+            unknown = unknown or tokenizer.unknown(said(u, cfg))
             u.reason, u.detail = "unknown characters", " ".join(sorted(unknown))
         elif ends := {tokenizer.bos_id, tokenizer.eos_id}.intersection(ids):
             u.reason, u.detail = "begin or end in text", tokenizer.decode(sorted(ends))
@@ -308,6 +399,7 @@ def report(utterances):
         "durations": [{"from": round(b * width, 2), "to": round((b + 1) * width, 2), "utterances": bins[b]}
                       for b in range(min(bins, default=0), max(bins, default=-1) + 1)],
         "reasons": dict(Counter(u.reason for u in utterances if u.reason).most_common()),
+        "silent_ends": sum(u.silence > LONG_SILENCE for u in used),
         "not_used": [{k: getattr(u, k) for k in ("id", "source", "reason", "detail")} for u in utterances if u.reason],
     }  # fmt: skip
 
@@ -320,6 +412,9 @@ def show(findings):
     for reason, n in findings["reasons"].items():
         some = [f"{x['id']} {x['detail']}".rstrip() for x in findings["not_used"] if x["reason"] == reason]
         lines.append(f"  {reason:20}{n:10,}  {', '.join(some[:3]):.80}")
+    if findings["silent_ends"]:
+        some = f"{findings['silent_ends']:,} utterances have more than {LONG_SILENCE:g} s of silence at an end"
+        lines.append(f"\n  {some}; --trim_silence=0.3 would leave 0.3 s")
     lines.append("\n  duration            utterances")
     most = max(b["utterances"] for b in findings["durations"])
     for b in findings["durations"]:
@@ -335,26 +430,44 @@ def show(findings):
 
 
 def judge(utterances, cfg, report_path):
-    """Raise ValueError when too many utterances are bad, and leave the report where one can read which."""
+    """Raise ValueError where too many utterances are at fault, or all of a speaker are, or none is left. The report
+    then says which."""
     judged = [u for u in utterances if u.reason not in BY_CHOICE]
     bad = [u for u in judged if u.reason]
-    if len(bad) < len(judged) and len(bad) <= cfg.max_bad * len(judged):
+    if len(bad) == len(judged):
+        bad = [u for u in utterances if u.reason not in NOT_WANTED] or utterances
+        problem, limit = f"{len(bad)} of {len(bad)} utterances cannot be used", "none is left"
+    elif len(bad) > cfg.max_bad * len(judged):
+        problem = f"{len(bad)} of {len(judged)} utterances cannot be used"
+        limit = f"max_bad = {cfg.max_bad} allows fewer"
+    elif cfg.max_bad < 1 and (lost := lost_speaker(utterances)):
+        problem = f"speaker {lost[0].speaker!r:.60} is lost, all of {len(lost)} utterances cannot be used"
+        bad, limit = lost, "leave the speaker out by a filter, or let it go with --max_bad=1"
+    else:
         return
-    with open(report_path, "w", encoding="utf-8") as file:
+    with whole(report_path, "w") as file:
         json.dump(report(utterances), file, indent=1, ensure_ascii=False)
     counts = ", ".join(f"{n} {reason}" for reason, n in Counter(u.reason for u in bad).most_common(4))
-    example = f"for example {bad[0].id}: {bad[0].reason} {bad[0].detail}".rstrip()
-    limit = f"max_bad = {cfg.max_bad} allows fewer" if len(bad) < len(judged) else "none is left"
-    some = f"{len(bad)} of {len(judged)} utterances cannot be used"
-    raise ValueError(f"{some} ({counts}), {limit}; {example}; see {report_path}")
+    example = f"for example {bad[0].id:.60}: {bad[0].reason} {bad[0].detail:.120}".rstrip()
+    raise ValueError(f"{problem} ({counts}), {limit}; {example}; see {report_path}")
+
+
+def lost_speaker(utterances):
+    """The utterances of a speaker of whom none is left, because all that were wanted are at fault; else None."""
+    of_speaker = defaultdict(list)
+    for u in utterances:
+        if u.reason not in NOT_WANTED:
+            of_speaker[u.speaker].append(u)
+    faulty = (us for us in of_speaker.values() if all(u.reason and u.reason not in BY_CHOICE for u in us))
+    return next(faulty, None)
 
 
 # -----------------------------------------------------------------------------
 # text and codes
 
 
-def wording(u, cfg):
-    return cfg.text_format.format(speaker=u.speaker, text=u.text)
+def said(u, cfg):
+    return wording(cfg.text_format, u.speaker, u.text, cfg.language)
 
 
 def read_tokenizer(cfg):
@@ -370,13 +483,29 @@ def read_tokenizer(cfg):
         raise ValueError(f"{cfg.tokenizer}: {error}") from None
 
 
+def find_tags(cfg, utterances):
+    """What text_format puts around the texts, each speaker's tag for example."""
+    around = {wording(cfg.text_format, name, "\0", cfg.language) for name in {u.speaker for u in utterances}}
+    return sorted({part.strip() for both in around for part in both.split("\0")} - {""})
+
+
+def need_pieces(cfg, train, given):
+    """Refuse, before hours of listening, a vocabulary too small for the texts, or one that cannot grow by them."""
+    characters = set().union(*(u.text for u in train))
+    least = 259 + len(find_tags(cfg, train)) + len(characters)  # 256 bytes, <unk>, <s>, </s>
+    if given is None and cfg.vocab_size < least:
+        raise ValueError(f"vocab_size = {cfg.vocab_size} is too small: bytes, characters and speaker tags alone need "
+                         f"{least}")  # fmt: skip
+    if cfg.extend_vocab and not given.unknown("".join(characters)):
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab}: {cfg.tokenizer} knows all characters of the texts")
+
+
 def make_tokenizer(cfg, train, given=None):
     """A tokenizer trained on the training texts, or one given and extended by them, in which what text_format puts
     around a text, such as each speaker's tag, is one token."""
-    around = cfg.text_format.split("{text}")
-    tags = sorted({part.format(speaker=u.speaker).strip() for u in train for part in around} - {""})
+    tags = find_tags(cfg, train)
     if given is None:
-        model = train_tokenizer([wording(u, cfg) for u in train], cfg.vocab_size, tags)
+        model = train_tokenizer([said(u, cfg) for u in train], cfg.vocab_size, tags)
         return load_tokenizer(SentencePiece.kind, model)
     tokenizer = load_tokenizer(given.kind, extend_tokenizer(given, [u.text for u in train], cfg.extend_vocab, tags))
     new = given.unknown("".join({character for u in train for character in u.text}))
@@ -422,11 +551,8 @@ def fit_codec(codec, cfg, train, pool):
 
 
 def read(utterances, sample_rate):
-    wavs = []
-    for u in utterances:
-        with as_file(u) as path:
-            wavs.append(read_audio(path, sample_rate, u.start, u.end).numpy())
-    return wavs
+    with hushed():
+        return [read_audio(recording(u), sample_rate, u.start, u.end).numpy() for u in utterances]
 
 
 worker_codec = lru_cache(maxsize=1)(load_codec)
@@ -517,9 +643,10 @@ def encode_device(codec, name):
 
 def check(cfg, folder, codec):
     """Refuse, before hours of work, settings that cannot be meant and a folder that cannot be written."""
-    fields = {field for _, field, _, _ in string.Formatter().parse(cfg.text_format) if field is not None}
-    if not {"text"} <= fields <= {"text", "speaker"}:
-        raise ValueError(f"text_format = {cfg.text_format!r}: needs {{text}}, may have {{speaker}}, no other braces")
+    cfg.language = normalise(cfg.language)
+    wording(cfg.text_format, language=cfg.language)  # refuses what is no text_format
+    if cfg.language and wording(cfg.text_format, language="a") == wording(cfg.text_format, language="b"):
+        raise ValueError(f"language = {cfg.language!r:.60}: text_format = {cfg.text_format!r:.60} has no {{language}}")
     if not cfg.sources or not cfg.data_dir:
         raise ValueError("what to read and where to write? --sources=my/metadata.csv --data_dir=my/tokens")
     if cfg.references and not hasattr(codec, "reference"):
@@ -534,41 +661,53 @@ def check(cfg, folder, codec):
         raise ValueError(f"data_dir {folder} is no token folder, and would be replaced by one: choose another")
     if present and not cfg.overwrite:
         raise ValueError(f"data_dir {folder} holds token files already: --overwrite replaces them")
-    shutil.rmtree(folder + ".partial", ignore_errors=True)
-    os.makedirs(folder + ".partial")
-    os.rmdir(folder + ".partial")
+    with locked(folder + ".partial"), contextlib.suppress(OSError):  # of leftovers, which stay until there are others
+        os.rmdir(folder + ".partial")
 
 
 def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
     codec, missing = open_codec(cfg)
     check(cfg, folder, codec)
-    given, utterances = read_tokenizer(cfg) if cfg.tokenizer else None, []
+    given, utterances, nameless = read_tokenizer(cfg) if cfg.tokenizer else None, [], []
     tokenizer = None if cfg.extend_vocab else given
-    for source in cfg.sources if isinstance(cfg.sources, list) else [cfg.sources]:
-        found = read_source(source, cfg.lowercase)
+    for found in read_sources(cfg.sources, cfg.lowercase):
         files = len({u.source for u in found})
         print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
         utterances += found
+        nameless += [found[0].source] if any(u.speaker == SOMEBODY for u in found) else []
+    if len(nameless) > 1:
+        print(f"one voice, as no speaker is named: {', '.join(nameless):.300}; a source's speaker tells them apart")
     need_sound(utterances, cfg, codec, missing)
+    listed, problems = read_heldout(cfg.heldout, utterances), folder + ".report.json"
+    if any(not u.codes for u in utterances):
+        encode_device(codec, cfg.device)  # refuses one that cannot be used
     pool = start_pool(cfg.workers)
     try:
-        utterances = diagnose(utterances, cfg, pool, tokenizer, codec)
-        judge(utterances, cfg, folder + ".report.json")
-        if tokenizer is None:
-            tokenizer = make_tokenizer(cfg, divide(utterances, cfg)[1], given)
-            proofread(utterances, cfg, tokenizer)
-            judge(utterances, cfg, folder + ".report.json")
-        findings = report(utterances)
-        print(show(findings))
-        used, train, val = divide(utterances, cfg)
-        if not getattr(codec, "fitted", True):
-            fit_codec(codec, cfg, train, pool)
-        write(cfg, folder, pool, used, val, tokenizer, codec, findings)
+        with TokenWriter(folder, references=cfg.references) as out:
+            look_over(utterances, cfg, pool, tokenizer, codec)
+            judge(utterances, cfg, problems)  # what can be refused is refused before hours of listening
+            train = divide(utterances, cfg, listed)[1]
+            if tokenizer is None:
+                need_pieces(cfg, train, given)
+            diagnose(utterances, cfg, pool)
+            judge(utterances, cfg, problems)
+            if tokenizer is None:
+                tokenizer = make_tokenizer(cfg, divide(utterances, cfg, listed)[1], given)
+                proofread(utterances, cfg, tokenizer)
+                judge(utterances, cfg, problems)
+            findings = report(utterances)
+            print(show(findings))
+            used, train, val = divide(utterances, cfg, listed)
+            for line in tell_split(utterances, cfg, listed):
+                print(line)
+            if not getattr(codec, "fitted", True):
+                fit_codec(codec, cfg, train, pool)
+            write(cfg, out, pool, used, val, tokenizer, codec, findings)
     finally:
         pool.shutdown(cancel_futures=True)
-    if os.path.exists(folder + ".report.json"):
-        os.remove(folder + ".report.json")
+    if os.path.exists(problems):
+        os.remove(problems)
     print(show_cost(cfg, folder, findings["cost"]))
 
 
@@ -582,42 +721,43 @@ def get_codes(cfg, pool, used, codec, folder):
     return (next(held).content[:, : codec.n_codebooks] if u.codes else next(made) for u in used)
 
 
-def write(cfg, folder, pool, used, val, tokenizer, codec, findings):
-    """Encode everything into the token folder, in the order of the metadata."""
+def write(cfg, out, pool, used, val, tokenizer, codec, findings):
+    """Encode everything into the token folder `out`, in the order of the metadata."""
     speakers = list(findings["speakers"])  # most heard first
-    with TokenWriter(folder, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, cfg.references) as out:
-        torch.save(codec.pack(), packed := io.BytesIO())
-        out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
-        out.file(tokenizer.file, tokenizer.model)
-        codes = get_codes(cfg, pool, used, codec, out.partial)
-        heard, timbres = itertools.repeat((None, None), len(used)), [[] for _ in speakers]
-        if cfg.references:
-            heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
-        for u, c, (reference, timbre) in zip(used, codes, heard, strict=True):
-            split, text = "val" if u.id in val else "train", tokenizer.encode(wording(u, cfg))
-            out.add(split, u.id, text, c, speakers.index(u.speaker), reference)
-            if timbre is not None:
-                timbres[speakers.index(u.speaker)].append(timbre)
-        if any(timbres):  # of each speaker the mean, as XTTS takes it of several recordings
-            np.save(packed := io.BytesIO(), np.stack([np.mean(of_one, 0) for of_one in timbres]))
-            out.file(TIMBRES, packed.getvalue())
-        rows = sum(out.ends["train"])
-        findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
-        out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())
-        more = {}
-        if cfg.references:
-            silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
-            more = {"reference": {"rows_per_frame": len(silence), "silence": silence[0].tolist()}}
-        of_codec = ("name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
-        of_place = ("data_dir", "overwrite", "workers", "max_tokens")  # keys that change nothing in the files
-        out.finish({
-            "codec": {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}, **more},
-            "tokenizer": tokenizer.describe(),
-            "text_format": cfg.text_format,
-            "lowercase": cfg.lowercase,
-            "speakers": speakers,
-            "made_by": {"torch": torch.__version__, **{k: v for k, v in vars(cfg).items() if k not in of_place}},
-        })  # fmt: skip
+    out.text_dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    torch.save(codec.pack(), packed := io.BytesIO())
+    out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
+    out.file(tokenizer.file, tokenizer.model)
+    codes = get_codes(cfg, pool, used, codec, out.partial)
+    heard, timbres = itertools.repeat((None, None), len(used)), [[] for _ in speakers]
+    if cfg.references:
+        heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
+    for u, c, (reference, timbre) in zip(used, codes, heard, strict=True):
+        split, text = "val" if u.id in val else "train", tokenizer.encode(said(u, cfg))
+        out.add(split, u.id, text, c, speakers.index(u.speaker), reference)
+        if timbre is not None:
+            timbres[speakers.index(u.speaker)].append(timbre)
+    if any(timbres):  # of each speaker the mean, as XTTS takes it of several recordings
+        np.save(packed := io.BytesIO(), np.stack([np.mean(of_one, 0) for of_one in timbres]))
+        out.file(TIMBRES, packed.getvalue())
+    rows = sum(out.ends["train"])
+    findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
+    out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())
+    more = {}
+    if cfg.references:
+        silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
+        more = {"reference": {"rows_per_frame": len(silence), "silence": silence[0].tolist()}}
+    of_codec = ("name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
+    of_place = ("data_dir", "overwrite", "workers", "max_tokens")  # keys that change nothing in the files
+    out.finish({
+        "codec": {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}, **more},
+        "tokenizer": tokenizer.describe(),
+        "text_format": cfg.text_format,
+        "language": cfg.language,
+        "lowercase": cfg.lowercase,
+        "speakers": speakers,
+        "made_by": {"torch": torch.__version__, **{k: v for k, v in vars(cfg).items() if k not in of_place}},
+    })  # fmt: skip
 
 
 def show_cost(cfg, folder, cost):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import configurator
 import lora
 from codec import load_codec, read_audio, write_page
-from data import load_tokenizer, normalise
+from data import load_tokenizer, normalise, wording
 from metrics import lowest_loss, read_metrics
 from model import contract_check, load_checkpoint, load_model, sampler
 
@@ -61,6 +61,7 @@ codec_path = ""  # the codec's tables, where not those in the checkpoint
 adapter = ""  # another LoRA checkpoint on the same base as ckpt, to speak with in its place
 
 NEEDED = ("arch", "model_config", "model", "codec", "codec_fingerprint", "tokenizer", "meta", "probe")
+MOST_REFERENCE = 300.0  # seconds
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
 
@@ -132,13 +133,13 @@ class Voice:
             raise ValueError(f"speaker {speaker!r} is not known, there are: {', '.join(near)}{more}")
         if unknown := self.tokenizer.unknown(words):
             raise ValueError(f"{words!r} has characters the tokenizer does not know: {' '.join(sorted(unknown))}")
-        tagged = self.meta["text_format"].format(speaker=speaker or speakers[0], text=words)
+        tagged = wording(self.meta["text_format"], speaker or speakers[0], words, self.meta.get("language", ""))
         return np.array(self.tokenizer.encode(tagged))
 
     def listen(self, path):
         """What is taken of a recording: its codes (T, K), or its features (R, M) to read a voice off and the timbre
         (E,) for a vocoder, None where there is none."""
-        wav = read_audio(path, self.codec.sample_rate)[None].to(self.device)
+        wav = read_audio(path, self.codec.sample_rate, most_seconds=MOST_REFERENCE)[None].to(self.device)
         if not self.model.reference:
             return self.codec.encode(wav)[0].T.cpu().numpy()
         return self.codec.reference(wav)[0], self.codec.timbre(wav)[0] if self.vocoder else None

@@ -49,9 +49,10 @@ import configurator
 import lora
 import published
 from codec import UNKNOWN, load_codec, write_audio
-from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres
+from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres, wording
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
 from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
+from parts.optim import Muon
 from sample import Voice, pick_device
 
 # from where to where
@@ -316,7 +317,7 @@ def make_optimizers(model, cfg):
     ]
     optimizers = [torch.optim.AdamW(groups, rate, betas, fused=True)]
     if inside:
-        optimizers.append(torch.optim.Muon(inside, rate, cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(inside, rate, cfg.weight_decay))
     if sparse:
         optimizers.append(torch.optim.SparseAdam(sparse, rate, betas))
         for p in sparse:
@@ -399,7 +400,7 @@ def speak(voice, files, cfg, iter_num, say):
     for n in range(count):
         i = n * len(files) // count
         speaker = meta["speakers"][files.speaker(i)]
-        before, after = meta["text_format"].format(speaker=speaker, text="\0").split("\0")
+        before, after = wording(meta["text_format"], speaker, "\0", meta.get("language", "")).split("\0")
         text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
         path, original = os.path.join(folder, f"{iter_num:06d}_{n}.wav"), os.path.join(folder, f"original_{n}.wav")
         if not os.path.exists(original):

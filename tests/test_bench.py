@@ -133,18 +133,28 @@ def test_what_is_missing_of_a_run_is_made(monkeypatch, tmp_path):
         bench.trained("digits", 8, "data/digits")
 
 
+def test_new_strings_are_in_no_recording_of_their_voice():
+    rows = [("", " ".join(bench.WORDS[int(d)] for d in f"{n:03d}"), "a") for n in range(990)]
+    strings = bench.new_strings(rows, "a", 12, seed=1)
+    assert [len(text.split()) for text in strings] == [3, 4, 5, 6] * 3 and len(set(strings)) == 12
+    assert all(text.startswith("nine nine") for text in strings[::4])  # the three digits that nobody reads
+    assert bench.new_strings(rows, "a", 12, seed=1) == strings != bench.new_strings(rows, "b", 12, seed=1)
+
+
 def test_table_of_families(monkeypatch, tmp_path, capsys):
     tokens = write_tokens(tmp_path / "tokens")
     run(tokens, tmp_path / "out", "--max_iters=4")
     monkeypatch.setattr(bench, "trained", lambda recipe, seed, raw: str(tmp_path / "out"))
-    monkeypatch.setattr(bench, "read_raw", lambda raw: [("", "one two", "a"), ("", "three", "b"), ("", "two", "a")])
+    rows = [("", "one two", "a"), ("", "three", "b"), ("", "two", "a")]
+    monkeypatch.setattr(bench, "read_raw", lambda raw, every: rows)
     monkeypatch.setattr(bench, "recognise", lambda wav, rate: "one two")
-    how = dict(speaker="a", temperature=None, limit=0, seed=1, show_errors=False)
+    how = dict(speaker="a", temperature=None, strings=0, seed=1, show_errors=False)
     bench.bench_families(SimpleNamespace(recipes="digits", seeds="1,2", raw="", **how))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[-2:]] == [["digits", "1"], ["digits", "2"]]
     row = lines[-1].split()
-    assert row[3:7] == ["3", "x", "16", "x"] and "33.3%" in row  # "two" heard as "one two": an error in three words
+    assert row[3:7] == ["3", "x", "16", "x"]
+    assert "33.3% a" in lines[-1]  # "two" heard as "one two": an error in three words
 
 
 # ---------------------------------------------------------------------------------------------------------------------

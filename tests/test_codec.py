@@ -1,6 +1,8 @@
 """codec.py: the contract that all codecs keep, what `mel` keeps of speech, reading, writing and resampling."""
 
 import csv
+import errno
+import io
 import math
 import os
 import runpy
@@ -16,6 +18,7 @@ from scipy.signal import resample_poly
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import codec as codec_file
 from bench import recognise, word_errors
 from codec import Mel, kmeans, load_codec, quantise, read_audio, resample, squares, write_audio
 
@@ -405,6 +408,86 @@ def test_read_audio_errors(tmp_path):
     refused("nothing from -1 to 1 s", tmp_path / "good.wav", -1, 1)
 
 
+KINDS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAVEX", "PCM_24"), ("RF64", "PCM_16"), ("W64", "PCM_16"),
+         ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
+         ("MP3", "MPEG_LAYER_III")]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, subtype", KINDS)
+@pytest.mark.parametrize("held", [False, True])
+def test_a_file_that_breaks_off(kind, subtype, held, tmp_path):
+    """The header says more than there is: named, and a stretch before the break is still read."""
+    wav = 0.5 * voice(3).numpy()
+    soundfile.write(whole := io.BytesIO(), wav, 16000, format=kind, subtype=subtype)
+
+    def source(n):
+        if held:
+            return io.BytesIO(whole.getvalue()[:n])
+        (tmp_path / "x").write_bytes(whole.getvalue()[:n])
+        return tmp_path / "x"
+
+    assert len(read_audio(source(None), 16000)) == len(wav)
+    size = len(whole.getvalue())
+    for part in (0.5, 0.8):
+        with pytest.raises(ValueError, match="breaks off (.*before its end|at once)|not readable as audio .*lost sync"):
+            read_audio(source(int(part * size)), 16000)
+    if kind not in ("FLAC", "OGG"):
+        assert torch.equal(read_audio(source(int(0.8 * size)), 16000, 0.5, 1.5),
+                           read_audio(source(None), 16000, 0.5, 1.5))  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF - 36])
+def test_sizes_that_writers_to_a_pipe_put(size, tmp_path):
+    wav = voice(1).numpy()
+    soundfile.write(tmp_path / "x.wav", wav, 16000)
+    content = bytearray((tmp_path / "x.wav").read_bytes())
+    content[40:44] = size.to_bytes(4, "little")
+    content[4:8] = min(size + 36, 0xFFFFFFFF).to_bytes(4, "little")
+    (tmp_path / "x.wav").write_bytes(content)
+    assert len(read_audio(tmp_path / "x.wav", 16000)) == len(wav)
+
+
+def test_headers_that_promise_too_much_are_refused_unread(tmp_path, monkeypatch):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, voice(2).numpy(), 16000)
+    monkeypatch.setattr(codec_file, "read_frames", None)
+    with pytest.raises(ValueError, match="x.wav: 2 s long, at most 1.5 s are read"):
+        read_audio(path, 16000, most_seconds=1.5)
+    content = bytearray(path.read_bytes())
+    content[24:28] = (655_351).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.wav: a sample rate of 655,351 Hz"):
+        read_audio(path, 16000)
+
+
+def test_cuts_of_a_long_mp3(tmp_path, monkeypatch):
+    """They are those of the whole, bit for bit the same in any order, and the file is not opened for each."""
+    path, opened = tmp_path / "x.mp3", []
+    wav = np.tile(voice(10).numpy(), 65)  # 650 s
+    with soundfile.SoundFile(path, "w", 16000, 1) as file:
+        for part in np.split(wav, 65):
+            file.write(part)
+    everything = read_audio(path, 16000)
+    open_audio = codec_file.open_audio
+    monkeypatch.setattr(codec_file, "open_audio", lambda source: opened.append(source) or open_audio(source))
+    cuts = [(t, t + 7.5) for t in np.arange(0.25, 640, 8)] + [(299.0, 601.0), (648.0, None)]
+    read = [read_audio(path, 16000, *cut) for cut in cuts]
+    assert len(opened) <= 3  # pieces; the header is remembered
+    for (start, end), one in zip(cuts, read, strict=True):
+        part = everything[round(start * 16000) : None if end is None else round(end * 16000)]
+        torch.testing.assert_close(one, part, rtol=0, atol=1e-6)
+    codec_file._mp3_piece.cache_clear()
+    assert all(map(torch.equal, reversed(read), [read_audio(path, 16000, *cut) for cut in reversed(cuts)]))
+
+
+def test_odd_rates_keep_no_memory():
+    """A matrix at a time: all of them together would be above 500 MB, were they kept."""
+    codec_file.sinc_filter.cache_clear()
+    x = torch.randn(30_000)
+    assert resample(x, 383_983, 16_000).shape == (-(-30_000 * 16_000 // 383_983),)
+    assert codec_file.sinc_filter.cache_info().currsize <= 6  # no more than the outputs need
+
+
 def test_write_audio(tmp_path):
     wav = torch.tensor([0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0])
     write_audio(tmp_path / "x.wav", wav, 22050)
@@ -416,6 +499,18 @@ def test_write_audio(tmp_path):
     assert len(read_audio(tmp_path / "x.wav", 16000)) == 3
     with pytest.raises(OSError):
         write_audio(tmp_path / "nowhere" / "x.wav", wav, 16000)
+
+
+def test_a_full_disk_names_the_file(codec, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda: write_audio(tmp_path / "x.wav", torch.zeros(9), 16000), lambda: codec.save(tmp_path),
+                  lambda: codec_file.write_page(tmp_path / "x.html", "", "", [], [])):  # fmt: skip
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert str(error.value.filename).startswith(str(tmp_path)) and os.listdir(tmp_path) == []
 
 
 # -----------------------------------------------------------------------------

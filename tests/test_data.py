@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Batches, TokenFiles, TokenWriter, extend_tokenizer, load_tokenizer, normalise, train_tokenizer
+from data import (
+    Batches,
+    TokenFiles,
+    TokenWriter,
+    extend_tokenizer,
+    load_tokenizer,
+    normalise,
+    train_tokenizer,
+    wording,
+)
 
 K = 3
 META = {"codec": {"name": "mel", "n_codebooks": K, "codebook_size": 2**16}, "tokenizer": {"vocab_size": 2**32},
@@ -256,6 +265,50 @@ def test_full_disk(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "x", utterances(3))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("where", ["add", "finish"])
+def test_a_full_disk_names_the_file(where, tmp_path, monkeypatch):
+    """Every write does: of what is buffered, of a further file, of the index. Nothing is left of it."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    opened = TokenWriter._open
+
+    def full(self, name):
+        if name.startswith("train.codes" if where == "add" else "train.index"):
+            os.symlink("/dev/full", os.path.join(self.partial, name))
+        return opened(self, name)
+
+    monkeypatch.setattr(TokenWriter, "_open", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write(tmp_path / "x", utterances(3))
+    name = {"add": "train.codes.bin", "finish": "train.index.npy"}[where]
+    assert error.value.filename == str(tmp_path / "x.partial" / name) and os.listdir(tmp_path) == []
+
+
+def test_one_writer_at_a_time(tmp_path):
+    """The second neither gets in nor removes what the first has written; after the first it may."""
+    (tmp_path / "x.partial" / "old").mkdir(parents=True)
+    with TokenWriter(tmp_path / "x") as out:
+        out.add("train", "a", [1], [[1, 2, 3]])
+        with pytest.raises(ValueError, match="x.partial is in use by another run"):
+            TokenWriter(tmp_path / "x")
+        out.finish(META)
+        assert sorted(os.listdir(tmp_path)) == ["x"] and len(TokenFiles(tmp_path / "x", "train")) == 1
+        with TokenWriter(tmp_path / "x") as again:  # the first has ended in all but name
+            again.finish(META)
+    assert os.listdir(tmp_path) == ["x"] and len(TokenFiles(tmp_path / "x", "train")) == 0
+
+
+def test_everything_is_synchronised_before_it_is_named(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (done.append(os.readlink(f"/proc/self/fd/{f}")), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
+    with TokenWriter(tmp_path / "x") as out:
+        out.file("codec.pt", b"codec")
+        out.finish(META)
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    names = {os.path.basename(path) for path in before}
+    assert names == {*os.listdir(tmp_path / "x"), "x.partial"} and after == [str(tmp_path)]
 
 
 def test_opening_reads_the_index_and_nothing_else(tmp_path):
@@ -559,6 +612,24 @@ def test_any_text_survives_in_bytes(tokenizer, text):
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
+def test_what_a_text_format_fills_in():
+    words = {"speaker": "{0}", "text": "a {text} b }", "language": "am"}
+    assert wording("[{speaker}] {text}", **words) == "[{0}] a {text} b }"
+    assert wording("{{x}}[{language}]{text}", **words) == "{x}[am]a {text} b }"
+    with pytest.raises(ValueError, match="give the language"):
+        wording("[{language}]{text}", text="x")
+
+
+@pytest.mark.parametrize("text_format", [
+    "", "no text", "{text}{text}", "{txt}{text}", "{text!r}", "{text:>2000000000}", "{text:{speaker}}", "{", "{text}}",
+    "{}{text}", "{0}{text}", "{speaker.__class__.__mro__}{text}", "{speaker[0]}{text}", "{text}\0", None, ["{text}"],
+])  # fmt: skip
+def test_what_no_text_format_is(text_format):
+    with pytest.raises(ValueError, match="text_format = .*takes {text} once") as error:
+        wording(text_format, "s", "x", "en")
+    assert len(str(error.value)) < 400
+
+
 def test_speaker_tags_are_single_tokens(tokenizer):
     slt, ann = tokenizer.encode("[slt]"), tokenizer.encode("[ann b.]")
     assert len(slt) == len(ann) == 1
@@ -762,14 +833,16 @@ def test_without_the_package(monkeypatch):
 @pytest.mark.parametrize("text, expected", [
     ("  a \t b\n\nc ", "a b c"), ("cafe\u0301", "caf\u00e9"), ("\ufeffone\0", "one"), ("a\u00a0\u2009b", "a b"),
     (" \u3000\n", ""), ("\ufeff a", "a"), ("Éa", "Éa"),
+    ("a \ud83d b\ude00", "a b"), ("\ud83d\ude00", "\U0001f600"), ("\ud83d\ufeff\ude00a\ud83d", "\U0001f600a"),
 ])  # fmt: skip
 def test_normalise(text, expected):
     assert normalise(text) == expected
 
 
-@given(st.text(max_size=40), st.booleans())
+@given(st.text(max_size=40) | st.text(st.characters(categories=["Cs", "L"]), max_size=9), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_normalise_is_stable(text, lowercase):
     once = normalise(text, lowercase)
+    once.encode()
     assert normalise(once, lowercase) == once
     assert normalise(f" {text} ", lowercase) == once

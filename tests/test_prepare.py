@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import io
 import json
 import os
 import resource
@@ -75,6 +76,23 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.fixture(autouse=True)
+def start_pool(request, monkeypatch):
+    """The worker is a thread, which starts at once; processes where a test asks for them."""
+
+    def start(n):
+        prepare.worker_codec.cache_clear()
+        return ThreadPoolExecutor(1)
+
+    if "processes" not in request.fixturenames:
+        monkeypatch.setattr(prepare, "start_pool", start)
+
+
+@pytest.fixture
+def processes():
+    """Worker processes, as users have them."""
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw") / "voices"
@@ -98,26 +116,51 @@ def utterances(ids):
 
 def test_adding_data_moves_nobody():
     few, many = utterances(f"a{i}" for i in range(0, 5000, 7)), utterances(f"a{i}" for i in range(5000))
-    small, large = (prepare.held_out(u, "", 0.1) for u in (few, many))
+    small, large = (prepare.held_out(u, None, 0.1) for u in (few, many))
     assert small == large & {u.id for u in few}
     assert 0.08 < len(large) / 5000 < 0.12
-    assert large < prepare.held_out(many, "", 0.2)
+    assert large < prepare.held_out(many, None, 0.2)
 
 
 def test_held_out_list(tmp_path):
     path = tmp_path / "heldout.txt"
-    path.write_text("\ufeffa3\r\n\r\na5 \nnot there\n", encoding="utf-8")
-    assert prepare.held_out(utterances(f"a{i}" for i in range(9)), str(path), 0.5) == {"a3", "a5"}
+    rows = [Utterance(f"a{i}", "/data/x/metadata.csv", "", "", "") for i in range(9)]
+    path.write_text("\ufeffa3\r\n\r\nwavs/a5.wav \na6.FLAC\n/data/x/wavs/a7.wav\n./a3.wav\n", encoding="utf-8")
+    listed = prepare.read_heldout(str(path), rows)
+    assert listed == {"a3", "a5", "a6", "a7"} and prepare.held_out(rows, listed, 0.5) == listed
+    assert prepare.held_out(rows[:4], listed, 0.5) == {"a3"}
+    path.write_text("a3\nA5\na55\nwavs/a6.mid\nb1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="4 of its 5 ids are of no utterance: 'A5', 'a55', 'wavs/a6.mid' and others"):
+        prepare.read_heldout(str(path), rows)
 
 
 def test_the_advice_of_an_empty_split_is_right():
     some = utterances(f"a{i}" for i in range(20))
-    with pytest.raises(ValueError, match="val split is empty") as error:
-        prepare.held_out(some, "", 0.0)
-    fraction = float(str(error.value).split("--val_fraction=")[1].split()[0])
-    assert len(prepare.held_out(some, "", fraction)) == 1
-    with pytest.raises(ValueError, match="train split is empty"):
-        prepare.held_out(some, "", 1.0)
+    for few in (some, some[:1]):
+        with pytest.raises(ValueError, match="val split is empty") as error:
+            prepare.held_out(few, None, 1e-9)
+        nothing, *one = (float(f.split()[0].strip(",")) for f in str(error.value).split("--val_fraction=")[1:])
+        assert nothing == 0 and prepare.held_out(few, None, nothing) == set()
+        assert [len(prepare.held_out(few, None, fraction)) for fraction in one] == [1] * (len(few) > 1)
+        with pytest.raises(ValueError, match="train split is empty"):
+            prepare.held_out(few, None, 1.0)
+
+
+def test_without_a_val_split(raw, tmp_path, capsys):
+    one = {"path": str(raw), "filter": {"audio": ".*u03.wav"}}
+    prepare.main(config(sources=one, data_dir=str(tmp_path / "t"), val_fraction=0.0))
+    assert [len(TokenFiles(tmp_path / "t", split)) for split in ("train", "val")] == [1, 0]
+
+
+def test_what_the_split_leaves_out_is_said(raw, tmp_path, capsys):
+    rows = [(f"wavs/u{i:02d}.wav", words(i), "ann") for i in range(24)]
+    rows[5:7] = (rows[5][0], words(5), "carl"), (rows[6][0], "", "ann")
+    write_csv(raw / "odd.csv", rows)
+    (tmp_path / "val").write_text("u05\nu06\nu07\n")
+    run(raw / "odd.csv", tmp_path / "t", heldout=str(tmp_path / "val"))
+    said = capsys.readouterr().out
+    assert "1 of the 3 ids of heldout cannot be used: u06 (empty text)\n" in said
+    assert "1 speakers of the val split are not in the train split: carl\n" in said
 
 
 # -----------------------------------------------------------------------------
@@ -155,7 +198,7 @@ def test_what_is_written(raw, tokens):
     assert report["cost"]["rows"] == train["frames"] + train["text_tokens"]
 
 
-def test_workers_do_not_change_a_byte(raw, tokens, tmp_path):
+def test_workers_do_not_change_a_byte(raw, tokens, processes, tmp_path):
     run(raw, tmp_path / "again", workers=2)
     assert contents(tmp_path / "again") == contents(tokens)
     run(raw, tmp_path / "seed", seed=5)
@@ -209,7 +252,7 @@ def test_the_fit_hears_a_part_of_the_training_split(raw):
             self.heard = [len(wav) / RATE for wav in wavs]
 
     train, listener, pool = read_source(str(raw))[:20], Listener(), ThreadPoolExecutor(1)
-    train = prepare.examine(train, vars(config()))
+    train = prepare.examine(prepare.locate(train), vars(config()))
     prepare.fit_codec(listener, config(fit_seconds=3.0), train, pool)
     assert 3.0 <= sum(listener.heard) < 4.0 and set(listener.heard) <= {u.seconds for u in train}
     prepare.fit_codec(listener, config(), train, pool)
@@ -306,9 +349,9 @@ def test_every_reason_is_named(sick, tmp_path, capsys):
     report = run(sick, tmp_path / "t", tokenizer=plain, max_bad=0.9, max_seconds=4.0, val_fraction=0.3)
     assert {x["id"]: x["reason"] for x in report["not_used"]} == {
         "missing": "missing file", "rubbish": "unreadable file", "empty": "empty text", "short": "too short",
-        "nothing": "too short", "long": "too long", "silent": "silence", "hiss": "silence", "clipped": "clipping",
+        "nothing": "empty audio", "long": "too long", "silent": "silence", "hiss": "silence", "clipped": "clipping",
         "nan": "NaN", "fast": "impossible speed", "slow": "impossible speed", "strange": "unknown characters",
-        "ok3": "duplicate id", "broken": "unreadable file", "cut_9-": "too short",
+        "ok3": "duplicate id", "broken": "unreadable file", "cut_9-": "empty audio",
     }  # fmt: skip
     assert report["used"] == 8 and report["utterances"] == 24
     assert all(x["source"] == str(sick / "metadata.csv") for x in report["not_used"])
@@ -320,7 +363,7 @@ def test_every_reason_is_named(sick, tmp_path, capsys):
 
 
 def test_too_many_bad_ones(sick, tmp_path):
-    message = "15 of 24 utterances cannot be used .*max_bad = 0.5 allows fewer; for example"
+    message = "13 of 22 utterances cannot be used .*max_bad = 0.5 allows fewer; for example"  # two are beyond limits
     with pytest.raises(ValueError, match=message) as error:
         run(sick, tmp_path / "t", max_seconds=4.0, max_bad=0.5)
     report = tmp_path / "t.report.json"
@@ -328,6 +371,95 @@ def test_too_many_bad_ones(sick, tmp_path):
     assert os.listdir(tmp_path) == ["t.report.json"]
     run(sick, tmp_path / "t", max_seconds=4.0, max_bad=0.7)
     assert os.listdir(tmp_path) == ["t"]
+
+
+def test_limits_are_a_choice(tmp_path):
+    """Clips beyond the user's own limits are reported, and do not count as faults."""
+    rows = make_set(tmp_path)
+    report = run(tmp_path, tmp_path / "t", max_seconds=0.72, max_bad=0.0)  # of 24 clips, of 7 lengths
+    assert report["reasons"] == {"too long": 12} and report["used"] == len(rows) - 12
+    with pytest.raises(ValueError, match="24 of 24 utterances cannot be used .24 too short., none is left"):
+        run(tmp_path, tmp_path / "u", min_seconds=5.0)
+
+
+def test_a_speaker_that_is_lost(tmp_path):
+    """One of twelve with all clips at fault is refused, whatever share max_bad lets pass."""
+    rows = make_set(tmp_path, 36, [f"s{i:02d}" for i in range(12)])
+    lost = [i for i, row in enumerate(rows) if row[2] == "s04"]
+    write_csv(tmp_path / "metadata.csv", [*rows, *(rows[i - 1][:2] + ("again",) for i in lost)])
+    with pytest.raises(ValueError, match="speaker 'again' is lost, all of 3 .* cannot be used .3 duplicate id."):
+        run(tmp_path, tmp_path / "t", max_bad=0.9)
+    (tmp_path / "t.report.json").unlink()
+    write_csv(tmp_path / "metadata.csv", rows)
+    for i in lost:
+        soundfile.write(tmp_path / rows[i][0], np.zeros(RATE), RATE)
+    with pytest.raises(ValueError, match="speaker 's04' is lost, all of 3 .* cannot be used .3 silence.*--max_bad=1"):
+        run(tmp_path, tmp_path / "t", max_bad=0.9)
+    assert "s04" not in run(tmp_path, tmp_path / "t", max_bad=1.0)["speakers"]
+    without = {"path": str(tmp_path), "filter": {"speaker": "(?!s04).*"}}
+    prepare.main(config(sources=without, data_dir=str(tmp_path / "u")))
+    assert contents(tmp_path / "u")["train.codes.bin"] == contents(tmp_path / "t")["train.codes.bin"]
+
+
+def test_silence_at_the_ends(tmp_path, capsys):
+    """It is counted, and what trim_silence leaves is what is encoded."""
+    noise = np.random.default_rng(0).normal(0, 1e-4, 2 * RATE).astype(np.float32)
+    rows = make_set(tmp_path, 12)
+    for i in (2, 3, 4):
+        wav = np.concatenate([noise[: i * RATE // 2], clip(i, 1.0), noise[: RATE // 2]])
+        soundfile.write(tmp_path / rows[i][0], wav, RATE)
+    assert run(tmp_path, tmp_path / "all", val_fraction=0.0)["silent_ends"] == 2
+    assert "\n  2 utterances have more than 1 s of silence at an end; --trim_silence" in capsys.readouterr().out
+    assert run(tmp_path, tmp_path / "t", trim_silence=0.2, val_fraction=0.0)["silent_ends"] == 0
+    files, codec = TokenFiles(tmp_path / "t", "train"), load_codec("mel", str(tmp_path / "t"))
+    for i in range(12):
+        wav = read_audio(tmp_path / rows[i][0], RATE)
+        if i in (2, 3, 4):  # the clip itself begins and ends quietly, by some hundredths of a second
+            u = Utterance("", "", str(tmp_path / rows[i][0]), words(i), "")
+            assert prepare.listen(u, vars(config(trim_silence=0.2))) == ("", "")
+            assert u.start == pytest.approx(i / 2 - 0.2, abs=0.05) and u.seconds == pytest.approx(1.4, abs=0.1)
+            wav = read_audio(tmp_path / rows[i][0], RATE, u.start, u.end)
+        assert np.array_equal(files.codes(i), codec.encode(wav[None])[0].T.numpy())
+
+
+def test_the_stretch_that_trimming_leaves():
+    u = Utterance("a", "", "", "", "", start=10.0, end=15.0, seconds=5.0)
+    prepare.trim(u, 2.0, 0.1, 0.5)
+    assert (u.start, u.end, u.seconds, u.silence) == (11.5, 15.0, 3.5, 0.5)
+    v = Utterance("a", "", "", "", "", seconds=5.0)
+    prepare.trim(v, 2.0, 1.0, 0.0)
+    assert (v.start, v.end, v.seconds, v.silence) == (0.0, None, 5.0, 2.0)
+
+
+def test_what_no_audio_file_is(tmp_path):
+    """Whatever soundfile makes of a file, it is one reason, and the run goes on."""
+    for name, content in {"a.raw": b"abcd" * 999, "b.mp3": b"junk" * 999, "c.wav": b"", "d.flac": b"fLaC"}.items():
+        (tmp_path / name).write_bytes(content)
+    rate = bytearray(wav_bytes(clip(1)))
+    rate[24:28] = (655_351).to_bytes(4, "little")
+    (tmp_path / "e.wav").write_bytes(rate)
+    (tmp_path / "f.wav").write_bytes(wav_bytes(clip(1))[:9000])
+    (tmp_path / "metadata.csv").touch()
+    names = sorted(path.name for path in tmp_path.glob("?.*"))
+    us = [Utterance(name[0], str(tmp_path / "metadata.csv"), name, "one two", "") for name in names]
+    us.append(Utterance("g", "", "g.wav", "one two", "", row=0, content=b"RIFF"))
+    us = prepare.examine(prepare.locate(us[:-1]) + us[-1:], vars(config()))
+    assert {u.reason for u in us} == {"unreadable file"} and len(us) == 7
+    details = {u.id: u.detail for u in us}
+    assert "Hz" in details["e"] and "breaks off" in details["f"] and "g.wav: not readable" in details["g"]
+    assert details["a"].endswith("a.raw: not readable as audio (no kind of recording that is known here)"), details
+
+
+def wav_bytes(wav):
+    soundfile.write(held := io.BytesIO(), wav, RATE, format="WAV", subtype="PCM_16")
+    return held.getvalue()
+
+
+def test_nothing_is_heard_of_a_decoder(capfd):
+    with prepare.hushed():
+        os.write(2, b"from below Python")
+    os.write(2, b"afterwards")
+    assert capfd.readouterr().err == "afterwards"
 
 
 # -----------------------------------------------------------------------------
@@ -446,7 +578,38 @@ def die(chunk):
     os._exit(1)
 
 
-def test_a_worker_that_dies():
+def test_two_runs_into_one_folder(raw, tokens, tmp_path, monkeypatch):
+    """The second is refused in one line, before it touches anything of the first; the first ends as if alone."""
+    out, fit = tmp_path / "t", prepare.fit_codec
+
+    def meanwhile(*args):
+        before = contents(Path(f"{out}.partial"))
+        with pytest.raises(ValueError, match="t.partial is in use by another run"):
+            run(raw, out)
+        assert contents(Path(f"{out}.partial")) == before
+        return fit(*args)
+
+    monkeypatch.setattr(prepare, "fit_codec", meanwhile)
+    run(raw, out)
+    assert contents(out) == contents(tokens) and os.listdir(tmp_path) == ["t"]
+
+
+def test_refused_before_listening(raw, yard, tmp_path, monkeypatch):
+    """What the rows alone tell is said before hours of work."""
+    monkeypatch.setattr(prepare, "examine", None)  # so that listening would fail otherwise
+    few = {"path": str(raw), "filter": {"audio": ".*u0[0-3].wav"}}
+    for wrong, message in [
+        ({"vocab_size": 261}, "vocab_size = 261 is too small"), ({"val_fraction": 1.0}, "train split is empty"),
+        ({"sources": [few, "lost.csv"]}, "3 of 7 utterances cannot be used .3 missing file.*max_bad"),
+        ({"heldout": "prose.csv"}, "of no utterance"),
+    ]:  # fmt: skip
+        monkeypatch.chdir(yard)
+        with pytest.raises(ValueError, match=message):
+            prepare.main(config(**{"sources": str(raw), "data_dir": str(tmp_path / "t"), **wrong}))
+    assert os.listdir(tmp_path) == ["t.report.json"]
+
+
+def test_a_worker_that_dies(processes):
     with pytest.raises(OSError, match="a worker process was killed"):
         list(prepare.in_order("dying", prepare.start_pool(1), die, utterances("ab")))
 
@@ -458,8 +621,8 @@ def test_disk_full(raw, tmp_path):
     args = [sys.executable, "-B", ROOT / "prepare.py", f"--sources={raw}", f"--data_dir={tmp_path / 't'}",
             f"--codec_args={TINY}", "--val_fraction=0.2", "--workers=1"]  # fmt: skip
     done = subprocess.run(args, preexec_fn=limit, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert os.listdir(tmp_path) == []
+    assert done.returncode == 1 and done.stderr.startswith("error: File too large: ") and "t.partial/" in done.stderr
+    assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == []
 
 
 def test_an_old_folder_is_replaced_when_the_new_one_is_whole(raw, tokens, tmp_path):
@@ -467,7 +630,7 @@ def test_an_old_folder_is_replaced_when_the_new_one_is_whole(raw, tokens, tmp_pa
     run(raw, out, seed=5)
     before = contents(out)
     with pytest.raises(ValueError):
-        run(raw, out, val_fraction=0.0)
+        run(raw, out, val_fraction=1.0)
     with pytest.raises(ValueError, match="holds token files already"):
         run(raw, out, overwrite=False)
     assert contents(out) == before
@@ -507,9 +670,12 @@ BAD = {
     "no way to extend": (["--extend_vocab=9", "--tokenizer=prose.csv"], "prose.csv is no tokenizer.json"),
     "limit below 0": (["--max_text_tokens=-1"], "max_text_tokens = -1 is below 0"),
     "text_format": (["--text_format={txt}"], "text_format"),
+    "language for nothing": (["--language=en"], "has no {language}"),
+    "no language": (["--text_format=[{language}]{text}"], "give the language"),
     "workers": (["--workers=-1"], "workers"),
     "missing held-out list": (["--heldout=nowhere.txt"], "nowhere.txt"),
-    "held-out list of others": (["--heldout=prose.csv"], "the val split is empty"),
+    "held-out list of others": (["--heldout=prose.csv"], "2 of its 2 ids are of no utterance: 'Dear', 'you'"),
+    "all held out": (["--val_fraction=1"], "the train split is empty"),
     "vocabulary too small": (["--vocab_size=200"], "vocab_size = 200 is too small"),
     "all audio missing": (["--sources=lost.csv"], "3 of 3 utterances cannot be used (3 missing file), none is left"),
     "wrong type": (["--vocab_size=many"], "not of type int"),

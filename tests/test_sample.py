@@ -208,6 +208,14 @@ def test_characters_the_tokenizer_does_not_know(voice, tmp_path):
         voice.text_ids("one qz")
 
 
+def test_a_text_format_is_checked(voice, monkeypatch):
+    monkeypatch.setattr(voice, "meta", {**voice.meta, "text_format": "{speaker.__class__}{text}"})
+    with pytest.raises(ValueError, match="text_format = "):
+        voice.text_ids("one")
+    monkeypatch.setattr(voice, "meta", {**voice.meta, "text_format": "[{language}]{text}", "language": "slt"})
+    assert voice.tokenizer.decode(voice.text_ids("one")) == "[slt]one"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # cloning
 

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import io
 import itertools
@@ -17,10 +18,11 @@ from test_train import run as train_on
 
 import configurator
 import prepare
+import sources
 from codec import PUBLISHED, load_codec, resample
 from data import TokenFiles, load_tokenizer
 from sample import Voice
-from sources import load, read_rows, read_source, utterance_id
+from sources import load, read_rows, read_source, read_sources, utterance_id
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -41,6 +43,7 @@ LAYOUTS = {
     "ljspeech, header and extension": (
         "metadata.csv", 'ID|Text|Normalised Text\na.wav|x|He said "no.\nb.wav|x|ten percent\nc.wav|x|three\n'),
     "pipes with a header": ("list.txt", 'audio_file|text\nwavs/a.wav|He said "no.\nb.wav|ten percent\nc.wav|three\n'),
+    "pipes, as pandas writes them": ("list.txt", 'audio_file|text\na.wav|"He said ""no."\nb|ten percent\n"c"|three\n'),
     "csv": ("metadata.csv", 'Audio,text,other\na.wav,"He said ""no.",1\nwavs/b.wav,ten percent,2\n./c.wav,three,3\n'),
     "csv, semicolons": ("metadata.csv", 'audio;text\na.wav;"He said ""no."\nb.wav;ten percent\nc.wav;three\n'),
     "tsv": ("x.tsv", 'path\tsentence\na.wav\t"He said ""no."\nb.wav\tten percent\nc.wav\tthree\n'),
@@ -62,13 +65,145 @@ def test_every_layout_reads_the_same(tmp_path, layout, newline, bom):
     got = read_source(str(tmp_path / name))
     assert [(u.id, u.text) for u in got] == [("a", 'He said "no.'), ("b", "ten percent"), ("c", "three")]
     assert not any(u.reason for u in got)
-    assert {u.speaker for u in got} == {tmp_path.name}
+    assert {u.speaker for u in got} == {"speaker"}  # not the folder's name
 
 
 def test_quoted_fields_with_commas_and_line_breaks(tmp_path):
     write_csv(tmp_path / "metadata.csv", [("a.wav", QUOTED, "x"), ("b.wav", "b", "y")])
     got = read_source(str(tmp_path))
     assert [(u.id, u.text, u.speaker) for u in got] == [("a", '"Well," she said, and left.', "x"), ("b", "b", "y")]
+
+
+def quoted(rows, delimiter, opened, closed, ways=()):
+    """A table of so many rows; a quotation mark opens in one row and closes in another, some have others of csv."""
+    texts = {i: f"{words(i)} row {i}" for i in range(rows)} | {i: f'"{words(i)}, row {i}"' for i in ways}
+    texts[opened] = '"' + texts[opened]
+    texts[closed] = texts.get(closed, "") + '"'
+    return f"audio{delimiter}text\n" + "".join(f"c{i:03d}.wav{delimiter}{texts[i]}\n" for i in range(rows))
+
+
+@pytest.mark.parametrize("closed", [7, 99], ids=["closed later", "never closed"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"], ids=["comma", "semicolon", "tab", "pipe"])
+def test_a_stray_quotation_mark_takes_no_rows(tmp_path, delimiter, closed):
+    (tmp_path / "m.csv").write_text(quoted(24, delimiter, 5, closed))
+    if closed == 99 and delimiter in ",;":
+        with pytest.raises(ValueError, match="m.csv, line 7: a quotation mark in the row that begins here"):
+            read_source(str(tmp_path / "m.csv"))
+        return
+    got = read_source(str(tmp_path / "m.csv"))
+    assert [u.id for u in got if not u.reason] == [f"c{i:03d}" for i in range(24)]
+    assert [u.id for u in got if '"' in u.text] == ["c005", "c007"][: 2 if closed == 7 else 1]
+    assert all(u.text.count("row") == 1 for u in got)
+
+
+def test_a_stray_quotation_mark_where_others_are_meant(tmp_path):
+    (tmp_path / "m.csv").write_text(quoted(24, ",", 5, 7, ways=[2, 20]))
+    got = read_source(str(tmp_path / "m.csv"))
+    assert len(got) == 22 and got[2].text == f"{words(2)}, row 2" and got[-4].text == f"{words(20)}, row 20"
+    says = "line 7: a quotation mark opens here and closes in line 9, after other rows"
+    assert [(u.id, u.reason, u.detail) for u in got if u.reason] == [("c005", "bad row", says)]
+    for ways, of_csv in (([2, 20], "',' expected"), ([2], "unexpected end")):
+        (tmp_path / "m.csv").write_text(quoted(24, ",", 5, 99, ways=ways))
+        says = f"m.csv, line 7: a quotation mark in the row that begins here does not close where it should .{of_csv}"
+        with pytest.raises(ValueError, match=says):
+            read_source(str(tmp_path / "m.csv"))
+    everywhere = "".join(f'"{name}"\t"{words(i)}"\n' for i, name in enumerate(["audio", "a.wav", "b.wav", "c.wav"]))
+    (tmp_path / "m.csv").write_text(everywhere.replace(words(0), "text").replace(f'{words(2)}"', words(2)))
+    with pytest.raises(ValueError, match="m.csv, line 3: a quotation mark"):
+        read_source(str(tmp_path / "m.csv"))
+
+
+def test_what_the_columns_without_a_header_are(tmp_path):
+    texts = [f"{words(i)} and {words(i + 1)}" for i in range(12)]
+
+    def read(second, third):
+        rows = zip(range(12), second, third, strict=True)
+        (tmp_path / "m.csv").write_text("".join(f"{i}.wav|{a}|{b}\n" for i, a, b in rows))
+        got = read_source(str(tmp_path / "m.csv"))
+        assert not any(u.reason for u in got)
+        return [u.text for u in got], [u.speaker for u in got]
+
+    for names in (["ann", "bob"] * 6, ["p225"] * 12, [*"000111222333"]):
+        assert read(names, texts) == read(texts, names) == (texts, names)
+    for written in ([f"{text.title()}." for text in texts], [f"{i} + {i}" for i in range(12)]):
+        assert read(written, texts) == (texts, ["speaker"] * 12)
+    assert read(texts, [""] * 12)[0] == texts
+    phonemes = [text.translate(str.maketrans("eoinu", "ɛəɪŋʌ")) for text in texts]
+    for third in (phonemes, [f"spk{i}" for i in range(12)]):
+        with pytest.raises(ValueError, match="m.csv: has no header, and what its 3 columns are is not clear: add one"):
+            read(texts, third)
+    with pytest.raises(ValueError, match="its 4 columns"):
+        read(texts, [f"{text}|ann" for text in texts])
+
+
+def test_values_that_are_no_text(tmp_path):
+    rows = [  # fields, what becomes of them
+        ({"text": float("nan")}, "empty text"),
+        ({"text": ["one"]}, "text is of the type list, not text"),
+        ({"text": True}, "text is of the type bool, not text"),
+        ({"text": {"path": "x"}}, "text is of the type dict, not text"),
+        ({"text": "a", "speaker": [1]}, "speaker is of the type list, not text"),
+        ({"text": "a", "audio": ["x.wav"]}, "audio is of the type list, not text"),
+        ({"text": "a", "audio": float("nan")}, "no audio"),
+        ({"text": "a", "audio": {"bytes": "abc"}}, "its recording is of the type str, not bytes"),
+        ({"text": "a", "end": float("inf")}, "from 0 s to inf s"),
+        ({"text": "a", "end": "1e400"}, "from 0 s to inf s"),
+        ({"text": "a", "end": 1e300}, "from 0 s to 1e+300 s"),
+        ({"text": "a", "start": 1, "duration": float("nan")}, "from 1 s to nan s"),
+        ({"text": "a", "start": 1e300}, "from 1e+300 s to None s"),
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"audio": "x.wav", **row}) for row, _ in rows))
+    for u, (row, says) in zip(read_source(str(tmp_path / "m.jsonl")), rows, strict=True):
+        assert u.reason and (u.reason, u.detail.partition(": ")[2])[u.reason == "bad row"] == says, row
+    numbers = [{"audio": "x.wav", "text": 1.0, "speaker": s} for s in (1, 1.0, "1.0", " 1", float("nan"), None)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, numbers)))
+    got = read_source(str(tmp_path / "m.jsonl"))
+    assert [(u.text, u.speaker) for u in got] == [("1", "1")] * 4 + [("1", "speaker")] * 2
+
+
+def test_half_a_character(tmp_path):
+    row = {"audio": "x\ud83d.wav", "text": "one \ud83d two \ud83d\ude00", "speaker": "a\ude00"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    with tarfile.open(tmp_path / "m.tar", "w") as tar:
+        add(tar, "y\udcff.json", b'{"text": "a", "audio_tokens": [[1]], "audio_tokens_length": "\\ud83d"}')
+    got = [u for name in ("m.jsonl", "m.tar") for u in read_source(str(tmp_path / name))]
+    assert [(u.id, u.text, u.speaker) for u in got] == [
+        ("x\\ud83d", "one two \U0001f600", "a"), ("y\\udcff", "a", "speaker")]  # fmt: skip
+    json.dumps([[u.id, u.audio, u.text, u.speaker, u.detail] for u in got], ensure_ascii=False).encode()
+    assert all(0 <= prepare.fraction(u.id) < 1 for u in got)
+
+
+def test_ids_are_unlike_in_all_sources(tmp_path):
+    rows = [{"text": words(i), **codes} for i, codes in enumerate(kani(coded(4, 2)))]
+    for folder, speaker in (("ann/data", "ann"), ("bob/data", "bob"), ("cy/data", "cy")):
+        (tmp_path / folder).mkdir(parents=True)
+        jsonl([{**row, "speaker": speaker} for row in rows], tmp_path / folder / "train-00000-of-00001.jsonl")
+        write_csv(tmp_path / folder / "m.csv", [(f"wavs/{i}.wav", "x", speaker) for i in range(4)])
+
+    def ids(given):
+        return [[u.id for u in found] for found in read_sources(given)]
+
+    shards = [str(tmp_path / name / "data" / "train-00000-of-00001.jsonl") for name in ("ann", "bob", "cy")]
+    names = [[f"{folder}train-00000-of-00001/{i}" for i in range(4)] for folder in ("", "bob/", "cy/")]
+    assert ids(shards) == names and ids(shards[:2]) == names[:2]
+    assert ids(shards[1]) == names[:1]  # as by itself
+    assert ids(str(tmp_path / "*" / "data" / "*.jsonl")) == [sum(names, [])]
+    tables = [str(tmp_path / name / "data" / "m.csv") for name in ("ann", "bob")]
+    assert ids(tables) == [[*"0123"], [f"bob/{i}" for i in range(4)]]
+    write_csv(tmp_path / "ann/data/m2.csv", [("1.wav", "the same recording", "ann"), ("4.wav", "x", "ann")])
+    assert ids([tables[0], str(tmp_path / "ann/data/m2.csv")]) == [[*"0123"], ["1", "4"]]
+    assert ids([tables[0], {"path": tables[0], "cap": 2}]) == [[*"0123"]] * 2
+
+
+def test_a_name_as_another_system_spells_it(tmp_path):
+    (tmp_path / "wavs").mkdir()
+    for name in ("a", "caf\u00e9", "cafe\u0301s"):
+        soundfile.write(tmp_path / "wavs" / f"{name}.wav", np.full(RATE, 0.5), RATE)
+    names = ["wavs\\a.wav", "cafe\u0301.wav", "wavs\\caf\u00e9s", "b.wav"]
+    write_csv(tmp_path / "m.csv", [(name, "one two three", "ann") for name in names])
+    got = prepare.examine(read_source(str(tmp_path / "m.csv")), vars(config()))
+    assert [(u.id, u.reason) for u in got] == [
+        ("a", ""), ("cafe\u0301", ""), ("caf\u00e9s", ""), ("b", "missing file")]  # fmt: skip
 
 
 def test_ids(tmp_path):
@@ -97,7 +232,8 @@ def test_source_options(tmp_path):
     got = read_source(source)
     used = [u for u in got if not u.reason]
     assert [u.id for u in used] == ["set/1", "set/3", "set/5", "set/7"]
-    assert [u.speaker for u in used] == ["x", "anna", "anna", "anna"]  # a column says more than the source
+    assert [u.speaker for u in used] == ["anna"] * 4  # the source says more than a column
+    assert [u.speaker for u in read_source({**source, "speaker": ""}) if not u.reason] == ["x"] + ["speaker"] * 3
     assert [u.reason for u in got if u not in used] == ["filtered out"] * 6
     capped = [u.id for u in read_source({**source, "cap": 2}) if not u.reason]
     assert len(capped) == 2 and set(capped) < {u.id for u in used}
@@ -222,7 +358,7 @@ def test_ids_and_speakers_of_rows(tmp_path):
     assert [u.id for u in tars] == [f"{name}-01-{i:03d}" for name in "ab" for i in range(3)]
     assert [u.id for u in tables] == ["a-01/0", "a-01/1", "a-01/2", "b-01/0", "b-01/1", "b-01/2"]
     assert [u.id for u in read_source(str(tmp_path / "c.txt"))] == ["0", "1", "2"]
-    assert [u.speaker for u in tars[:3]] == ["bob", "ann", "bob"] and {u.speaker for u in tables} == {tmp_path.name}
+    assert [u.speaker for u in tars[:3]] == ["bob", "ann", "bob"] and {u.speaker for u in tables} == {"speaker"}
     source = {"path": str(tmp_path / "*.tar"), "cap": 1, "filter": {"speaker_id": "ann"}, "name": "s"}
     passed = {u.id: u.reason for u in read_source(source) if u.reason != "filtered out"}
     assert set(passed) == {"s/a-01-001", "s/b-01-001"} and set(passed.values()) == {"", "beyond the cap"}
@@ -502,6 +638,82 @@ def test_wrong_sources_get_one_line(case, yard, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert set(os.listdir(yard)) - before <= {"t.report.json"}
+
+
+def read_error(path):
+    with pytest.raises(ValueError) as error:
+        list(load(read_source(str(path))))
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) <= 400
+    return str(error.value)
+
+
+def test_encodings(tmp_path):
+    table = "audio,text\n" + "".join(f"{i}.wav,café {i}\n" for i in range(3000))
+    path = tmp_path / "m.csv"
+    for encoding in ("utf-8", "utf-16"):
+        path.write_bytes(table.encode(encoding))
+        assert [u.text for u in read_source(str(path))][2000] == "café 2000"
+    path.write_bytes(table.replace("é", "e").encode() + "x.wav,café\n".encode("cp1252"))
+    assert "not a text file in UTF-8 (byte 0xe9 in line 3002)" in read_error(path)
+    path.write_bytes(table.encode()[:14] + "é".encode()[:1])
+    assert "UTF-8 (its last character is cut off)" in read_error(path)
+    path.write_bytes(table.encode("utf-16")[:-1])
+    assert "not a text file in UTF-16 (truncated data)" in read_error(path)
+    path.write_bytes(b"a\0,\0")
+    assert "not a text file, as it holds zeros" in read_error(path)
+
+
+def test_what_unpacks_to_more_than_a_row_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FILE", 2**20)
+    big = b" " * (sources.ROW + 1)
+    for name, text in (("table", b"audio,text\n"), ("list", b'[{"text": "a"}]'), ("line", b'{"a": 1}')):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text + big))
+        assert f"larger than {16 if name == 'line' else 1} MB" in read_error(tmp_path / f"{name}.gz")
+    for kind, size in (("json", sources.ROW), ("txt", sources.ROW), ("wav", sources.LIMITS["wav"])):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            member = tarfile.TarInfo(f"x.{kind}")
+            member.size = size + 1
+            tar.fileobj.write(member.tobuf())  # its content would follow
+        assert f"x.{kind}: larger than {size >> 20:,} MB" in read_error(tmp_path / "x.tar")
+    (tmp_path / "m.csv").write_text("audio,text\na.wav,b\n")
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(sources, "split", no_memory)
+    assert "needs more memory than there is" in read_error(tmp_path / "m.csv")
+
+
+def test_what_macos_adds_to_a_tar(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("set/._a.json", "set/a.json", "__MACOSX/set/a.json", "./._b.json", "./b.json", "._c.wav"):
+            add(tar, name, b"rubbish" if "_" in name else b'{"text": "a", "audio_tokens": [[1]]}')
+    assert [(u.id, u.reason) for u in read_source(str(tmp_path / "x.tar"))] == [("set/a", ""), ("b", "")]
+
+
+def test_parquet_with_columns_of_other_types(tmp_path):
+    parquet([{"audio": {"bytes": "abc", "path": "x.wav"}, "text": "a"}], tmp_path / "x.parquet")
+    assert "its recording is of the type str, not bytes" in read_error(tmp_path / "x.parquet")
+    pyarrow, parts = sys.modules["pyarrow"], [None, b"\0\0\0\0\1\0\0\0", b"\xff"]
+    no_utf8 = pyarrow.Array.from_buffers(pyarrow.string(), 1, [part and pyarrow.py_buffer(part) for part in parts])
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x.wav"]), no_utf8], ["audio", "text"])
+    sys.modules["pyarrow.parquet"].write_table(table, tmp_path / "x.parquet")
+    assert "x.parquet: is broken ('utf-8' codec can't decode" in read_error(tmp_path / "x.parquet")
+    for text in (b"a", {"a": 1}, [1]):
+        parquet([{"audio": "x.wav", "text": text}], tmp_path / "x.parquet")
+        assert [u.reason for u in read_source(str(tmp_path / "x.parquet"))] == ["bad row"]
+
+
+def test_sources_that_make_no_sense(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: is not a file" in read_error(tmp_path / "pipe")
+    (tmp_path / "x.tar.bz2").write_bytes(bz2.compress(bytes(10240))[:-20] + bytes(20))
+    assert "x.tar.bz2: " in read_error(tmp_path / "x.tar.bz2")
+    (tmp_path / "m.csv").write_text("|\n")
+    assert "m.csv: no rows in it" in read_error(tmp_path / "m.csv")
+    for more in ({"speaker": ["a"]}, {"filter": {"text": "("}}, {"filter": "x" * 999}, {"x" * 999: 1}):
+        with pytest.raises(ValueError, match="^source .{10,390}$"):
+            read_source({"path": str(tmp_path / "m.csv"), **more})
 
 
 def test_parquet_without_its_package(tmp_path, monkeypatch):
