@@ -201,7 +201,7 @@ def test_a_name_as_another_system_spells_it(tmp_path):
         soundfile.write(tmp_path / "wavs" / f"{name}.wav", np.full(RATE, 0.5), RATE)
     names = ["wavs\\a.wav", "cafe\u0301.wav", "wavs\\caf\u00e9s", "b.wav"]
     write_csv(tmp_path / "m.csv", [(name, "one two three", "ann") for name in names])
-    got = prepare.examine(read_source(str(tmp_path / "m.csv")), vars(config()))
+    got = prepare.locate(read_source(str(tmp_path / "m.csv")))
     assert [(u.id, u.reason) for u in got] == [
         ("a", ""), ("cafe\u0301", ""), ("caf\u00e9s", ""), ("b", "missing file")]  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_source_options(tmp_path):
 def test_a_cap_leaves_both_splits_their_share(tmp_path):
     write_csv(tmp_path / "m.csv", [(f"{i}.wav", "text", "s") for i in range(2000)])
     capped = [u for u in read_source({"path": str(tmp_path / "m.csv"), "cap": 200}) if not u.reason]
-    assert 5 < len(prepare.held_out(capped, "", 0.1)) < 40
+    assert 5 < len(prepare.held_out(capped, None, 0.1)) < 40
 
 
 def test_rows_at_fault(tmp_path):
@@ -517,7 +517,7 @@ def test_recordings_in_tables_and_shards(mixed, tmp_path):
         assert same(tmp_path / "csv", tmp_path / kind)
     for report in reports.values():
         assert [(x["id"], x["reason"]) for x in report["not_used"]] == [("u05", "unreadable file")]
-    assert reports["parquet"]["not_used"][0]["detail"] == "Error opening 'u05.flac': Format not recognised."
+    assert reports["parquet"]["not_used"][0]["detail"] == "u05.flac: not readable as audio (Format not recognised.)"
     assert reports["parquet"]["not_used"][0]["source"] == str(tmp_path / "a.parquet")
 
 
