@@ -102,7 +102,7 @@ def attempt(case, number, outputs):
 
 def warned(output):
     """Whether there is a warning; that a random model does not stop by itself is none."""
-    return re.search(r"(?<!; )\bwarning: ", output, re.I)
+    return re.search(r"(?<!; )\bwarning: |has no effect", output, re.I)
 
 
 def judge(case, result, code, error, out, err):

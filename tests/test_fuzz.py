@@ -1204,6 +1204,14 @@ OWN = {
 }  # fmt: skip
 
 
+IDLE = {  # sound values that have no effect there
+    "csm": ("n_latents = 3", "mask_ratio = 0.5", "loss_on = 'audio'", "reference_seconds = [1.0, 2.0]", "rounds = 3",
+            "milestones = [5, 6]", "lora_alpha = 2.0", "min_lr = 1e-4"),
+    "kani": ("decoder_fraction = 0.5", "decoder = 'llama-300K'", "text_positions = 90"),
+    "valle ar": ("mask_ratio = 0.5", "rounds = 3", "guidance = 2.0", "drop_repeats = True"),
+}  # fmt: skip
+
+
 def expected(types, text):
     """Whether a value has to be refused for a key of these types."""
     numbers = int in types or float in types
@@ -1218,6 +1226,15 @@ def keys_of_train(rng, yard):
     defaults = configurator.read_defaults(train.__file__)
     owner = {key: family for family, keys in OWN.items() for key in keys}
     while True:
+        if rng.random() < 0.1:
+            family, as_flag = rng.choice(list(IDLE)), rng.random() < 0.5
+            line = rng.choice(IDLE[family])
+
+            def call(family=family, as_flag=as_flag, line=line):
+                flag = "--" + line.replace(" = ", "=", 1).replace("'", "")
+                return trained(yard, [flag if as_flag else written(line.encode(), "recipe.py")], family)
+
+            yield Case(f"{family} {'flag' if as_flag else 'recipe'}: {line} has no effect", call, BAD)
         key = rng.choice([key for key in defaults if key not in LEFT_OUT])
         family, value = owner.get(key, rng.choice(["csm", "csm", "valle ar"])), rng.choice(VALUES)
         if key in ("backbone", "decoder") and rng.random() < 0.8:
