@@ -55,23 +55,23 @@ from sources import Utterance
 
 name = "data"  # what to measure: data, codec, sample, families, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
-limit = 0  # data: most utterances to listen to; 0: all
-strings = 200  # sample, families: new strings of 3 to 6 digits that each voice speaks; 0: the held-out ones
+limit: "int >= 0" = 0  # data: most utterances to listen to; 0: all
+strings: "int >= 0" = 200  # sample, families: new strings of 3 to 6 digits that each voice speaks; 0: the held-out ones
 show_errors = False  # print every utterance that was misheard
 speech = ""  # codec: folder of recordings in LJSpeech's layout, 16 to fit on, then 8; empty: none
-minutes = 1.0  # codec: of the recording that is encoded to measure memory
+minutes: "0 < float <= 600" = 1.0  # codec: of the recording that is encoded to measure memory
 ckpt = "out/digits/best.pt"  # sample: the model that speaks
 speaker = ""  # sample, families: the voices to speak in, with commas between; empty: all of the data set
-temperature: float | None = None  # sample, families: of the draw; None: as the checkpoint's recipe says
-seed = 1337  # sample, families: of the new strings and of the draw
+temperature: "float | None >= 0" = None  # sample, families: of the draw; None: as the checkpoint's recipe says
+seed: "0 <= int <= 4294967295" = 1337  # sample, families: of the new strings and of the draw
 recipes = ""  # families: names of recipes in config/, with commas between; empty: all that are for digits
 seeds = "1337,1,2"  # families: of the training runs, likewise
 sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
 dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
 ways = ""  # loss, train: likewise, whose; "ours" alone is quick
 fractions = ""  # train: likewise, shares of the frames that the depth decoder trains on
-repeats = 3  # codec, loss, train: how often each is timed, after it was warmed up; the median counts
-large_batch = 32  # train, on a GPU: utterances of the larger batch
+repeats: "int >= 1" = 3  # codec, loss, train: how often each is timed, after it was warmed up; the median counts
+large_batch: "int >= 1" = 32  # train, on a GPU: utterances of the larger batch
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 GRAMMAR = f"""#JSGF V1.0;

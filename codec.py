@@ -31,7 +31,6 @@ import re
 import sys
 import tarfile
 import wave
-import zipfile
 from functools import lru_cache, partial
 from glob import escape, glob
 from pathlib import Path
@@ -43,7 +42,8 @@ import soundfile
 import torch
 from torch import nn
 
-from parts.files import whole
+from parts.files import need, whole
+from parts.tensors import UNBUILT, fault, need_tensors, reason, undamaged, unpickle, what_is
 
 # -----------------------------------------------------------------------------
 # audio files
@@ -265,14 +265,22 @@ class Codec(nn.Module):
 
     @classmethod
     def unpack(cls, pack, where):
-        """The codec of a `pack()`. `where` it is from names it in the ValueError raised where it holds other tables."""
-        codec = cls(**pack["options"])
-        try:
-            codec.load_state_dict(pack["tables"])
-        except (KeyError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{where}: its tables are not those of {cls.name} with its options") from error
+        """The codec of a `pack()`. `where` it is from names it in the ValueError raised where it holds other tables, or
+        numbers in them that are not finite."""
+        need(pack, {"tables": dict}, where)
+        codec = cls.made(where, pack["options"])
+        need_tensors(pack["tables"], codec.state_dict(), f"{where}, tables of {cls.name}")
+        codec.load_state_dict(pack["tables"])
         codec.fitted = True
         return codec
+
+    @classmethod
+    def made(cls, where, options):
+        """The codec with these options, which `where` has. Raises ValueError for some that cannot be."""
+        try:
+            return cls(**options)
+        except UNBUILT as error:
+            raise ValueError(f"{where}: no codec {cls.name} has its options ({reason(error)})") from None
 
     def fingerprint(self):
         """16 hex digits that change when the name, an option, or any number in the tables does."""
@@ -785,25 +793,19 @@ def from_nemo(path):
     raise ValueError("no model_weights.ckpt in it")
 
 
-class Inert(dict):
-    """Stands in for the configuration objects in checkpoints of coqui-TTS, which are not asked for."""
-
-
 def read_weights(path):
-    """{name: tensor} of a file of weights. Of a pickle only tensors and plain containers are read, no code is run.
-    Raises ValueError."""
+    """{name: tensor} of a file of weights. Of a pickle only tensors and plain containers are read, no code is run; the
+    configuration objects in checkpoints of coqui-TTS are passed over. Raises ValueError."""
     try:
         if path.endswith(".safetensors"):
             return read_safetensors(path)
-        file, mapped = (from_nemo(path), False) if path.endswith(".nemo") else (path, zipfile.is_zipfile(path))
-        strange = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
-        with torch.serialization.safe_globals([(Inert, name) for name in strange if name.startswith("TTS.")]):
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        weights = unpickle(from_nemo(path) if path.endswith(".nemo") else path, inert="TTS.")
         if isinstance(weights, torch.Tensor):
             return {os.path.basename(path).removesuffix(".pth"): weights}
-        return weights.get("state_dict", weights.get("model", weights))
+        weights = weights.get("state_dict", weights.get("model", weights))
+        return {name: x for name, x in weights.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
     except Exception as error:  # readers fail in many ways on files of other kinds
-        raise ValueError(f"{path}: not readable as weights ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: not readable as weights ({reason(error)})") from error
 
 
 def tidy(weights):
@@ -835,6 +837,13 @@ def fold(weights):
         if name.endswith("weight_v"):
             folded[name[:-2]] = torch._weight_norm(v, weights[f"{name[:-1]}g"], 0)
     return folded
+
+
+def need_sound(weights):
+    """Raise ValueError, which begins with its name, for a tensor that is no plain one of finite numbers."""
+    for name, tensor in weights.items():
+        if words := fault(tensor):
+            raise ValueError(f"{name} {words}")
 
 
 def strides(weights, prefix):
@@ -978,18 +987,26 @@ class Network(Codec):
         raw = {name: weight for file in files for name, weight in read_weights(file).items()}
         try:
             weights, sizes = cls.convert(tidy(raw), options.get("n_codebooks"))
-        except LookupError as error:
+            need_sound(weights)
+            folded = fold(weights)
+            need_sound(folded)
+        except KeyError as error:
             raise ValueError(f"{where}: not the weights of {cls.name}, they lack {error.args[0]}") from None
+        except UNBUILT as error:  # tensors of other shapes
+            raise ValueError(f"{where}: not the weights of {cls.name} ({reason(error)})") from None
         for key in sizes.keys() & options.keys():
             if sizes[key] != options[key]:
                 raise ValueError(f"{where}: has {key} = {sizes[key]}, not {options[key]}")
         with torch.device("meta"):  # no memory for numbers that give way at once; files stay shared between processes
-            codec = cls(**{**sizes, **options})
+            codec = cls.made(where, {**sizes, **options})
+        for name, own in codec.state_dict().items():
+            if name in folded and folded[name].is_floating_point() != own.is_floating_point():
+                raise ValueError(f"{where}: {name} is {folded[name].dtype}, not {own.dtype}")
         codec.path, codec.mark = os.path.abspath(where), codec.digest(weights)  # not folded: that may round either way
         try:
-            missing, unknown = codec.load_state_dict(fold(weights), strict=False, assign=True)
+            missing, unknown = codec.load_state_dict(folded, strict=False, assign=True)
         except RuntimeError as error:
-            says = str(error).splitlines()[1].strip()
+            says = " ".join(str(error).splitlines()[1:2]).strip()
             raise ValueError(f"{where}: not weights of the sizes of {cls.name}, {says}") from None
         if missing or unknown:
             says = f"lack {missing[0]}" if missing else f"have {unknown[0]}, which it has not"
@@ -1016,6 +1033,7 @@ class Network(Codec):
     def unpack(cls, pack, where):
         """The codec of a `pack()`: its weights where they were, or else in the hub's cache folder. A pack made without
         them, of codes from elsewhere, takes those that are there."""
+        need(pack, {"weights": str, "fingerprint": str}, where)
         try:
             codec = cls.load(pack["weights"] if os.path.exists(pack["weights"]) else None, **pack["options"])
         except FileNotFoundError as error:
@@ -1611,21 +1629,25 @@ def load_codec(name, path=None, **options):
         if published and not (os.path.basename(where) == "codec.pt" and os.path.isfile(where)):
             return cls.load(path, **options)
         pack = read_pack(where)
-    if not isinstance(pack, dict) or not {"name", "options"} < set(pack):
-        raise ValueError(f"{where}: not a codec table")
+    need(pack, {"name": str, "options": dict}, where)
+    kinds = {int: int, float: (int, float), tuple: (tuple, list), str: str}
+    defaults = {f"{key}?": kinds.get(type(p.default)) for key, p in known.items()}
+    need(pack["options"], {key: kind for key, kind in defaults.items() if kind}, f"{where}, options,")
     if pack["name"] != name:
         raise ValueError(f"{where}: holds the tables of {pack['name']!r}, not of {name!r}")
     for key, value in options.items():
-        if pack["options"][key] != value:
-            raise ValueError(f"{where}: made with {key} = {pack['options'][key]}, not {value}")
+        if (made := pack["options"].get(key)) != value:
+            raise ValueError(f"{where}: made with {key} = {made!r:.60}, not {value!r:.60}")
     return cls.unpack(pack, where)
 
 
 def read_pack(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such codec table")
+    if not undamaged(path):
+        raise ValueError(f"{path}: not a codec table, or damaged: it is {what_is(path)} without the checksums of one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return unpickle(path)
     except Exception as error:  # torch.load fails in many ways on files of other kinds
         raise ValueError(f"{path}: not a codec table") from error
 

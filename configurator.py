@@ -3,57 +3,119 @@ Configurator: config files and --key=value flags become one checked namespace.
 
 - The defaults are the plain commented assignments at the top of a script: `learning_rate = 3e-4  # peak`. They are read
   from its source, never by importing it, so that `--help` costs nothing and one recipe can serve several scripts.
-- The type of a key is the type of its default, or its annotation: `backbone: str | dict = "llama-250M"`.
+- What a key may be is the type of its default, or its annotation, which may state a range and choices:
+  `top_p: "0 < float <= 1" = 1.0`, `cap: "int | None >= 1" = None`, `mode: Literal["ar", "nar"] = "nar"`.
+- The keys of a family of models are fields of its config class in model.py, where their default is `fixed(...)` or
+  `free(...)`; they are keys of train.py.
 - A config file is python, executed; every plain name it leaves behind is a key. Flags win over files, later over
   earlier.
-- A key of another of prepare.py, train.py and sample.py is accepted and ignored; a key of none of them is refused
-  with the nearest right name, a wrong type with the name, the value, what was wanted and where it came from.
+- A file may hold keys of any of prepare.py, train.py and sample.py. A flag of another script is refused, and so is a
+  key of none of them, with the nearest right name; a wrong value with the name, the value, what was wanted and where
+  it came from.
 """
 
 import ast
 import difflib
+import inspect
 import io
+import math
+import operator
 import os
 import sys
 import tokenize
 import types
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 SCRIPTS = ("prepare.py", "train.py", "sample.py")  # a recipe may hold keys of any of these
+FAMILIES = {"train.py": "model.py"}  # whose config classes hold further keys of a script
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple, "dict": dict}
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+SIGNS = {ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<"}
+MIRRORED = {">=": "<=", ">": "<", "<=": ">=", "<": ">"}
+LARGEST = 2**53  # of an int: no key means more, and a float holds all up to it
+LONGEST_LINE = 400  # characters of an error
+
+
+class Kind(NamedTuple):
+    """What a value may be: its types (none: any), those of what a list holds, texts to choose from, and bounds
+    (sign, number) of the value or of what a list holds."""
+
+    types: tuple = ()
+    items: tuple = ()
+    choices: tuple = ()
+    bounds: tuple = ()
+
+    def __str__(self):
+        words = [f"{sign} {number:g}" if number < 1e5 else f"{sign} {number:,}" for sign, number in self.bounds]
+        return " and ".join(words) or listed(self.choices)
+
+
+class Key(NamedTuple):
+    """One key as its source states it: default, what it may be, the comment lines above it, and that beside it."""
+
+    default: object
+    kind: Kind
+    above: list
+    comment: str
+
+
+class Config(types.SimpleNamespace):
+    """The keys as attributes. What is no key: `given`, {key: where it was set} of those that the user set, and
+    `files`, the config files."""
+
+    __slots__ = ("given", "files")
 
 
 def configure(script, argv, positional=()):
-    """The keys of `script` as a SimpleNamespace: defaults, then the config files of `argv`, then its flags.
+    """The keys of `script` as a Config: defaults, then the config files of `argv`, then its flags.
 
     script: path of the script whose defaults count. argv: list of strings, without the script's name.
     positional: names of keys that bare words (not ending in .py) fill in order, as in `bench.py loss`.
     Raises ValueError or FileNotFoundError with one line; `--help` prints every key and raises SystemExit(0).
     """
     own = read_defaults(script)
-    known = dict(own)
+    known, home = dict(own), {}
     for name in SCRIPTS:
         sibling = Path(__file__).with_name(name)
         if sibling.exists() and sibling.resolve() != Path(script).resolve():
-            known = {**read_defaults(sibling), **known}  # where two scripts share a key, its own type holds
+            known = {**(others := read_defaults(sibling)), **known}  # where scripts share a key, its own kind holds
+            home |= dict.fromkeys(others, name)
     files, flags, words = split_argv(argv, known)
     if "help" in [key for key, _, _ in flags]:
         print(help_text(script, own))
         raise SystemExit(0)
     given = [(key, value, path) for path in files for key, value in read_config(path).items()]
-    given += [(key, word, f"argument {word!r}") for key, word in zip(positional, words, strict=False)] + flags
-    cfg = {key: default for key, (default, _, _) in own.items()}
+    given += [(key, word, f"argument {word!r:.60}") for key, word in zip(positional, words, strict=False)] + flags
+    cfg = Config(**{key: of.default for key, of in own.items()})
+    cfg.given, cfg.files = {}, files
     for key, value, origin in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {near[0]!r}?" if near else "see --help"
-            raise ValueError(f"{origin}: unknown key {key!r}, {advice}")
-        value = checked(key, value, known[key][1], origin, parse=origin not in files)
+            raise ValueError(f"{origin:.120}: unknown key {key!r:.60}, {advice}")
+        value = checked(key, value, known[key].kind, origin, parse=origin not in files)
         if key in own:
-            cfg[key] = value
+            setattr(cfg, key, value)
+            cfg.given[key] = origin
+        elif origin not in files:
+            raise ValueError(f"{origin}: {key} is a key of {home[key]} and has no effect here")
     if len(words) > len(positional):
-        raise ValueError(f"{words[len(positional)]!r} is neither a config file (*.py) nor a --key=value")
-    return types.SimpleNamespace(**cfg)
+        raise ValueError(f"{words[len(positional)]!r:.60} is neither a config file (*.py) nor a --key=value")
+    return cfg
+
+
+def refuse_idle(cfg, idle, say=print):
+    """Refuse flags that have no effect, and warn of such keys in a config file. idle: {key: why it has none}.
+    Raises ValueError with one line."""
+    for key, origin in cfg.given.items():
+        if key in idle:
+            line = f"{origin}: {key} = {show(getattr(cfg, key))} has no effect: {idle[key]}"
+            if origin not in cfg.files:
+                raise ValueError(line)
+            say(f"warning: {line}")
 
 
 def run(main, script, positional=()):
@@ -69,7 +131,8 @@ def run(main, script, positional=()):
         text = str(error)
         if isinstance(error, OSError) and error.strerror:  # the system's own errors: without their number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        print("error:", " ".join(text.split()) or type(error).__name__, file=sys.stderr)
+        text = " ".join(text.split()) or type(error).__name__
+        print("error:", text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 3]}...", file=sys.stderr)
         sys.exit(1)
 
 
@@ -85,23 +148,109 @@ def key_nodes(tree):
 
 
 def read_defaults(script):
-    """{key: (default, allowed types, source node)} of one script, in the order of its source."""
-    keys = {}
-    for name, node in key_nodes(ast.parse(Path(script).read_text(encoding="utf-8"))):
-        try:
-            default = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
-            raise ValueError(f"{script}:{node.lineno}: the default of {name!r} must be a literal") from None
-        keys[name] = (default, allowed_types(node, default), node)
+    """{key: Key} of one script, in the order of its source, then those of the families of models that it trains."""
+    script = Path(script)
+    source = script.read_text(encoding="utf-8")
+    keys = read_keys(script, source, list(key_nodes(ast.parse(source))))
+    models = script.with_name(FAMILIES.get(script.name, "none"))
+    if models.is_file():
+        source = models.read_text(encoding="utf-8")
+        for family in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]:
+            nodes = [(node.target.id, node) for node in family.body if isinstance(node, ast.AnnAssign)]
+            nodes = [(name, node) for name, node in nodes if is_field(node.value) and name not in keys]
+            new = read_keys(models, source, nodes, family.lineno)
+            for name in list(new)[:1]:
+                new[name] = new[name]._replace(above=[f"{family.name} in {models.name}"])
+            keys |= new
     return keys
 
 
-def allowed_types(node, default):
-    """The types an annotation such as `str | list[int] | None` names, else the default's; () allows anything."""
-    if not isinstance(node, ast.AnnAssign):
-        return () if default is None else (type(default),)
-    parts = [part.strip().split("[")[0] for part in ast.unparse(node.annotation).split("|")]
-    return tuple(type(None) if part == "None" else TYPES[part] for part in parts)
+def read_keys(script, source, nodes, first_line=1):
+    """{key: Key} of the assignments (name, node) in a source, whose comments begin in `first_line` or later. Raises
+    ValueError for a default that is no literal."""
+    if not nodes:
+        return {}
+    keys, before, comments = {}, None, find_comments(source, first_line, nodes[-1][1].end_lineno)
+    for name, node in nodes:
+        first = before or node.lineno
+        while not before and comments.get(first - 1, ("", False))[1]:
+            first -= 1
+        before = node.end_lineno + 1
+        above = [comments[n][0] for n in range(first, node.lineno) if n in comments and comments[n][1]]
+        beside = [comments[n][0] for n in range(node.lineno, before) if n in comments]
+        value = node.value.args[0] if is_field(node.value) else node.value
+        try:
+            default = ast.literal_eval(value)
+        except (ValueError, TypeError):
+            raise ValueError(f"{script}:{node.lineno}: the default of {name!r} must be a literal") from None
+        kind = Kind(() if default is None else (type(default),))
+        if isinstance(node, ast.AnnAssign):
+            kind = read_kind(node.annotation)
+        keys[name] = Key(default, kind, above, " ".join(beside))
+    return keys
+
+
+def find_comments(source, first, last):
+    """{line number: (comment, whether it has the line to itself)} of the statements in these lines."""
+    lines, comments = source.splitlines(keepends=True)[first - 1 : last], {}
+    for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[: token.start[1]].strip()
+            comments[first - 1 + token.start[0]] = (token.string.lstrip("# "), alone)
+    return comments
+
+
+def is_field(node):
+    """Whether a default is that of a key in a config class: `fixed(32)` or `free(32)`."""
+    return isinstance(node, ast.Call) and bool(node.args) and getattr(node.func, "id", "") in ("fixed", "free")
+
+
+def read_kind(node):
+    """The Kind that an annotation states, such as `str | None`, "0 < float <= 1", "list[int] >= 1", Literal["a"]."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = ast.parse(node.value, mode="eval").body
+    terms, signs = [node], []
+    if isinstance(node, ast.Compare):
+        terms, signs = [node.left, *node.comparators], [SIGNS[type(sign)] for sign in node.ops]
+    at = next(i for i, term in enumerate(terms) if not isinstance(term, ast.Constant | ast.UnaryOp))
+    bounds = [(MIRRORED[signs[i]], ast.literal_eval(terms[i])) for i in range(at)]
+    bounds += [(signs[i], ast.literal_eval(terms[i + 1])) for i in range(at, len(signs))]
+    parts, of_value, items, choices = [terms[at]], [], (), ()
+    while parts:
+        part = parts.pop(0)
+        if isinstance(part, ast.BinOp):  # a | b
+            parts = [part.left, part.right, *parts]
+        elif not isinstance(part, ast.Subscript):
+            name = getattr(part, "id", "")
+            of_value.append(type(None) if isinstance(part, ast.Constant) else TYPES.get(name, object))
+        elif part.value.id == "Literal":
+            of_value.append(str)
+            choices = tuple(choice.value for choice in getattr(part.slice, "elts", [part.slice]))
+        else:
+            of_value.append(TYPES[part.value.id])
+            items = (TYPES[part.slice.id],)
+    return Kind(tuple(of_value), items, choices, tuple(bounds))
+
+
+@cache
+def kind_of(annotation):
+    """The Kind of an annotation as Python holds it: a string, a type or a union."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return read_kind(ast.parse(text, mode="eval").body)
+
+
+def check_value(name, value, annotation):
+    """Check a value against an annotation, as a key is. Raises ValueError with one line."""
+    kind = kind_of(annotation)
+    if wrong := fault(converted(value, kind), kind):
+        raise ValueError(f"{name} = {show(value)} {wrong}")
+
+
+def check_fields(config):
+    """Check the fields of a dataclass against their annotations, as keys are. A type that no key has may be anything.
+    Raises ValueError, one line that names the first wrong field."""
+    for f in fields(config):
+        check_value(f.name, getattr(config, f.name), f.type)
 
 
 def split_argv(argv, known):
@@ -116,7 +265,7 @@ def split_argv(argv, known):
             (files if arg.endswith(".py") else words).append(arg)
             continue
         key, equals, text = arg[2:].partition("=")
-        if not equals and key in known and known[key][1] == (bool,):
+        if not equals and key in known and known[key].kind.types == (bool,):
             text = rest.pop(0) if rest and parse_bool(rest[0]) is not None else "True"
         elif not equals and key in known:
             if not rest or rest[0].startswith("--"):
@@ -129,60 +278,114 @@ def split_argv(argv, known):
 def read_config(path):
     """Execute one config file; return the plain names it leaves behind."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"config file {path} not found")
+        there = "is not a file" if Path(path).exists() else "not found"
+        raise FileNotFoundError(f"config file {path} {there}")
     scope = {"__file__": str(path), "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), scope)
-    except Exception as error:  # a config file is the user's: its mistakes get one line, as any other bad input
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a config file is the user's: its mistakes get one line, and so does sys.exit()
         line, trace = getattr(error, "lineno", None), error.__traceback__
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
             trace = trace.tb_next
-        raise ValueError(f"{path}:{line or 1}: {type(error).__name__}: {error}") from error
-    return {k: v for k, v in scope.items() if k[0] != "_" and not (callable(v) or isinstance(v, types.ModuleType))}
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise ValueError(f"{path}:{line or 1}: {said:.200}") from error
+    return {
+        name: value for name, value in scope.items()
+        if isinstance(name, str) and name[:1] != "_" and not (callable(value) or isinstance(value, types.ModuleType))
+    }  # fmt: skip
 
 
 def parse_bool(text):
     return {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
 
 
-def checked(key, value, allowed, origin, parse):
-    """`value` as one of the `allowed` types; with `parse` it is text from the command line."""
-    if parse and allowed == (str,):
+def checked(key, value, kind, origin, parse):
+    """`value` as the `kind` wants it; with `parse` it is text from the command line. Raises ValueError."""
+    if parse and kind.types == (str,) and not kind.choices:
         return value  # --text="3.14" stays text
     literal = value
     if parse:
         try:
-            literal = parse_bool(value) if allowed == (bool,) else ast.literal_eval(value)
+            literal = parse_bool(value) if kind.types == (bool,) else ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             literal = value
-    if not allowed or type(literal) in allowed:
-        return literal
-    if float in allowed and type(literal) is int:
-        return float(literal)
-    for kind, twin in ((list, tuple), (tuple, list)):
-        if kind in allowed and type(literal) is twin:
-            return kind(literal)
-    if parse and str in allowed:
-        return value
-    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-    raise ValueError(f"{origin}: {key} = {value!r} is not of type {wanted}")
+    literal = converted(literal, kind)
+    if parse and kind.types and type(literal) not in kind.types:
+        literal = value  # text as it was given, which may be what is wanted
+    if wrong := fault(literal, kind):
+        raise ValueError(f"{origin:.120}: {key} = {show(literal)} {wrong}")
+    return literal
+
+
+def converted(value, kind):
+    """A whole number as the float, and a list as the tuple, that is wanted; or the other way round."""
+    if float in kind.types and type(value) is int and int not in kind.types:
+        return float(value) if abs(value) < 10**300 else math.inf
+    for wanted, twin in ((list, tuple), (tuple, list)):
+        if wanted in kind.types and type(value) is twin and twin not in kind.types:
+            return wanted(value)
+    return value
+
+
+def fault(value, kind):
+    """What is wrong with a value, as the end of a sentence that begins with it; "" where nothing is."""
+    if kind.types and object not in kind.types and type(value) not in kind.types:
+        return f"is not of type {' or '.join('None' if t is type(None) else t.__name__ for t in kind.types)}"
+    if wrong := "" if object in kind.types else no_data(value):
+        return wrong
+    if type(value) is str and kind.choices and value not in kind.choices:
+        return f"must be {kind}"
+    several = isinstance(value, list | tuple)
+    inside = value if several else [value]
+    if several and kind.items and not all(type(converted(x, Kind(kind.items))) in kind.items for x in inside):
+        return f"must hold {kind.items[0].__name__} only"
+    numbers = [x for x in inside if type(x) in (int, float)]
+    if not all(COMPARISONS[sign](x, bound) for x in numbers for sign, bound in kind.bounds):
+        return f"must {'hold numbers' if several else 'be'} {kind}"
+    return ""
+
+
+def no_data(value, depth=0):
+    """Why a value cannot be used and be recorded as JSON, as `fault` says it; "" where it can."""
+    if type(value) is float:
+        return "" if math.isfinite(value) else "must be finite"
+    if type(value) is int:
+        return "" if abs(value) <= LARGEST else "is too large a number"
+    if value is None or type(value) in (bool, str):
+        return ""
+    if depth > 10:
+        return "is nested too deeply"
+    if type(value) not in (list, tuple, dict):
+        return "may hold texts, numbers, True, False, None, lists and dicts only"
+    if type(value) is dict and not all(type(key) is str for key in value):
+        return "has a key that is no text"
+    inside = value.values() if type(value) is dict else value
+    return next(filter(None, (no_data(x, depth + 1) for x in inside)), "")
+
+
+def show(value):
+    """A value for a message: at most 60 characters."""
+    try:
+        text = repr(value)
+    except Exception:  # numbers of too many digits, and whatever else a config file makes
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def listed(names):
+    """Names as "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def help_text(script, own):
     """The script's docstring, then its keys with their defaults and comments, under their source's own headings."""
     source = Path(script).read_text(encoding="utf-8")
-    comments = {}  # line number -> comment, and whether it has the line to itself
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
     lines = [(ast.get_docstring(ast.parse(source)) or "").strip(), ""]
-    before = min((node.lineno for _, _, node in own.values()), default=0) - 1
-    while comments.get(before, ("", False))[1]:
-        before -= 1
-    for key, (default, _, node) in own.items():
-        lines += ["# " + comments[n][0] for n in range(before + 1, node.lineno) if n in comments and comments[n][1]]
-        trailing = [comments[n][0] for n in range(node.lineno, node.end_lineno + 1) if n in comments]
-        lines.append(f"  --{key}={default!r}".ljust(44) + "  " + " ".join(trailing))
-        before = node.end_lineno
+    for name, key in own.items():
+        lines += ["# " + heading for heading in key.above]
+        may_be = f"({key.kind})" if str(key.kind) else ""
+        lines.append(f"  --{name}={key.default!r}".ljust(44) + "  " + " ".join(filter(None, [key.comment, may_be])))
     return "\n".join(lines + ["", "Config files (*.py) come first, flags win over them."]).strip()

@@ -26,13 +26,44 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from parts.files import locked
+from parts.files import locked, need
 
 VERSION = 1
 SPLITS = ("train", "val")
 TIMBRES = "timbres.npy"
 AUDIO, PROMPT = 3, 2  # of model.py's kinds of rows: frames to predict, frames that are only heard
 INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker")
+
+
+def is_count(x, least=0):
+    return type(x) is int and least <= x < 2**48
+
+
+def is_rate(x):
+    return type(x) in (int, float) and 0 < x < 10**9
+
+
+def is_level(x):
+    return type(x) in (int, float) and -(10**9) < x < 10**9
+
+
+# What meta.json says, as `need` reads it: of a model's data (a checkpoint has that too), and of the files
+COUNTS = dict.fromkeys(("utterances", "text_tokens", "frames"), is_count)
+MODEL_META = {
+    "codec": {
+        "name": str, "fingerprint": str, "sample_rate": is_rate, "frame_rate": is_rate,
+        "n_codebooks": lambda x: is_count(x, 1), "codebook_size": lambda x: is_count(x, 1),
+        "reference?": {
+            "rows_per_frame": lambda x: is_count(x, 1),
+            "silence": lambda x: isinstance(x, list) and len(x) > 0 and all(map(is_level, x)),
+        },
+    },
+    "tokenizer": {"kind": str, "sha256": str, "vocab_size": lambda x: is_count(x, 1), "bos_id": int, "eos_id": int,
+                  "file": lambda x: x in ("tokenizer.model", "tokenizer.json")},
+    "text_format": str, "lowercase": bool, "splits": {"train": COUNTS},
+    "speakers": lambda x: isinstance(x, list) and len(x) > 0 and all(isinstance(name, str) for name in x),
+}  # fmt: skip
+META = {**MODEL_META, "text_dtype": lambda x: x in ("uint16", "uint32"), "splits": {"train": COUNTS, "val": COUNTS}}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # token folders
@@ -176,11 +207,15 @@ def read_meta(folder):
             meta = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is not a finished token folder (no meta.json): make it with prepare.py") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{folder}/meta.json is damaged ({e}): make the folder again with prepare.py") from None
-    if meta.get("version") != VERSION:
-        found = meta.get("version")
-        raise ValueError(f"{folder} has format version {found}, this code reads {VERSION}: run prepare.py again")
+    try:
+        need(meta, {"version": int}, f"{folder}/meta.json")
+        if meta["version"] != VERSION:
+            raise ValueError(f"{folder} has format version {meta['version']}, this code reads {VERSION}")
+        need(meta, META, f"{folder}/meta.json")
+    except ValueError as e:
+        raise ValueError(f"{e}: run prepare.py again") from None
     return meta
 
 
@@ -188,7 +223,8 @@ class TokenFiles:
     """One split of a token folder, memory-mapped.
 
     `meta` is the folder's meta.json, `index` int64, a row of INDEX_COLUMNS for each utterance. Raises ValueError for a
-    folder that is not finished, of another version, or whose files do not have the sizes its meta.json claims.
+    folder that is not finished, of another version, or damaged: files do not have the sizes its meta.json claims, or
+    the index names what is not there.
     """
 
     def __init__(self, folder, split):
@@ -198,15 +234,31 @@ class TokenFiles:
         try:
             self.index = np.load(path + ".index.npy", mmap_mode="r")
             n, n_text, n_frames = (self.meta["splits"][split][k] for k in ("utterances", "text_tokens", "frames"))
-            if self.index.shape != (n, len(INDEX_COLUMNS)):
-                raise ValueError(f"{split}.index.npy has shape {self.index.shape}, not {(n, len(INDEX_COLUMNS))}")
+            if self.index.shape != (n, len(INDEX_COLUMNS)) or self.index.dtype != np.int64:
+                found = f"{self.index.shape} of {self.index.dtype}"
+                raise ValueError(f"{split}.index.npy has shape {found}, not {(n, len(INDEX_COLUMNS))} of int64")
+            self._check_index(n_text, n_frames)
             self._text = self._map(path + ".text.bin", self.meta["text_dtype"], (n_text,))
             self._codes = self._map(path + ".codes.bin", "uint16", (n_frames, K))
             if reference := self.meta["codec"].get("reference"):
                 shape = (n_frames, reference["rows_per_frame"], len(reference["silence"]))
                 self._reference = self._map(path + ".reference.bin", "float16", shape)
-        except (OSError, ValueError, KeyError, EOFError) as e:
+        except (OSError, ValueError, EOFError, AttributeError, OverflowError) as e:
             raise ValueError(f"{folder}: the {split} split is damaged ({e}): make it again with prepare.py") from None
+
+    def _check_index(self, n_text, n_frames):
+        """Raise ValueError where the index names text, frames or a speaker that there cannot be."""
+        text_start, text_length, first_frame, frames, speaker = self.index.T
+        faults = {
+            "numbers below 0": lambda: self.index.min(initial=0) < 0,
+            "an utterance without frames": lambda: frames.min(initial=1) < 1,
+            "a speaker whom meta.json does not name": lambda: speaker.max(initial=0) >= len(self.meta["speakers"]),
+            "text beyond the end": lambda: (text_start > n_text - text_length).any(),
+            "frames beyond the end": lambda: (first_frame > n_frames - frames).any(),
+        }
+        for words, there in faults.items():
+            if there():
+                raise ValueError(f"{self.split}.index.npy has {words}")
 
     @staticmethod
     def _map(path, dtype, shape):
@@ -237,10 +289,25 @@ class TokenFiles:
         return piece
 
     def reference(self, i, first=0, last=None):
-        """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i."""
+        """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i. Raises ValueError
+        where they are not finite."""
         start, n = self.index[i, 2:4]
         frames = self._reference[start + first : start + (n if last is None else min(last, n))]
-        return np.asarray(frames, np.float32).reshape(-1, frames.shape[-1])
+        frames = np.asarray(frames, np.float32).reshape(-1, frames.shape[-1])
+        if not np.isfinite(frames).all():
+            raise ValueError(f"{self.folder}: the {self.split} split is damaged (the reference of its utterance {i}, "
+                             "from 0 on, is not finite): make it again with prepare.py")  # fmt: skip
+        return frames
+
+    def tokenizer(self):
+        """The folder's tokenizer. Raises ValueError where it is not the one that made the text ids."""
+        said, path = self.meta["tokenizer"], os.path.join(self.folder, self.meta["tokenizer"]["file"])
+        with open(path, "rb") as f:
+            tokenizer = load_tokenizer(said["kind"], f.read())
+        if found := [key for key, value in tokenizer.describe().items() if said[key] != value]:
+            raise ValueError(f"{path} is not the tokenizer that meta.json describes ({found[0]} differs): run "
+                             "prepare.py again")  # fmt: skip
+        return tokenizer
 
     def speaker(self, i):
         """Index of the speaker of utterance i in meta["speakers"]."""
@@ -286,7 +353,7 @@ class Batches:
         self.voice_prompt, self.shuffle, self.max_rows = voice_prompt, shuffle, min(max_rows, max_tokens)
         self.reference = reference
         self.epoch = self.batch = 0  # the next batch of the global list
-        if reference and "reference" not in files.meta["codec"]:
+        if reference and not files.meta["codec"].get("reference"):
             raise ValueError(f"{files.folder} has no features of recordings to take a voice from: make it again with "
                              "prepare.py --references=True")
         if not len(files):
@@ -454,9 +521,18 @@ def speaker_reference(files, speaker, frames, without=-1):
 
 
 def speaker_timbres(folder):
-    """What a vocoder speaks in, for each speaker of a token folder: (speakers, E), or None where nothing is known."""
+    """What a vocoder speaks in, for each speaker of a token folder: (speakers, E), or None where nothing is known.
+    Raises ValueError for a file that is damaged."""
     path = os.path.join(folder, TIMBRES)
-    return torch.from_numpy(np.load(path)) if os.path.exists(path) else None
+    if not os.path.exists(path):
+        return None
+    try:
+        timbres = np.load(path)
+        if timbres.ndim != 2 or timbres.dtype.kind != "f" or not np.isfinite(timbres).all():
+            raise ValueError(f"an array {timbres.shape} of {timbres.dtype}, not finite numbers (speakers, E)")
+    except (OSError, ValueError, EOFError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({e}): make the folder again with prepare.py") from None
+    return torch.from_numpy(timbres)
 
 
 def _ignore_signals(_):
@@ -525,9 +601,10 @@ class Tokenizer:
     for what no piece does; each is -1 where the model has none."""
 
     def unknown(self, text):
-        """The characters of text that the model has no piece and no bytes for."""
-        ids = {c: self.encode(c) for c in set(text) if not c.isspace()}
-        return {c for c in ids if (self.unk_id in ids[c] if self.unk_id >= 0 else not ids[c])}
+        """The characters of text that the model has no piece and no bytes for, such as half of a surrogate pair."""
+        halves = {c for c in set(text) if "\ud800" <= c <= "\udfff"}
+        ids = {c: self.encode(c) for c in set(text) - halves if not c.isspace()}
+        return halves | {c for c in ids if (self.unk_id in ids[c] if self.unk_id >= 0 else not ids[c])}
 
     def fingerprint(self):
         return hashlib.sha256(self.model).hexdigest()
@@ -582,10 +659,13 @@ class HuggingFace(Tokenizer):
         self.model = model
         try:
             self.processor, spec = tokenizers.Tokenizer.from_buffer(model), json.loads(model)["model"]
+            self.processor.no_truncation()
+            self.processor.no_padding()
+            self.processor.encode("a")  # a piece that it names may be missing
+            if not self.processor.get_vocab(with_added_tokens=True):
+                raise ValueError
         except Exception:  # the package raises nothing narrower
             raise ValueError("the tokenizer is not a tokenizer.json of the package tokenizers") from None
-        self.processor.no_truncation()
-        self.processor.no_padding()
         vocab = self.vocab = self.processor.get_vocab(with_added_tokens=True)
         self.pieces = {i: piece for piece, i in sorted(vocab.items(), reverse=True)}  # VALL-E: several with one id
         self.vocab_size, self.space = max(vocab.values()) + 1, "[SPACE]" if "[SPACE]" in vocab else " "
@@ -609,7 +689,7 @@ def load_tokenizer(kind, model):
     """A tokenizer of that kind from its file's bytes. Raises ValueError for an unknown kind or a damaged file."""
     kinds = {made.kind: made for made in (SentencePiece, HuggingFace)}
     if kind not in kinds:
-        raise ValueError(f"unknown tokenizer kind {kind!r}: this code reads {', '.join(kinds)}")
+        raise ValueError(f"unknown tokenizer kind {kind!r:.60}: this code reads {', '.join(kinds)}")
     return kinds[kind](model)
 
 
@@ -641,7 +721,7 @@ def train_tokenizer(texts, vocab_size, symbols=()):
         if least := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", str(e), re.S):
             raise ValueError(f"vocab_size = {vocab_size} is too small: bytes, characters and speaker tags alone need "
                              f"{least[1]}") from None
-        raise ValueError(f"no tokenizer could be trained on the texts: {str(e).splitlines()[-1]}") from None
+        raise ValueError(f"no tokenizer could be trained on the texts: {(str(e).splitlines() or ['?'])[-1]}") from None
 
 
 def extend_tokenizer(tokenizer, texts, size, symbols=()):

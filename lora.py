@@ -24,7 +24,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from parts.files import need
+from parts.tensors import need_tensors
+
 SETTINGS = ("rank", "alpha", "dropout", "rs", "base")  # what an adapter is, besides its matrices
+FIELDS = {
+    "rank": lambda x: type(x) is int and 1 <= x <= 2**16, "rs": bool, "base": str,
+    "alpha": lambda x: type(x) in (int, float) and 0 < x < math.inf,
+    "dropout": lambda x: type(x) in (int, float) and 0 <= x < 1,
+    "weights": lambda x: isinstance(x, dict) and all(isinstance(key, str) for key in x),
+}  # fmt: skip
 
 
 class Adapter(nn.Module):
@@ -71,6 +80,9 @@ def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), name="de
         given = f"rank = {rank}, alpha = {alpha}, dropout = {dropout}"
         raise ValueError(f"lora: {given}: they must be at least 1, above 0, and at least 0 but below 1")
     linears = find_linears(model, targets)
+    largest = max(min(linear.in_features, linear.out_features) for linear in linears.values())
+    if rank > largest:
+        raise ValueError(f"lora: rank = {rank} is above {largest}, at which any change to the largest layer fits in")
     settings = dict(rank=rank, alpha=alpha, dropout=dropout, rs=rs, base=base_fingerprint(model))
     attach(model, {path: Adapter(linear, settings) for path, linear in linears.items()}, name)
 
@@ -162,6 +174,7 @@ def load_adapter(model, state, name="default"):
     """
     if missing := [key for key in (*SETTINGS, "weights") if key not in state]:
         raise ValueError(f"lora: adapter {name!r} lacks {', '.join(missing)}: adapter_state makes whole ones")
+    need(state, FIELDS, f"lora: adapter {name!r}")
     if state["base"] != (base := base_fingerprint(model)):
         raise ValueError(f"lora: adapter {name!r} was trained on base {state['base']}, this is {base}")
     settings, weights = {key: state[key] for key in SETTINGS}, state["weights"]
@@ -173,13 +186,13 @@ def load_adapter(model, state, name="default"):
 
 def set_adapter(model, state, name="default"):
     """Give an adapter that is there the matrices of what `adapter_state` gave. Raises ValueError."""
+    need(state, FIELDS, f"lora: adapter {name!r}")
     fill(find_adapter(model, name), state["weights"], name)
 
 
 @torch.no_grad()
 def fill(chosen, weights, name):
-    if {key: p.shape for key, p in matrices(chosen).items()} != {key: w.shape for key, w in weights.items()}:
-        raise ValueError(f"lora: the matrices of adapter {name!r} do not fit its rank and linear layers")
+    need_tensors(weights, matrices(chosen), f"lora: adapter {name!r}")
     for key, p in matrices(chosen).items():
         p.copy_(weights[key])
 

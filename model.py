@@ -24,16 +24,20 @@ batch, n of one chunk of it.
 
 import math
 import os
-import pickle
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from configurator import check_fields
+from parts.files import need, whole
+from parts.tensors import UNBUILT, need_tensors, reason, undamaged, unpickle, what_is
 
 try:
     import triton
@@ -409,24 +413,35 @@ def _launch_softmax_kernel(tile, target, scale, loss, correct, V, smoothing, z_l
 # the transformer
 
 
+def fixed(default, mode=None):
+    """A field of a config that is a key of train.py and that the weights fix: what goes on from them cannot change it.
+    mode: that of the family in which alone it has an effect."""
+    return field(default=default, metadata={"key": "fixed", "mode": mode})
+
+
+def free(default, mode=None):
+    """A field of a config that is a key of train.py and may change from run to run; `mode` as for `fixed`."""
+    return field(default=default, metadata={"key": "free", "mode": mode})
+
+
 @dataclass
 class TransformerConfig:
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    d_model: int
-    d_ff: int
-    head_dim: int = 0  # 0: d_model / n_head
-    max_positions: int = 2048
-    rope_theta: float = 500_000.0  # 0: no rotary positions
-    rope_scaling: tuple | None = None  # llama 3: factor, low and high frequency factor, original context
-    norm_eps: float = 1e-5
+    n_layer: "1 <= int <= 1000"
+    n_head: "1 <= int <= 10000"
+    n_kv_head: "1 <= int <= 10000"
+    d_model: "1 <= int <= 100000"
+    d_ff: "1 <= int <= 1000000"
+    head_dim: "0 <= int <= 100000" = 0  # 0: d_model / n_head
+    max_positions: "1 <= int <= 10000000" = 2048
+    rope_theta: "float >= 0" = 500_000.0  # 0: no rotary positions
+    rope_scaling: "tuple | None > 0" = None  # llama 3: factor, low and high frequency factor, original context
+    norm_eps: "0 <= float < 1" = 1e-5
     layers: str = ""  # a letter each: "a" attention, "c" gated short convolution (LFM2); empty: attention throughout
-    feed_forward: str = "swiglu"  # or "geglu" (VALL-E), "gelu" (GPT-2)
+    feed_forward: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # geglu: VALL-E, gelu: GPT-2
     bias: bool = False  # biases throughout, and LayerNorm for RMSNorm (GPT-2)
     qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
     final_norm: bool = True
-    dropout: float = 0.0  # on what each block adds to the residual stream
+    dropout: "0 <= float < 1" = 0.0  # on what each block adds to the residual stream
     recompute: bool = False  # gradient checkpointing: a block's activations are made again in backward, not kept
 
 
@@ -467,14 +482,17 @@ def transformer_config(given, dropout=None, recompute=None, **overrides):
     try:
         c = TransformerConfig(**{**given, **habits, **overrides})
     except TypeError as e:
-        raise ValueError(f"transformer sizes {given}: {str(e).split(') ')[-1]}") from None
+        raise ValueError(f"transformer sizes {given!r:.200}: {str(e).split(') ')[-1]:.100}") from None
+    check_fields(c)
+    if not c.head_dim and c.d_model % c.n_head:
+        raise ValueError(f"d_model = {c.d_model} is not a multiple of n_head = {c.n_head}: give head_dim")
     c.head_dim = c.head_dim or c.d_model // c.n_head
     c.rope_scaling = c.rope_scaling and tuple(c.rope_scaling)
+    if c.rope_scaling and len(c.rope_scaling) != 4:
+        raise ValueError(f"rope_scaling = {c.rope_scaling!r:.60}: it takes 4 numbers, as {LLAMA3_ROPE}")
     c.layers = c.layers or "a" * c.n_layer
     if len(c.layers) != c.n_layer or set(c.layers) - set("ac"):
-        raise ValueError(f"layers = {c.layers!r}: it takes one letter, a or c, for each of {c.n_layer} layers")
-    if c.feed_forward not in ("swiglu", "geglu", "gelu"):
-        raise ValueError(f"feed_forward = {c.feed_forward!r}: it is swiglu, geglu or gelu")
+        raise ValueError(f"layers = {c.layers!r:.60}: it takes one letter, a or c, for each of {c.n_layer} layers")
     if c.n_head % c.n_kv_head or c.head_dim % 2:
         raise ValueError(f"{c.n_head} heads over {c.n_kv_head} key/value heads of width {c.head_dim}: "
                          "the first must be a multiple of the second, and the width even")
@@ -803,33 +821,28 @@ def put(x, device):
 class CSMConfig:
     """Sizes of a CSM and how it trains. `text_bos` and `text_eos` (-1: none) wrap the text of every utterance."""
 
-    text_vocab_size: int
-    n_codebooks: int
-    codebook_size: int
+    text_vocab_size: "1 <= int <= 10000000"
+    n_codebooks: "1 <= int <= 1000"
+    codebook_size: "1 <= int <= 10000000"
     backbone: TransformerConfig
     decoder: TransformerConfig
-    text_bos: int = -1
-    text_eos: int = -1
-    stop: str = "class"  # or "zeros", see stop_frame
-    decoder_fraction: float = 1 / 16  # share of the frames the depth decoder trains on
-    decoder_chunk: int = 96  # most frames that it takes at a time, see in_chunks; 0: all at once
-    decoder_loss_weight: float = 1.0
-    frame_dropout: float = 0.0  # share of the input frames blanked in training, so that the text has to be read
-    dropout: float | None = None  # of both transformers; None: what each of them says
-    recompute: bool | None = None  # gradient checkpointing, likewise
+    text_bos: "int >= -1" = -1
+    text_eos: "int >= -1" = -1
+    stop: Literal["class", "zeros"] = "class"  # see stop_frame
+    decoder_fraction: "0 < float <= 1" = free(0.0625)  # share of the frames the depth decoder trains on
+    decoder_chunk: "int >= 0" = free(96)  # most of these at a time, which bounds its memory (a GPU likes more); 0: all
+    decoder_loss_weight: "float >= 0" = free(1.0)  # of the depth decoder's loss beside the backbone's
+    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input frames blanked, so that the text has to be read
+    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone and decoder say
+    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
     arch: str = field(default="csm", init=False)
 
     SPARE = 3  # classes per codebook beyond the codes, as in the released models
 
     def __post_init__(self):
+        check_fields(self)
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
         self.decoder = transformer_config(self.decoder, self.dropout, self.recompute)
-        if self.stop not in ("class", "zeros"):
-            raise ValueError(f"stop = {self.stop!r}: it is 'class' or 'zeros'")
-        if not 0 < self.decoder_fraction <= 1:
-            raise ValueError(f"decoder_fraction = {self.decoder_fraction} is not in (0, 1]")
-        if self.decoder_chunk < 0:
-            raise ValueError(f"decoder_chunk = {self.decoder_chunk} is negative: it is a number of frames, 0 for all")
         if self.n_codebooks < 2:
             raise ValueError("a CSM needs at least 2 codebooks: one for the backbone, the others for the depth decoder")
         if self.decoder.max_positions < self.n_codebooks:
@@ -1067,24 +1080,25 @@ class KaniConfig:
     the codes, codebook after codebook. With 64,400 text ids these are the ids of the released models.
     """
 
-    text_vocab_size: int
-    n_codebooks: int
-    codebook_size: int
+    text_vocab_size: "1 <= int <= 10000000"
+    n_codebooks: "1 <= int <= 1000"
+    codebook_size: "1 <= int <= 10000000"
     backbone: TransformerConfig
-    text_bos: int = -1
-    text_eos: int = -1
-    first_special: int = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
-    vocab_size: int = 0  # rows of the embedding; 0: no more than there are tokens
-    loss_on: str = "all"  # or "audio", "codebook", see Kani.forward
-    drop_repeats: bool = False  # see layout
-    frame_dropout: float = 0.0  # share of the input codes blanked in training, so that the text has to be read
-    dropout: float | None = None  # of the backbone; None: what it says
-    recompute: bool | None = None  # gradient checkpointing, likewise
+    text_bos: "int >= -1" = -1
+    text_eos: "int >= -1" = -1
+    first_special: "int >= 0" = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
+    vocab_size: "int >= 0" = 0  # rows of the embedding; 0: no more than there are tokens
+    loss_on: Literal["all", "audio", "codebook"] = free("all")  # codebook: audio, among its codebook's codes
+    drop_repeats: bool = free(False)  # leave out frames equal to the one before, as published; it loses timing
+    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input codes blanked, so that the text has to be read
+    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone says
+    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
     arch: str = field(default="kani", init=False)
 
     CODES = 9  # from the first special token to the first code; the last three places are not used
 
     def __post_init__(self):
+        check_fields(self)
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
         self.first_special = self.first_special or self.text_vocab_size + 1
         self.speech, self.end_of_speech, self.human, self.end_of_human, self.ai, self.end_of_ai = (
@@ -1092,8 +1106,6 @@ class KaniConfig:
         self.first_code = self.first_special + self.CODES
         tokens = self.first_code + self.n_codebooks * self.codebook_size
         self.vocab_size = self.vocab_size or tokens
-        if self.loss_on not in ("all", "audio", "codebook"):
-            raise ValueError(f"loss_on = {self.loss_on!r}: it is 'all', 'audio' or 'codebook'")
         if self.first_special < self.text_vocab_size:
             raise ValueError(f"first_special = {self.first_special} is one of {self.text_vocab_size} text ids")
         if self.vocab_size < tokens:
@@ -1301,32 +1313,33 @@ class Kani(nn.Module):
 class XTTSConfig:
     """Sizes of an XTTS, those of XTTS-v2 unless said, and how it trains. `text_bos` and `text_eos` wrap every text."""
 
-    text_vocab_size: int
-    codebook_size: int
+    text_vocab_size: "1 <= int <= 10000000"
+    codebook_size: "1 <= int <= 10000000"
     backbone: TransformerConfig
-    text_bos: int
-    text_eos: int
-    n_codebooks: int = 1
-    reference_bands: int = 80  # features of a row of the reference
-    reference_rate: float = 22050 / 256  # its rows in a second
-    text_positions: int = 404
-    code_positions: int = 608
-    n_latents: int = 32
-    conditioning_layers: int = 6
-    perceiver_layers: int = 2
-    perceiver_heads: int = 8
-    chunk_seconds: float = 4.0  # see XTTS.hear
-    text_loss_weight: float = 0.01  # of the text's loss beside that of the codes
-    hide_text_stop: bool = False  # as XTTS-v2 was trained, see XTTS.forward
+    text_bos: "int >= -1"
+    text_eos: "int >= -1"
+    n_codebooks: "1 <= int <= 1000" = 1
+    reference_bands: "1 <= int <= 10000" = 80  # features of a row of the reference
+    reference_rate: "0 < float <= 100000" = 22050 / 256  # its rows in a second
+    n_latents: "1 <= int <= 10000" = fixed(32)  # what is read off a recording of the voice
+    conditioning_layers: "0 <= int <= 1000" = fixed(6)  # of the encoder that listens to it
+    perceiver_layers: "1 <= int <= 1000" = fixed(2)  # of what reads the latents off that
+    perceiver_heads: "1 <= int <= 1000" = fixed(8)  # of its attention
+    chunk_seconds: "0 <= float <= 3600" = free(4.0)  # longer recordings: the mean of the latents of chunks; 0: whole
+    text_positions: "3 <= int <= 100000" = fixed(404)  # text ids, with 2 marks around them
+    code_positions: "6 <= int <= 100000" = fixed(608)  # frames, with 5 marks around them
+    text_loss_weight: "float >= 0" = free(0.01)  # of the text's loss beside that of the codes
+    hide_text_stop: bool = free(False)  # train with the mark behind the text out of sight, as published
     vocoder: bool = False  # is there a vocoder that knows its states? That of XTTS-v2 knows those of its descendants
-    frame_dropout: float = 0.0  # share of the input codes blanked in training, so that the text has to be read
-    dropout: float | None = None  # of the backbone; None: what it says
-    recompute: bool | None = None  # gradient checkpointing, likewise
+    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input codes blanked, so that the text has to be read
+    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone says
+    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
     arch: str = field(default="xtts", init=False)
 
     STOPS = 4  # stop codes that a recording ends with
 
     def __post_init__(self):
+        check_fields(self)
         positions = self.n_latents + self.text_positions + self.code_positions
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute, max_positions=positions)
         self.start_code, self.stop_code = self.codebook_size, self.codebook_size + 1
@@ -1601,32 +1614,32 @@ class VallEConfig:
     "normal" and without stretched_text, gray_length and whole_frames; they speak with guidance 2.5 and top_sigma 1.
     """
 
-    text_vocab_size: int
-    n_codebooks: int
-    codebook_size: int
+    text_vocab_size: "1 <= int <= 10000000"
+    n_codebooks: "1 <= int <= 1000"
+    codebook_size: "1 <= int <= 10000000"
     backbone: TransformerConfig
-    text_bos: int = -1
-    text_eos: int = -1
-    mode: str = "nar"  # frames come all together, out of masks, in a few rounds; "ar": one after the other
-    languages: int = 1  # how many it has room for
-    language: int = 0  # that of every utterance
-    shared_heads: bool = False  # one feed-forward layer before the heads of all codebooks, instead of one each
-    level_attention: bool = False  # for residual codecs: a frame's codebooks attend to each other, see LevelAttention
-    segmented_mask: bool = False  # nar: text does not see prompt and frames, nor does the prompt see the frames
-    stretched_text: bool = True  # nar: text is numbered as if its ids were spoken evenly over the frames
-    mask_ratio: float = 0.8  # nar: share of the frames masked in training; 0: another one for each utterance
-    frame_dropout: float = 0.0  # ar: share of the input frames masked in training, so that the text has to be read
-    text_dropout: float = 0.0  # nar: share of the utterances trained without text and prompt, which guidance needs
-    level_weights: str = "decreasing"  # of the codebooks' losses: 1 / (k + 1); "normal": most in the middle; "equal"
-    random_level: bool = False  # train each utterance on one codebook, drawn for it, instead of on all
-    length_loss_weight: float = 0.1  # nar
+    text_bos: "int >= -1" = -1
+    text_eos: "int >= -1" = -1
+    mode: Literal["nar", "ar"] = fixed("nar")  # frames come all at once, out of masks; ar: one after the other
+    languages: "1 <= int <= 10000" = 1  # how many it has room for
+    language: "int >= 0" = 0  # that of every utterance
+    shared_heads: bool = fixed(False)  # one feed-forward layer before the heads of all codebooks, instead of one each
+    level_attention: bool = fixed(False)  # for residual codecs: a frame's codebooks attend to each other
+    segmented_mask: bool = fixed(False, "nar")  # nar: text does not see prompt and frames, nor the prompt the frames
+    stretched_text: bool = fixed(True, "nar")  # nar: text is numbered as if it were spoken evenly over the frames
+    mask_ratio: "0 <= float <= 1" = free(0.8, "nar")  # nar: share of the frames masked; 0: another for each utterance
+    frame_dropout: "0 <= float <= 1" = free(0.0, "ar")  # ar: share of the input frames masked
+    text_dropout: "0 <= float < 1" = free(0.0, "nar")  # nar: share of the utterances without text, for guidance
+    level_weights: Literal["decreasing", "normal", "equal"] = free("decreasing")  # normal: those in the middle
+    random_level: bool = free(False)  # train each utterance on one codebook, drawn for it, instead of on all
+    length_loss_weight: "float >= 0" = free(0.1, "nar")  # nar: of the loss of the lengths
     gray_length: bool = True  # nar: lengths are written in a Gray code, see length_digits
-    rounds: int = 25  # nar: of demasking
-    whole_frames: bool = True  # nar: whole frames are masked again, instead of the codes of each codebook by themselves
-    guidance: float = 1.0  # nar: 0: what is likely without text, 1: with it; above, what the text makes likelier
-    top_sigma: float = 0.0  # nar: a code so many deviations below the likeliest has score 0 (top-n-sigma); 0: no limit
-    dropout: float | None = None  # of the transformer; None: what it says
-    recompute: bool | None = None  # gradient checkpointing, likewise
+    rounds: "1 <= int <= 10000" = free(25, "nar")  # nar: of demasking, when it speaks
+    whole_frames: bool = free(True, "nar")  # nar: whole frames are masked again, not each codebook by itself
+    guidance: "float >= 0" = free(1.0, "nar")  # nar: 0: what is likely without text, 1: with it; above: beyond
+    top_sigma: "float >= 0" = 0.0  # nar: codes so many deviations below the likeliest are out (top-n-sigma); 0: none
+    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone says
+    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
     arch: str = field(default="valle", init=False)
 
     LEVEL_WEIGHTS = {
@@ -1636,12 +1649,8 @@ class VallEConfig:
     }
 
     def __post_init__(self):
+        check_fields(self)
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
-        for key, known in (("mode", ("nar", "ar")), ("level_weights", self.LEVEL_WEIGHTS)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key} = {getattr(self, key)!r}: it is {', '.join(known)}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds = {self.rounds}: it must be at least 1")
         if not 0 <= self.language < self.languages:
             raise ValueError(f"language = {self.language}: there are {self.languages}, counted from 0 on")
         if self.level_attention and self.shared_heads:
@@ -2044,10 +2053,31 @@ def build(arch, meta, options):
     weights. Raises ValueError for an unknown family or sizes that do not fit.
     """
     if arch not in ARCHS:
-        raise ValueError(f"arch = {arch!r}: there is {', '.join(ARCHS)}")
+        raise ValueError(f"arch = {arch!r:.60}: there is {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names = {f.name for f in fields(config) if f.init}
     return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
+
+
+def contradiction(config, options):
+    """The first of these options that says otherwise than the config of trained weights, which fix it, or None.
+
+    A backbone or decoder is a preset's name, of which the shapes count, or a dict, of which everything counts but what
+    may change from run to run. Raises ValueError for sizes that cannot be.
+    """
+    for f in fields(config):
+        if f.name not in options or not f.init or f.metadata.get("key") == "free":
+            continue
+        asked, wanted = options[f.name], getattr(replace(config, **{f.name: options[f.name]}), f.name)
+        named = asked if isinstance(asked, dict) else PRESETS.get(asked, ()) if isinstance(asked, str) else ()
+        if isinstance(wanted, TransformerConfig):
+            loose = {"dropout", "recompute"} | (set() if named is asked else {"rope_theta", "rope_scaling", "norm_eps"})
+            same = all(getattr(wanted, x) == getattr(getattr(config, f.name), x) for x in {*named} - loose)
+        else:
+            same = wanted == getattr(config, f.name)
+        if not same:
+            return f.name
+    return None
 
 
 def facts(meta):
@@ -2095,6 +2125,9 @@ def contract_check(model, text, codes, **side):
             pass
         whole = model.teacher_forced_logits(text, codes, **side).float()
     flat = whole.flatten(0, 1)
+    if flat.isnan().any() or not flat.isfinite().any():
+        raise ValueError("contract check failed: the model's logits are NaN: its run diverged, or its config has a "
+                         "number that cannot be")  # fmt: skip
     difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(heard))
     scale = float(flat[flat.isfinite()].abs().max())  # of a fresh model, whose heads are small, logits are small too
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
@@ -2120,64 +2153,101 @@ def contract_check(model, text, codes, **side):
 FORMAT = "parlando-1"
 
 
+def is_named(x):
+    return isinstance(x, dict) and all(isinstance(name, str) for name in x)
+
+
+# What a checkpoint holds, as `need` reads it. A field that is not needed by whom reads it may be missing
+FIELDS = {
+    "arch?": str, "model_config?": is_named, "config?": is_named, "iter?": int, "model?": dict, "ema?": dict,
+    "base?": str, "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": is_named},
+    "codec_fingerprint?": str,
+    "tokenizer?": {"kind": str, "model": bytes}, "probe?": dict, "references?": torch.Tensor, "timbres?": torch.Tensor,
+    "train?": {
+        "optimizers": list, "scaler": dict, "batches": {"epoch": int, "batch": int}, "seconds": (int, float),
+        "best": lambda x: isinstance(x, float) and not math.isnan(x),
+        "skipped": lambda x: isinstance(x, torch.Tensor) and x.shape == (2,),
+        "window": lambda x: isinstance(x, dict) and all(isinstance(pair, torch.Tensor) for pair in x.values()),
+        "history": lambda x: isinstance(x, list) and all(isinstance(row, list | tuple) and len(row) == 3 for row in x),
+    },
+}  # fmt: skip
+WHOLE = ("arch", "model_config", "config", "iter", "model", "meta", "codec", "codec_fingerprint", "tokenizer", "probe")
+
+
 def save_checkpoint(path, checkpoint):
     """Write a dict as a checkpoint under a partial name, then rename it, so that `path` is always a whole one.
 
     Raises OSError where it cannot be written; the older one at `path` then stays.
     """
-    partial = f"{path}.partial"
     try:
-        with open(partial, "wb") as f:
+        with whole(path) as f:
             torch.save({"format": FORMAT, **checkpoint}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
     except RuntimeError as e:  # how torch's zip writer reports a full disk, in words that do not say so
-        reason = str(e).splitlines()[0]
-        raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason})") from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason(e)})") from None
 
 
-def load_checkpoint(path, device="cpu"):
-    """A checkpoint as a dict, read without running code from it.
+def load_checkpoint(path, device="cpu", needed=()):
+    """A checkpoint as a dict with all FIELDS, None where it has none, and its own "path". No code in it is run.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated, not a checkpoint, or not one of ours.
+    needed: the fields that must be there; WHOLE are those without which it neither speaks nor goes on. The checksums
+    of the file's records are compared, about 1 s for each GB. Raises FileNotFoundError, or ValueError for a file that
+    is truncated, damaged, not a checkpoint, not one of ours, or has fields that are missing or of other types.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        found = f", it is {what_is(path)}" if os.path.isdir(path) else ""
+        raise FileNotFoundError(f"{path}: no such checkpoint{found}")
+    if not zipfile.is_zipfile(path):
+        found = what_is(path)
+        found = "truncated or not a checkpoint" if found == "a zip archive" else f"not a checkpoint, it is {found}"
+        raise ValueError(f"{path} is {found}")
+    if not undamaged(path):
+        raise ValueError(f"{path} is damaged: it does not have the checksums it was written with; take another copy")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is truncated or not a checkpoint") from None
+        checkpoint = unpickle(path, device)
+    except Exception:  # torch.load fails in many ways on files of other kinds
+        raise ValueError(f"{path} is not a checkpoint: it cannot be read without running code") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
-    return checkpoint
+    need(checkpoint, FIELDS, path)
+    if missing := [field for field in needed if checkpoint.get(field) is None]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: train.py writes whole ones")
+    base = checkpoint.get("base")
+    if base and os.path.realpath(base) == os.path.realpath(path):
+        raise ValueError(f"{path} is damaged: it is an adapter on itself")
+    return {**{field.removesuffix("?"): None for field in FIELDS}, **checkpoint, "path": str(path)}
 
 
 def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     """The model of a checkpoint, in eval mode, with its averaged weights where it has them.
 
     `changes`: fields of its config to set otherwise, such as the rounds of demasking; None leaves them. Raises
-    ValueError for an unknown architecture, a field that it does not have, or weights that do not fit.
+    ValueError for an unknown architecture, a field that it does not have, sizes that cannot be, or weights that do not
+    fit or are not finite; FileNotFoundError for an adapter whose base is not there.
     """
-    if checkpoint.get("base"):  # an adapter, active from now on, and what it is added to
+    where = checkpoint.get("path", "the checkpoint")
+    if missing := [key for key in ("arch", "model_config", "model") if checkpoint.get(key) is None]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: train.py writes whole ones")
+    if base := checkpoint.get("base"):  # an adapter, active from now on, and what it is added to
         import lora
 
-        model = from_pretrained(checkpoint["base"], device, **changes)
-        lora.load_adapter(model, checkpoint["ema"] or checkpoint["model"])
+        if not os.path.exists(base):
+            raise FileNotFoundError(f"{where} is an adapter on {base}, which is not there: put the base back")
+        model = from_pretrained(base, device, **changes)
+        lora.load_adapter(model, checkpoint.get("ema") or checkpoint["model"])
         return model.to(dtype=dtype).eval()
     arch = checkpoint["arch"]
     if arch not in ARCHS:
-        raise ValueError(f"the checkpoint is of architecture {arch!r}, this code has {', '.join(ARCHS)}")
+        raise ValueError(f"{where} is of architecture {arch!r:.60}, this code has {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names, changes = {f.name for f in fields(config) if f.init}, {k: v for k, v in changes.items() if v is not None}
     if foreign := [k for k in changes if k not in names]:
         raise ValueError(f"{foreign[0]} = {changes[foreign[0]]!r}: architecture {arch!r} has no such setting")
     given = {**checkpoint["model_config"], **changes}
-    model = model(config(**{k: v for k, v in given.items() if k in names}))
-    load_weights(model, checkpoint.get("ema") or checkpoint["model"])
+    try:
+        model = model(config(**{k: v for k, v in given.items() if k in names}))
+    except UNBUILT as error:
+        raise ValueError(f"{where}: no model has the config in it: {reason(error)}") from None
+    load_weights(model, checkpoint.get("ema") or checkpoint["model"], where)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -2194,17 +2264,10 @@ def from_pretrained(path, device="cpu", dtype=torch.float32, **changes):
     return load_model(load_checkpoint(path), device, dtype, **changes)
 
 
-def load_weights(model, state):
-    """load_state_dict, but its ValueError is one line: the first key missing, left over or of another shape."""
-    own = model.state_dict()
-    for name in own:
-        if name not in state:
-            raise ValueError(f"the weights lack {name}")
-        if own[name].shape != state[name].shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}")
-    for name in state:
-        if name not in own:
-            raise ValueError(f"the weights hold {name}, which the model does not have")
+def load_weights(model, state, where="the checkpoint"):
+    """load_state_dict, but its ValueError is one line: the first tensor missing, left over, of another shape or kind,
+    or with numbers that are not finite."""
+    need_tensors(state, model.state_dict(), where)
     model.load_state_dict(state)
 
 

@@ -62,34 +62,34 @@ overwrite = True  # replace an existing token folder, once the new one is whole
 codec = "mel"  # which codec
 codec_path = ""  # its tables or weights; empty: fit it on the training split (mel only)
 codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codebook_size": 256, "frame_rate": 12.5}
-fit_seconds = 3600.0  # how much audio the fit listens to
+fit_seconds: "float > 0" = 3600.0  # how much audio the fit listens to
 references = False  # write the features of the recordings too, for models that read a voice off them (XTTS)
 # text
 tokenizer = ""  # a sentencepiece .model, a tokenizer.json, XTTS's vocab.json; empty: train one on the training split
-extend_vocab = 0  # further pieces for a tokenizer.json, learnt from the training split where it meets a new script
-vocab_size = 1024  # of the tokenizer trained here; fewer where the texts do not support so many
+extend_vocab: "0 <= int <= 1000000" = 0  # further pieces for a tokenizer.json, learnt where it meets a new script
+vocab_size: "1 <= int <= 1000000" = 1024  # of the tokenizer trained here; fewer where the texts do not support so many
 lowercase = False  # lower-case the text
 text_format = "[{speaker}]{text}"  # what the model reads: {text}, {speaker}, {language}; XTTS: "[en]{text}"
 language = ""  # what stands for {language}
 # split
 heldout = ""  # file with the ids of the val split, one a line; empty: a share val_fraction by hash of the id
-val_fraction = 0.02  # share of the utterances held out; 0: no val split
+val_fraction: "0 <= float <= 1" = 0.02  # share of the utterances held out; 0: no val split
 # what the doctor lets pass
-min_seconds = 0.3  # shorter is too short
-max_seconds = 30.0  # longer is too long
+min_seconds: "float >= 0" = 0.3  # shorter is too short
+max_seconds: "float > 0" = 30.0  # longer is too long
 min_level = -50.0  # dB of full scale that the loudest 20 ms have to reach, else it is silence
-max_clipped = 0.01  # share of samples at full scale, above which it is clipping
-min_chars_per_second = 1.0  # slower than anybody reads: audio and text do not belong together
-max_chars_per_second = 40.0  # faster than anybody reads
-max_text_tokens = 0  # more is too much text; 0: no limit
-max_bad = 0.1  # share of the utterances that may be at fault before the whole set is refused; 1: refuse none for faults
-trim_silence = 0.0  # seconds of silence to keep at each end; 0: all
+max_clipped: "0 <= float <= 1" = 0.01  # share of samples at full scale, above which it is clipping
+min_chars_per_second: "float >= 0" = 1.0  # slower than anybody reads: audio and text do not belong together
+max_chars_per_second: "float > 0" = 40.0  # faster than anybody reads
+max_text_tokens: "int >= 0" = 0  # more is too much text; 0: no limit
+max_bad: "0 <= float <= 1" = 0.1  # share of the utterances that may be at fault, else the set is refused; 1: never
+trim_silence: "float >= 0" = 0.0  # seconds of silence to keep at each end; 0: all
 # the run
-workers = 0  # processes; 0: one for each core
+workers: "0 <= int <= 1024" = 0  # processes; 0: one for each core
 device = "auto"  # where codecs with network weights encode: cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
-batch_seconds = 240.0  # audio in a batch there
-seed = 1337  # of the codec's fit
-max_tokens = 8192  # train.py's batch: only to say how many steps an epoch will take
+batch_seconds: "float > 0" = 240.0  # audio in a batch there
+seed: "0 <= int <= 4294967295" = 1337  # of the codec's fit
+max_tokens: "int >= 1" = 8192  # train.py's batch: only to say how many steps an epoch will take
 
 FOLDERS = ["", "wavs", "clips", "audio"]  # where the audio lies, seen from its metadata
 NOT_WANTED = ("filtered out", "beyond the cap")  # what the sources' own keys leave out
@@ -633,7 +633,7 @@ def encode_device(codec, name):
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device = {name!r} cannot be used: {(str(error).splitlines() or ['?'])[0]}") from None
     return device
 
 
@@ -651,9 +651,6 @@ def check(cfg, folder, codec):
         raise ValueError("what to read and where to write? --sources=my/metadata.csv --data_dir=my/tokens")
     if cfg.references and not hasattr(codec, "reference"):
         raise ValueError(f"references = True: the codec {codec.name} has no features to read a voice off")
-    for key in ("workers", "extend_vocab", "max_text_tokens"):
-        if getattr(cfg, key) < 0:
-            raise ValueError(f"{key} = {getattr(cfg, key)} is below 0")
     if cfg.extend_vocab and not cfg.tokenizer:
         raise ValueError(f"extend_vocab = {cfg.extend_vocab}: there is no tokenizer to extend, name its tokenizer.json")
     present = os.listdir(folder) if os.path.isdir(folder) else ["a file"] * os.path.lexists(folder)
@@ -665,9 +662,24 @@ def check(cfg, folder, codec):
         os.rmdir(folder + ".partial")
 
 
+def idle_keys(cfg, codec):
+    """{key: why} of the keys that have no effect with this codec and these settings."""
+    idle = {}
+    if getattr(codec, "fitted", True):
+        idle["fit_seconds"] = f"the codec {codec.name} is not fitted here"
+    if not list(codec.parameters()):
+        idle["batch_seconds"] = f"the codec {codec.name} encodes without batches"
+    if cfg.heldout:
+        idle["val_fraction"] = f"heldout = {cfg.heldout!r:.60} names the val split"
+    if cfg.tokenizer and cfg.given.get("vocab_size") not in cfg.files:  # a recipe may say it for dry runs
+        idle["vocab_size"] = f"tokenizer = {cfg.tokenizer!r:.60} has a vocabulary of its own"
+    return idle
+
+
 def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
     codec, missing = open_codec(cfg)
+    configurator.refuse_idle(cfg, idle_keys(cfg, codec))
     check(cfg, folder, codec)
     given, utterances, nameless = read_tokenizer(cfg) if cfg.tokenizer else None, [], []
     tokenizer = None if cfg.extend_vocab else given

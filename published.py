@@ -17,7 +17,6 @@ A family is a section below: for each way in which it is published a `Layout`, w
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -37,6 +36,8 @@ from model import (
     from_pretrained,
     transformer_config,
 )
+from parts.files import whole
+from parts.tensors import UNBUILT, fault, reason, unpickle, what_is
 
 command = ""  # export
 ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
@@ -210,28 +211,31 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
         name = min(foreign)
         raise ValueError(f"{name} = {changes[name]!r}: architecture {layout.arch!r} has no such setting")
     tensors = dict(tensors)
-    for twin, key in layout.tied.items():
-        if twin in tensors:
-            tensor = tensors.pop(twin)
-            if not torch.equal(tensors.setdefault(key, tensor), tensor):
-                raise ValueError(f"{path}: {twin} and {key} differ, but here they are one")
     try:
+        for twin, key in layout.tied.items():
+            if twin in tensors:
+                tensor = tensors.pop(twin)
+                if not torch.equal(tensors.setdefault(key, tensor), tensor):
+                    raise ValueError(f"{twin} and {key} differ, but here they are one")
         sizes = layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
         config = its_config(**{**sizes, **changes})
         with WithoutMemory():
             model = model(config)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from None
-    except (ValueError, TypeError, IndexError, ArithmeticError) as error:  # shapes or a config.json that cannot be
-        raise ValueError(f"{path}: " + str(error).partition("\n")[0]) from None
+    except UNBUILT as error:  # shapes or a config.json that cannot be
+        raise ValueError(f"{path}: {reason(error)}") from None
     own = model.state_dict()
     plan = {name: layout.source(name, config) for name in own}
     check(plan, own, tensors, layout, path)
 
-    def there(tensor):
+    def there(key):
+        tensor = tensors[key]
+        if str(device) != "meta" and (words := fault(tensor)):
+            raise ValueError(f"{path}: {key} {words}")
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    state = {name: make(*(there(tensors[key]) for key in keys)).contiguous() for name, (keys, make) in plan.items()}
+    state = {name: make(*map(there, keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
 
@@ -283,65 +287,74 @@ def safetensors_package():
 def read(path):
     """The tensors {key: tensor} of a file, memory-mapped if its format allows it, and the config inside it, or {}."""
     if is_index(path):
-        shards = [read(shard)[0] for shard in read_index(path)]
+        shards = [read_safetensors(shard)[0] for shard in read_index(path)]
         return {key: tensor for shard in shards for key, tensor in shard.items()}, {}
     if not is_safetensors(path):
         content = read_pickle(path)
         config = content.get("config") if isinstance(content, dict) else None
         return weights_in(content), config if isinstance(config, dict) else {}
+    return read_safetensors(path)
+
+
+def read_safetensors(path):
+    """What `read` gives, of a safetensors file."""
+    if not is_safetensors(path):
+        raise ValueError(f"{path} is no safetensors file, it is {what_is(path)}")
     safetensors = safetensors_package()
     try:
         with safetensors.safe_open(path, "pt") as f:
             tensors, said = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error})") from None
-    return tensors, json.loads(said["config"]) if said.get("config", "").startswith("{") else {}
+    except Exception as error:  # the package raises its own, and torch's of types that torch has not
+        raise ValueError(f"{path} is truncated or damaged ({reason(error)})") from None
+    config = said.get("config", "")
+    return tensors, parse(config, f"{path}, config") if config.startswith("{") else {}
 
 
 def weights_in(content):
     """The tensors {key: tensor} of a state dict, or of one inside a training script's dict; {} where there are none."""
+    for _ in range(4):  # a dict may hold itself
+        inner = [content[name] for name in ("model_state", "model", "module", "state_dict")
+                 if isinstance(content, dict) and isinstance(content.get(name), dict)]  # fmt: skip
+        content = inner[0] if inner else content
     if not isinstance(content, dict):
         return {}
-    for name in ("model_state", "model", "module", "state_dict"):
-        if isinstance(content.get(name), dict):
-            return weights_in(content[name])
-    return {key: tensor for key, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-
-
-class Inert:
-    """Stands for whatever else a pickle names, such as a config class of a package that is not here."""
-
-    def __init__(self, *args):
-        pass
+    return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, torch.Tensor)}
 
 
 def read_pickle(path):
     """What torch.save wrote, without running code from it: classes that are none of torch's become Inert."""
-    zipped = zipfile.is_zipfile(path)
     try:
-        strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return unpickle(path, inert="")
     except Exception:  # torch.load fails in many ways on files of other kinds
-        raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code") from None
+        raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code (it is "
+                         f"{what_is(path)})") from None  # fmt: skip
 
 
 def read_json(path):
+    with open(path, "rb") as f:
+        return parse(f.read(), path)
+
+
+def parse(text, where):
+    """The object in JSON (str or bytes). Raises ValueError, one line, where it is none."""
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({reason(error)})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{where} holds no JSON object")
     return content
 
 
 def read_index(path):
-    """The paths of the shards that a .safetensors.index.json names."""
+    """The paths of the shards that a .safetensors.index.json names, which lie beside it."""
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{path} has no weight_map")
+    for shard in shards.values():
+        beside = isinstance(shard, str) and os.path.basename(shard) == shard
+        if not beside or not shard.endswith((".safetensors", ".sft")):
+            raise ValueError(f"{path} names {shard!r:.60}, which is no safetensors file beside it")
     return sorted({os.path.join(os.path.dirname(path), shard) for shard in shards.values()})
 
 
@@ -375,19 +388,13 @@ def export(model, folder):
         tensors[twin] = tensors[key].clone()  # a file may not name one memory twice
 
     os.makedirs(folder, exist_ok=True)
-    paths = [os.path.join(folder, name) for name in ("model.safetensors", "config.json")]
+    weights = os.path.join(folder, "model.safetensors")
     try:
-        safetensors.torch.save_file(tensors, f"{paths[0]}.partial", metadata={"format": "pt"})
-        with open(f"{paths[1]}.partial", "w", encoding="utf-8") as f:
+        with whole(os.path.join(folder, "config.json"), "w") as f, whole(weights) as out:
             json.dump(written, f, indent=2)
-        for path in paths:
-            os.replace(f"{path}.partial", path)
+            safetensors.torch.save_file(tensors, out.name, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
-        raise OSError(f"{paths[0]} could not be written ({error})") from None
-    finally:
-        for path in paths:
-            if os.path.exists(f"{path}.partial"):
-                os.remove(f"{path}.partial")
+        raise OSError(f"{weights} could not be written ({reason(error)})") from None
     return layout.note
 
 
@@ -553,6 +560,9 @@ def kani_lfm2(name, config):
 def kani_sizes(shapes, given):
     """Fields of KaniConfig. Kinds of layers are read off the keys and widths off the shapes: config.json has words of
     several ages for them. Text ids and codes are those of the released models, where it does not name others."""
+    if second := {"audio_step", "tokens_per_frame"} & given.keys():
+        raise ValueError(f"config.json has {min(second)}: these are weights of KaniTTS-2, where all tokens of a frame "
+                         "share one position; here each has its own, as in KaniTTS-1")  # fmt: skip
 
     def rows(name):
         return shapes[translate(name, LFM2)][0]

@@ -23,10 +23,14 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 import wave
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,9 +39,11 @@ from tqdm import tqdm
 import configurator
 import lora
 from codec import load_codec, read_audio, write_page
-from data import load_tokenizer, normalise, wording
+from data import MODEL_META, load_tokenizer, normalise, wording
 from metrics import lowest_loss, read_metrics
-from model import contract_check, load_checkpoint, load_model, sampler
+from model import WHOLE, contract_check, load_checkpoint, load_model, sampler
+from parts.files import NUMBER, need, whole
+from parts.tensors import UNBUILT, fault, reason
 
 ckpt = ""  # checkpoint, or several with commas between; empty: best.pt in out_dir, so that a recipe alone is enough
 text = ""  # what to say
@@ -46,21 +52,20 @@ out_dir = "samples"  # folder for 000.wav, ..., of several checkpoints one each;
 speaker = ""  # one of the speakers trained on; empty: the one heard most
 reference = ""  # recording of a voice to clone
 reference_text = ""  # what is said in it, word for word; XTTS and VALL-E do without
-temperature: float | None = None  # 0: always the likeliest code; None, here and below: as the training run has it
-top_k: int | None = None  # draw among so many of the likeliest codes; 0: all
-top_p: float | None = None  # draw among the likeliest codes that make up this share of the probability
-repetition_penalty: float | None = None  # makes codes spoken before less likely; 1: does not
-rounds: int | None = None  # of demasking, for models that fill in all frames at once (VALL-E nar)
-guidance: float | None = None  # how far they go beyond what is likely without the text; 1: to what is with it
-seed = 1337
-cap_seconds = 0.0  # longest utterance; 0: follows the text, three times what as much took in training, and a second
+temperature: "float | None >= 0" = None  # 0: always the likeliest code; None, here and below: as the run has it
+top_k: "int | None >= 0" = None  # draw among so many of the likeliest codes; 0: all
+top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
+repetition_penalty: "float | None > 0" = None  # makes codes spoken before less likely; 1: does not
+rounds: "1 <= int | None <= 10000" = None  # of demasking, for models that fill in all frames at once (VALL-E nar)
+guidance: "float | None >= 0" = None  # how far they go beyond what is likely without the text; 1: to what is with it
+seed: "int >= 0" = 1337
+cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: a second, and three times what as much text took
 stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
-dtype = "float32"  # of the weights: float32, bfloat16, float16
+dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
 codec_path = ""  # the codec's tables, where not those in the checkpoint
 adapter = ""  # another LoRA checkpoint on the same base as ckpt, to speak with in its place
 
-NEEDED = ("arch", "model_config", "model", "codec", "codec_fingerprint", "tokenizer", "meta", "probe")
 MOST_REFERENCE = 300.0  # seconds
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
@@ -89,24 +94,50 @@ class Voice:
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
         """The voice of a checkpoint whose contract holds; `report` says how well. `changes`: fields of the model's
         config to set otherwise, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype = {dtype!r}: it is float32, bfloat16 or float16")
-        device, checkpoint = pick_device(device), load_checkpoint(path)
-        if missing := [key for key in NEEDED if checkpoint.get(key) is None]:
-            raise ValueError(f"{path} cannot speak, it lacks {', '.join(missing)}: train.py writes whole ones")
-        pack = checkpoint["codec"]
-        codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
+        check_settings(dtype=dtype)
+        device, checkpoint = pick_device(device), load_checkpoint(path, needed=WHOLE)
+        pack, meta = checkpoint["codec"], checkpoint["meta"]
+        try:
+            need(meta, MODEL_META, "meta")
+            need(checkpoint["config"], {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")}, "config")
+            codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
+            tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if codec.fingerprint() != checkpoint["codec_fingerprint"]:
             raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
-                             f"learnt the codes of {checkpoint['codec_fingerprint']}")  # fmt: skip
-        tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
+                             f"learnt the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
+        if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
+            raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model learnt from")
         model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
-        known = (checkpoint.get(key) for key in ("config", "references", "timbres"))
-        voice = cls(model, codec.to(device), tokenizer, checkpoint["meta"], *known)
-        probe = dict(checkpoint["probe"])
-        text, codes = (np.asarray(probe.pop(name)) for name in ("text", "codes"))
-        voice.report = {**contract_check(model, text, codes, **probe), "iter": checkpoint["iter"]}
+        known = [checkpoint[key] for key in ("config", "references", "timbres")]
+        voice = cls(model, codec.to(device), tokenizer, meta, *known)
+        try:
+            voice.check_parts()
+            probe = read_probe(checkpoint["probe"], model)
+        except UNBUILT as error:
+            raise ValueError(f"{path} is damaged: {reason(error)}") from None
+        try:
+            voice.report = {**contract_check(model, **probe), "iter": checkpoint["iter"]}
+        except UNBUILT as error:
+            raise ValueError(f"{path}: {reason(error)}") from None
         return voice
+
+    def check_parts(self):
+        """Raise ValueError where model, codec, tokenizer and the speakers' voices do not belong together."""
+        c, speakers = self.model.config, len(self.meta["speakers"])
+        if (self.codec.n_codebooks, self.codec.codebook_size) != (c.n_codebooks, c.codebook_size):
+            raise ValueError(f"the model speaks in {c.n_codebooks} codebooks of {c.codebook_size}, its codec in "
+                             f"{self.codec.n_codebooks} of {self.codec.codebook_size}")  # fmt: skip
+        if self.tokenizer.vocab_size > c.text_vocab_size:
+            raise ValueError(f"the model knows {c.text_vocab_size} text ids, its tokenizer {self.tokenizer.vocab_size}")
+        for name, voices, ndim in (("references", self.references, 3), ("timbres", self.timbres, 2)):
+            if voices is None or not self.model.reference:
+                continue
+            if voices.ndim != ndim or len(voices) < speakers or not voices.is_floating_point():
+                raise ValueError(f"{name} of shape {tuple(voices.shape)} are not those of {speakers} speakers")
+            if words := fault(voices):
+                raise ValueError(f"{name} {words}")
 
     def adapt(self, path):
         """Speak with the adapter of another LoRA checkpoint on the same base from now on.
@@ -115,9 +146,12 @@ class Voice:
         """
         if path not in self.adapted:
             checkpoint, name = load_checkpoint(path), f"adapter-{len(self.adapted)}"
-            if not checkpoint.get("base"):
+            if not checkpoint["base"]:
                 raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
-            lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
+            try:
+                lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
             self.adapted[path] = name
         lora.use_adapter(self.model, self.adapted[path])
 
@@ -132,7 +166,8 @@ class Voice:
             more = f" and {len(speakers) - len(near)} more" if len(speakers) > len(near) else ""
             raise ValueError(f"speaker {speaker!r} is not known, there are: {', '.join(near)}{more}")
         if unknown := self.tokenizer.unknown(words):
-            raise ValueError(f"{words!r} has characters the tokenizer does not know: {' '.join(sorted(unknown))}")
+            some = " ".join(sorted(unknown)[:12])
+            raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
         tagged = wording(self.meta["text_format"], speaker or speakers[0], words, self.meta.get("language", ""))
         return np.array(self.tokenizer.encode(tagged))
 
@@ -167,6 +202,18 @@ class Voice:
             raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
         return {"prompt": (self.text_ids(reference_text, speaker) if said else np.zeros(0, int), reference)}
 
+    def need_room(self, ids, prompt):
+        """Raise ValueError where ids (n,) and what `prompt` gave leave the model no position to speak at."""
+        said, heard = prompt.get("prompt", ((), ()))
+        try:
+            rows = self.model.length(len(ids), 1, len(said), len(heard))
+        except ValueError:  # how XTTS says so, in words for who prepares data
+            rows = math.inf
+        if rows > self.model.max_rows:
+            more = f", {len(said)} of the reference's text and {len(heard)} frames of it" if len(heard) else ""
+            raise ValueError(f"the text is too long: its {len(ids)} text ids{more} leave none of the model's "
+                             f"{self.model.max_rows} positions: split it, or take a shorter reference")  # fmt: skip
+
     def cap(self, ids, cap_seconds=0.0):
         """The most frames an utterance may have: `cap_seconds`, or three times what the training data takes on average
         for as many text ids, and a second."""
@@ -181,7 +228,8 @@ class Voice:
         transcript. temperature, top_k, top_p, repetition_penalty: see model.sample_code. The random numbers depend on
         seed and text alone. cap_seconds: see cap.
 
-        Raises ValueError for settings out of range, and what text_ids and prompt raise.
+        Raises ValueError for settings out of range, for a model whose logits are not finite, and what text_ids and
+        prompt raise.
         """
         given = dict(zip(DRAWS, (temperature, top_k, top_p, repetition_penalty), strict=True))
         draw = {key: self.draw[key] if value is None else value for key, value in given.items()}
@@ -191,10 +239,23 @@ class Voice:
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
         training, self.stopped, self.timbre = self.model.training, None, prompt.pop("timbre", None)
         self.model.eval()
+        latest = []  # the logits of the last draw
+
+        def choose(logits, seen=None):
+            if not latest:  # on a GPU to look is to wait, so not at each; NaN in the cache stays to the end
+                need_logits(logits)
+            latest[:] = [logits]
+            return draw_code(logits, seen)
+
         try:
-            choose = sampler(**draw, generator=generator)
-            cap = self.cap(ids, cap_seconds)
+            draw_code, cap = sampler(**draw, generator=generator), self.cap(ids, cap_seconds)
             self.stopped = yield from self.model.generate(ids, max_frames=cap, choose=choose, **prompt)
+            if latest:
+                need_logits(latest[0])
+        except RuntimeError as error:
+            if "probability tensor" in str(error):  # how a draw from NaN ends
+                raise ValueError(DIVERGED) from None
+            raise
         finally:
             self.model.train(training)
 
@@ -251,6 +312,32 @@ class Voice:
             tail, done = wav[stop : stop + fade], end
 
 
+DIVERGED = "the model's logits are not finite: its training run diverged, or dtype is too narrow for its weights"
+
+
+def need_logits(logits):
+    if not math.isfinite(logits.max()):
+        raise ValueError(DIVERGED)
+
+
+def read_probe(probe, model):
+    """The utterance (text, codes and perhaps a reference) in a checkpoint that contract_check takes. Raises ValueError
+    where the model cannot have it."""
+    c = model.config
+    text, codes = (np.asarray(probe.get(name)) for name in ("text", "codes"))
+    sound = text.dtype.kind == codes.dtype.kind == "i" and text.ndim == 1 and codes.shape[1:] == (c.n_codebooks,)
+    if not sound or not len(codes) or min(text.min(initial=0), codes.min()) < 0:
+        raise ValueError("its probe is no utterance")
+    if text.max(initial=0) >= c.text_vocab_size or codes.max() >= c.codebook_size:
+        raise ValueError("its probe has text ids or codes that the model has not")
+    if not model.reference:
+        return {"text": text, "codes": codes}
+    reference = probe.get("reference")
+    if words := fault(reference):
+        raise ValueError(f"the reference of its probe {words}")
+    return {"text": text, "codes": codes, "reference": reference}
+
+
 def pick_device(name):
     """A device by name, or the best there is for "auto". Raises ValueError for one this machine lacks."""
     if name == "auto":
@@ -258,18 +345,14 @@ def pick_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device = {name!r} is not to be had here: {reason(error)}") from None
     return name
 
 
-def check_settings(temperature, top_k, top_p, repetition_penalty, cap_seconds):
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("cap_seconds", cap_seconds)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} = {value}: it must be 0 or more")
-    if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty = {repetition_penalty}: it must be above 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: it must be above 0 and at most 1")
+def check_settings(**settings):
+    """Check values of keys of this script. Raises ValueError with one line."""
+    for key, value in settings.items():
+        configurator.check_value(key, value, globals()["__annotations__"][key])
 
 
 def read_lines(text, file):
@@ -279,11 +362,11 @@ def read_lines(text, file):
     if text:
         return [text]
     try:
-        with open(file, encoding="utf-8-sig") as f:
-            lines = f.read().rstrip().splitlines()
+        with open(file, encoding="utf-8-sig") as f:  # \n, \r\n and \r end a line; str.splitlines knows more
+            lines = f.read().rstrip().split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not text in UTF-8") from None
-    if not lines:
+    if lines == [""]:
         raise ValueError(f"{file} is empty")
     if "" in (stripped := [line.strip() for line in lines]):
         raise ValueError(f"{file}: line {stripped.index('') + 1} is empty")
@@ -297,15 +380,22 @@ def wav_file(path, rate, growing):
     if path == "-":
         yield lambda piece: (sys.stdout.buffer.write(pcm(piece)), sys.stdout.buffer.flush())
         return
-    name = path if growing else f"{path}.partial"
+    if not growing:  # the file is opened when there is all of it, so that a kill leaves none
+        pieces = []
+        yield pieces.append
+        with whole(path) as raw, wave.open(raw) as out:
+            out.setparams((1, 2, rate, 0, "NONE", "not compressed"))
+            out.writeframes(b"".join(map(pcm, pieces)))
+        return
     try:
-        with open(name, "wb") as raw, wave.open(raw) as out:
+        with open(path, "wb") as raw, wave.open(raw) as out:
             out.setparams((1, 2, rate, 0, "NONE", "not compressed"))
             yield lambda piece: (out.writeframes(pcm(piece)), raw.flush())  # the first corrects the header's length
-        os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            os.remove(name)
+            os.remove(path)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -338,24 +428,39 @@ def speak(voice, line, path, stream, **how):
     return says, took, seconds
 
 
-def read_out(cfg, path, lines, out_dir):
-    """All lines in the voice of the checkpoint `path`, into out_dir. Returns what a page that compares several says of
-    it: step, how many ended by themselves, real-time factor, and the wav files."""
-    piped = out_dir == "-"
-    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype, rounds=cfg.rounds, guidance=cfg.guidance)
+def get_ready(cfg, path, lines, out_dir):
+    """The voice of the checkpoint `path`, what it heard of the reference, and the prompt. What can be refused is
+    refused here, before a line is spoken: raises ValueError or OSError."""
+    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
+    messages = sys.stderr if out_dir == "-" else sys.stdout
+    configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
+    for key in ("rounds", "guidance"):
+        if getattr(cfg, key) is not None and hasattr(voice.model.config, key):
+            setattr(voice.model.config, key, getattr(cfg, key))
     if cfg.adapter:
         voice.adapt(cfg.adapter)
     reference = voice.listen(cfg.reference) if cfg.reference else None
     prompt = voice.prompt(reference, cfg.reference_text, cfg.speaker)
-    for line in lines:  # what can be refused is refused before the first line is spoken
-        voice.text_ids(line, cfg.speaker)
-    if not piped:
+    for i, line in enumerate(lines, 1):
+        try:
+            voice.need_room(voice.text_ids(line, cfg.speaker), prompt)
+        except ValueError as error:
+            raise ValueError(f"{cfg.file}: line {i}: {error}" if cfg.file else str(error)) from None
+    if out_dir != "-":
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
             raise OSError(f"{out_dir}: no permission to write there")
+    return voice, reference, prompt
+
+
+def read_out(cfg, path, lines, out_dir):
+    """All lines in the voice of the checkpoint `path`, into out_dir. Returns what a page that compares several says of
+    it: step, how many ended by themselves, real-time factor, and the wav files."""
+    piped = out_dir == "-"
+    messages = sys.stderr if piped else sys.stdout
+    voice, reference, prompt = get_ready(cfg, path, lines, out_dir)
     how = {key: getattr(cfg, key) for key in HOW}
     how.update(reference=reference, reference_text=cfg.reference_text)
-    messages = sys.stderr if piped else sys.stdout
     difference, ln_v = voice.report["max_difference"], voice.report["ln_v"]
     shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
@@ -374,23 +479,53 @@ def read_out(cfg, path, lines, out_dir):
     return [f"{voice.report['iter']:,}", f"{ended} of {len(lines)}", factor, *spoken]
 
 
+def find_checkpoints(ckpt, out_dir):
+    """The paths that `ckpt` names: one, or several with commas between; best.pt in out_dir where it names none.
+    Raises ValueError where that is not there, and FileNotFoundError for any other."""
+    if not ckpt:
+        path = os.path.join(out_dir, "best.pt")
+        if not os.path.isfile(path):
+            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
+        return [path]
+    paths = [ckpt] if os.path.isfile(ckpt) else ckpt.split(",")  # a path may have a comma in it
+    for path in paths:
+        if not os.path.isfile(path):
+            among = f", one of {len(paths)} between commas" if len(paths) > 1 else ""
+            raise FileNotFoundError(f"{path or repr(path)}: no such checkpoint{among}")
+    return paths
+
+
+def idle_keys(cfg, voice):
+    """{key: why} of the keys that have no effect where this voice speaks."""
+    c, idle = voice.model.config, {}
+    known = {f.name: f.metadata.get("mode") for f in fields(c)}
+    for key in ("rounds", "guidance"):
+        if key not in known:
+            idle[key] = f"arch = {c.arch!r} has no such key"
+        elif known[key] not in (None, getattr(c, "mode", None)):
+            idle[key] = f"mode = {c.mode!r} does not use it"
+    if not cfg.reference:
+        idle["reference_text"] = "no reference is given"
+    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or not voice.model.reference):
+        idle["speaker"] = f"text_format = {voice.meta['text_format']!r} does not name one"
+    return idle
+
+
 def main(cfg):
-    check_settings(*(getattr(cfg, key) for key in (*DRAWS, "cap_seconds")))
-    lines, paths = read_lines(cfg.text, cfg.file), cfg.ckpt.split(",")
-    if not cfg.ckpt:
-        paths = [os.path.join(cfg.out_dir, "best.pt")]
-        if not os.path.isfile(paths[0]):
-            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {paths[0]}")
+    lines, paths = read_lines(cfg.text, cfg.file), find_checkpoints(cfg.ckpt, cfg.out_dir)
     if len(paths) == 1:
         read_out(cfg, paths[0], lines, cfg.out_dir)
         return
-    names = [Path(path).parent.name for path in paths]
+    places = [Path(path).resolve() for path in paths]  # "a/../best.pt" is not in a folder named ".."
+    names = [place.parent.name for place in places]
     if len(set(names)) < len(names):
-        names = ["_".join(Path(path).with_suffix("").parts[-2:]) for path in paths]
-    if len(set(names)) < len(names) or cfg.out_dir == "-":
+        names = ["_".join(place.with_suffix("").parts[-2:]) for place in places]
+    if len(set(names)) < len(names) or "" in names or cfg.out_dir == "-":
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
     losses = [lowest_loss(read_metrics(Path(path).with_name("metrics.jsonl"))) for path in paths]
     losses = ["" if loss is None else f"{loss:.3f}" for loss in losses]
+    for path, name in zip(paths, names, strict=True):  # all are read twice, so that the last is not refused after hours
+        get_ready(cfg, path, lines, Path(cfg.out_dir) / name)
     columns = [read_out(cfg, path, lines, Path(cfg.out_dir) / name) for path, name in zip(paths, names, strict=True)]
     columns = [[step, loss, *rest] for loss, (step, *rest) in zip(losses, columns, strict=True)]
     page, first = os.path.join(cfg.out_dir, "index.html"), ["step", "lowest held-out loss", "ended", "real-time factor"]
@@ -399,5 +534,16 @@ def main(cfg):
     print(f"{page}: to listen to them")
 
 
+def command(cfg):
+    """main, whose reader may go away (`| head`), and which a signal ends like an error: no half-written file stays."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        main(cfg)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    configurator.run(main, __file__)
+    configurator.run(command, __file__)

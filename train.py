@@ -32,10 +32,10 @@ import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,9 +49,19 @@ import configurator
 import lora
 import published
 from codec import UNKNOWN, load_codec, write_audio
-from data import Batches, TokenFiles, load_tokenizer, speaker_reference, speaker_timbres, wording
+from data import Batches, TokenFiles, speaker_reference, speaker_timbres, wording
 from metrics import add, collect, draw, means, other_loggers, overfitting, read_metrics, summary, timing, write_metrics
-from model import PAD, build, contract_check, load_checkpoint, load_weights, save_checkpoint
+from model import (
+    ARCHS,
+    PAD,
+    WHOLE,
+    build,
+    contract_check,
+    contradiction,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from parts.optim import Muon
 from sample import Voice, pick_device
 
@@ -61,136 +71,85 @@ out_dir = "out/digits"  # for checkpoints, metrics.jsonl, loss.html, samples/
 init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or a checkpoint or published weights to start from
 dry_run = False  # only say what the run would take: parameters, memory, batches, hours of audio
 overwrite = False  # start over in an out_dir that holds a run, which is removed
-# model
-arch = "csm"  # how the codebooks of a frame are predicted
+# model; further keys of each family are the fields of its config in model.py that are `fixed` or `free`
+arch: Literal["csm", "kani", "xtts", "valle"] = "csm"  # how the codebooks of a frame are predicted
 backbone: str | dict = "llama-1M"  # a preset of model.py or a dict of sizes
-decoder: str | dict = "llama-300K"  # the depth decoder, likewise
-decoder_fraction = 0.0625  # share of the frames the depth decoder trains on
-decoder_chunk = 96  # most of these that it takes at a time, which bounds its memory; 0: all; a GPU likes some hundred
-decoder_loss_weight = 1.0  # of the depth decoder's loss beside the backbone's
-frame_dropout = 0.0  # share of the input frames blanked, so that the text has to be read
-loss_on = "all"  # Kani: the tokens that are learnt: all, audio, or codebook: audio, each among its own codebook's codes
-drop_repeats = False  # Kani: leave out frames equal to the one before, as the released models do; it loses timing
-n_latents = 32  # XTTS: what is read off a recording of the voice
-conditioning_layers = 6  # XTTS: of the encoder that listens to it
-perceiver_layers = 2  # XTTS: of what reads the latents off that
-perceiver_heads = 8  # XTTS: of its attention
-chunk_seconds = 4.0  # XTTS: a longer recording is heard in chunks, and the mean of their latents taken; 0: whole
-text_positions = 404  # XTTS: text ids, with 2 marks around them
-code_positions = 608  # XTTS: frames, with 5 marks around them
-text_loss_weight = 0.01  # XTTS: of the text's loss beside that of the codes
-hide_text_stop = False  # XTTS: train with the mark behind the text out of sight, as XTTS-v2 was; it speaks with it
-mode = "nar"  # VALL-E: all frames at once, out of masks; ar: one after the other, as the other families do
-shared_heads = False  # VALL-E: one feed-forward layer before the heads of all codebooks, instead of one each
-level_attention = False  # VALL-E: its variant for residual codecs, a frame's codebooks attend to each other
-segmented_mask = False  # VALL-E nar: text does not see prompt and frames, nor does the prompt see the frames
-stretched_text = True  # VALL-E nar: text is numbered as if it were spoken evenly over the frames; published: False
-mask_ratio = 0.8  # VALL-E nar: share of the frames that are masked; 0: another one for each utterance
-text_dropout = 0.0  # VALL-E nar: share of the utterances without text, so that guidance can be used
-random_level = False  # VALL-E: each utterance is trained on one codebook, drawn for it, instead of on all
-length_loss_weight = 0.1  # VALL-E nar: of the loss of the lengths
-level_weights: str | None = None  # VALL-E: of the codebooks: decreasing, normal, equal; None, and below: as it has it
-rounds: int | None = None  # VALL-E nar: of demasking, when it speaks
-whole_frames: bool | None = None  # VALL-E nar: whole frames are masked again, not each codebook's codes by themselves
-guidance: float | None = None  # VALL-E nar: how far to go beyond what is likely without text; 1: to what is with it
-dropout: float | None = None  # on what each layer adds; None: as backbone and decoder say
-recompute: bool | None = None  # make activations again in backward instead of keeping them; None: likewise
-freeze: list | None = None  # regular expressions: parameters so named stay as they are; None: as the family advises
-# where few utterances continue trained weights (XTTS: under 3,000), else nothing
+decoder: str | dict = "llama-300K"  # csm: the depth decoder, likewise
+# regular expressions: parameters so named stay as they are; None: as the family advises where few utterances continue
+# trained weights (XTTS: under 3,000), else nothing
+freeze: "list[str] | None" = None
 # LoRA: only a small addition is trained, see lora.py; checkpoints then hold it alone, and say what it is added to
-lora_rank = 0  # of the addition to each layer; 0: none, the weights themselves are trained
-lora_alpha = 32.0  # it counts alpha / rank
+lora_rank: "int >= 0" = 0  # of the addition to each layer; 0: none, the weights themselves are trained
+lora_alpha: "float > 0" = 32.0  # it counts alpha / rank
 lora_rs = False  # or alpha / sqrt(rank), under which large ranks learn as fast as small ones
-lora_dropout = 0.0  # share of a layer's input that it does not see
-lora_targets = [r"\.layers\."]  # regular expressions; linear layers in whose name one is found get one
-lora_base_dtype = "float32"  # of the weights that stay: bfloat16 halves them
+lora_dropout: "0 <= float < 1" = 0.0  # share of a layer's input that it does not see
+lora_targets: "list[str]" = [r"\.layers\."]  # regular expressions; linear layers in whose name one is found get one
+lora_base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that stay: bfloat16 halves them
 # batches
-max_tokens = 8192  # most rows of a micro-batch, padding included
-max_batch = 64  # most utterances of a micro-batch
-gradient_accumulation_steps = 1  # micro-batches of a step, over all ranks together
-voice_prompt = 0.0  # share of the utterances that follow another one of their speaker (for cloning)
-reference_seconds = [3.0, 6.0]  # shortest and longest stretch of a recording off which a voice is read (XTTS)
-loader_workers = 0  # processes that read batches; 0: they are read between steps
+max_tokens: "int >= 1" = 8192  # most rows of a micro-batch, padding included
+max_batch: "int >= 1" = 64  # most utterances of a micro-batch
+gradient_accumulation_steps: "1 <= int <= 1000000" = 1  # micro-batches of a step, over all ranks together
+voice_prompt: "0 <= float <= 1" = 0.0  # share of the utterances that follow another one of their speaker (for cloning)
+reference_seconds: "0 < list[float] <= 3600" = [3.0, 6.0]  # xtts: stretch of a recording off which a voice is read
+loader_workers: "0 <= int <= 256" = 0  # processes that read batches; 0: they are read between steps
 # optimizer
-max_iters = 2000  # steps in all
-learning_rate = 1e-3  # at its highest
+max_iters: "int >= 1" = 2000  # steps in all
+learning_rate: "float >= 0" = 1e-3  # at its highest
 muon = False  # Muon instead of AdamW for the matrices inside the transformers: it learns faster from scratch
-weight_decay = 0.1  # on matrices only
-beta1 = 0.9  # AdamW: of the mean of the gradient
-beta2 = 0.95  # and of its square
-grad_clip = 1.0  # largest norm of the gradient; 0: no limit
+weight_decay: "float >= 0" = 0.1  # on matrices only
+beta1: "0 <= float < 1" = 0.9  # AdamW: of the mean of the gradient
+beta2: "0 <= float < 1" = 0.95  # and of its square
+grad_clip: "float >= 0" = 1.0  # largest norm of the gradient; 0: no limit
 step_in_backward = False  # each weight moves once its gradient is there, which is then freed; with grad_clip=0
 sparse_embeddings = False  # only rows that a step looks up move (SparseAdam): lighter where a vocabulary is large
-ema = 0.0  # decay of averaged weights, which then are evaluated and speak; 0: none
-max_skipped = 20  # so many steps in a row with a non-finite loss or gradient end the run (float16 starts with a few)
+ema: "0 <= float < 1" = 0.0  # decay of averaged weights, which then are evaluated and speak; 0: none
+max_skipped: "int >= 1" = 20  # non-finite steps in a row that end the run (float16 starts with a few)
 # learning rate
-lr_schedule = "cosine"  # multistep, cosine, linear, constant
-warmup_iters = 100  # steps of linear warm-up before any of them
-lr_decay_iters = 0  # where cosine and linear reach min_lr; 0: at max_iters
-min_lr = 0.0  # what they end at
-milestones = []  # multistep: steps from which on the rate is gamma times lower
-gamma = 0.5  # multistep: by how much
+lr_schedule: Literal["multistep", "cosine", "linear", "constant"] = "cosine"  # after the warm-up
+warmup_iters: "int >= 0" = 100  # steps of linear warm-up before any of them
+lr_decay_iters: "int >= 0" = 0  # where cosine and linear reach min_lr; 0: at max_iters
+min_lr: "float >= 0" = 0.0  # what they end at
+milestones: "list[int] >= 1" = []  # multistep: steps from which on the rate is gamma times lower
+gamma: "float >= 0" = 0.5  # multistep: by how much
 # looking at it
-log_interval = 10  # steps between lines of metrics.jsonl
-eval_interval = 250  # steps between evaluations, which write last.pt, and best.pt if it is the best
-eval_iters = 0  # most batches of an evaluation, spread over all lengths; 0: the whole val split
-eval_samples = 2  # held-out texts to speak at each evaluation
-temperature = 0.9  # how they are spoken; 0: always the likeliest code
-top_k = 50  # draw among so many of the likeliest codes; 0: all
-top_p = 1.0  # draw among the likeliest codes that make up this share of the probability
-repetition_penalty = 1.0  # makes codes spoken before less likely, in families that flatten frames; 1: does not
-keep_last = 0  # keep the checkpoints of so many evaluations as ckpt_{iter}.pt
-overfit_warning = 3  # evaluations above the best, while the training loss falls, that call for a warning; 0: none
+log_interval: "int >= 1" = 10  # steps between lines of metrics.jsonl
+eval_interval: "int >= 1" = 250  # steps between evaluations, which write last.pt, and best.pt if it is the best
+eval_iters: "int >= 0" = 0  # most batches of an evaluation, spread over all lengths; 0: the whole val split
+eval_samples: "int >= 0" = 2  # held-out texts to speak at each evaluation
+temperature: "float >= 0" = 0.9  # how they are spoken; 0: always the likeliest code
+top_k: "int >= 0" = 50  # draw among so many of the likeliest codes; 0: all
+top_p: "0 < float <= 1" = 1.0  # draw among the likeliest codes that make up this share of the probability
+repetition_penalty: "float > 0" = 1.0  # kani, xtts: makes codes spoken before less likely; 1: does not
+keep_last: "int >= 0" = 0  # keep the checkpoints of so many evaluations as ckpt_{iter}.pt
+overfit_warning: "int >= 0" = 3  # evaluations above the best, as the training loss falls, before a warning; 0: none
 wandb_project = ""  # log to Weights & Biases as well
 tensorboard = False  # log to TensorBoard as well, in out_dir
 # the machine
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
-dtype = "float32"  # of the arithmetic: float32, bfloat16, or float16 with loss scaling; weights are float32
+dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the arithmetic; float16: with loss scaling
 compile = False  # torch.compile
 backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
-seed = 1337  # of the initial weights, the order of the data, dropout
+seed: "0 <= int <= 4294967295" = 1337  # of the initial weights, the order of the data, dropout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
-BASE_DTYPES = ("float32", "bfloat16")
-SAME = ("arch", "backbone", "decoder", "muon", "sparse_embeddings")  # may not change in a run
-SAME += ("mode", "shared_heads", "level_attention", "segmented_mask", "stretched_text")
-SAME += ("lora_rank", "lora_alpha", "lora_rs", "lora_targets")
-SCHEDULES = ("multistep", "cosine", "linear", "constant")
-HABITS = ("decoder_fraction", "decoder_chunk", "decoder_loss_weight", "frame_dropout")  # may change in a run
-HABITS += ("loss_on", "drop_repeats", "chunk_seconds", "text_loss_weight", "hide_text_stop", "mask_ratio")
-HABITS += ("text_dropout", "level_weights", "random_level", "length_loss_weight", "rounds", "whole_frames", "guidance")
-HABITS += ("dropout", "recompute")
+ADAPTER = ("lora_rank", "lora_alpha", "lora_rs", "lora_dropout", "lora_targets")  # may not change in an adapter's life
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RUN_FILES = ("best.pt", "last.pt", "ckpt_*.pt", "metrics.jsonl", "samples/*.wav")
 
 
 def check(cfg, world, device):
     """Refuse what cannot be or cannot be meant: ValueError with one line."""
-    counts = "max_iters max_tokens max_batch gradient_accumulation_steps log_interval eval_interval max_skipped"
-    amounts = "learning_rate min_lr gamma weight_decay grad_clip decoder_loss_weight temperature top_k seed"
-    amounts += " warmup_iters lr_decay_iters eval_iters eval_samples keep_last overfit_warning loader_workers"
-    amounts += " length_loss_weight guidance"
-    shares = "beta1 beta2 ema dropout frame_dropout text_dropout"
-    ranges = [(counts, lambda x: x >= 1, "at least 1"), (amounts, lambda x: 0 <= x < math.inf, "0 or more")]
-    ranges += [(shares, lambda x: 0 <= x < 1, "in [0, 1)")]
-    ranges += [("voice_prompt top_p mask_ratio", lambda x: 0 <= x <= 1, "in [0, 1]")]
-    for keys, sound, wanted in ranges:
-        for key in keys.split():
-            if not sound(getattr(cfg, key) or 0):
-                raise ValueError(f"{key} = {getattr(cfg, key)}: it must be {wanted}")
     stretch = cfg.reference_seconds
-    if len(stretch) != 2 or not all(type(x) in (int, float) for x in stretch) or not 0 < stretch[0] <= stretch[1]:
-        raise ValueError(f"reference_seconds = {stretch}: it is the shortest and the longest, as [3.0, 6.0]")
-    for key, allowed in (("dtype", DTYPES), ("lora_base_dtype", BASE_DTYPES), ("lr_schedule", SCHEDULES)):
-        if getattr(cfg, key) not in allowed:
-            raise ValueError(f"{key} = {getattr(cfg, key)!r}: it is {', '.join(allowed)}")
+    if len(stretch) != 2 or stretch[0] > stretch[1]:
+        raise ValueError(f"reference_seconds = {stretch!r:.60}: it is the shortest and the longest, as [3.0, 6.0]")
     if cfg.dtype == "float16" and device.type != "cuda" and not cfg.dry_run:
         raise ValueError(f"dtype = 'float16' needs a GPU, not {device.type}: take bfloat16 or float32")
     steps, first = cfg.milestones, max(1, cfg.warmup_iters)
     if cfg.lr_schedule == "multistep":
-        if not steps or any(type(m) is not int for m in steps) or sorted({*steps, first})[-len(steps) :] != steps:
-            raise ValueError(f"milestones = {steps}: multistep needs ascending steps from {first} on, as [1000, 2000]")
+        if not steps or sorted({*steps, first})[-len(steps) :] != steps:
+            raise ValueError(f"milestones = {steps!r:.60}: multistep needs ascending steps from {first} on, as "
+                             "[1000, 2000]")  # fmt: skip
     elif cfg.lr_schedule != "constant":
         if 0 < cfg.lr_decay_iters < cfg.warmup_iters:
             raise ValueError(f"lr_decay_iters = {cfg.lr_decay_iters} comes before warmup_iters = {cfg.warmup_iters}")
@@ -223,38 +182,95 @@ def get_lr(step, cfg):
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
+def family_keys(*kinds):
+    """Names of the keys that are fields of the families' configs: "fixed" by weights, "free", or all."""
+    every = {f.name: f.metadata.get("key") for _, config in ARCHS.values() for f in fields(config)}
+    return {name for name, kind in every.items() if kind in (kinds or ("fixed", "free"))}
+
+
+def idle_keys(cfg):
+    """{key: why} of the keys that have no effect in this run. `arch` and `mode` are those of the model."""
+    own = {f.name: f for f in fields(ARCHS[cfg.arch][1])}
+    idle = dict.fromkeys({"decoder", *family_keys()} - own.keys(), f"arch = {cfg.arch!r} has no such key")
+    for name, f in own.items():
+        if f.metadata.get("mode") not in (None, getattr(cfg, "mode", None)):
+            idle[name] = f"mode = {cfg.mode!r} does not use it"
+    if not ARCHS[cfg.arch][0].reference:
+        idle["reference_seconds"] = f"arch = {cfg.arch!r} reads no voice off a recording"
+    if not cfg.lora_rank:
+        idle |= {key: "lora_rank = 0" for key in vars(cfg) if key.startswith("lora_") and key != "lora_rank"}
+    if cfg.lr_schedule != "multistep":
+        idle |= dict.fromkeys(("milestones", "gamma"), f"lr_schedule = {cfg.lr_schedule!r}, not 'multistep'")
+    elif cfg.milestones[0] >= cfg.max_iters:
+        idle |= dict.fromkeys(("milestones", "gamma"), f"max_iters = {cfg.max_iters} comes first")
+    if cfg.lr_schedule in ("multistep", "constant"):
+        idle |= dict.fromkeys(("min_lr", "lr_decay_iters"), f"lr_schedule = {cfg.lr_schedule!r} has no use for it")
+    return idle
+
+
 def starting_point(cfg, codec, meta, say=print):
     """The model init_from asks for, on the CPU, and the checkpoint of ours it is from, or None.
 
-    Raises FileNotFoundError, and ValueError where the weights are not of this codec, tokenizer or kind of model.
+    What trained weights fix and the user did not give, cfg has from them afterwards. Raises FileNotFoundError, and
+    ValueError where the weights are not of this codec, tokenizer or kind of model, or where a given key contradicts
+    them.
     """
     torch.manual_seed(cfg.seed)
-    resume = cfg.init_from == "resume"
     if cfg.init_from == "scratch":
         return build(cfg.arch, meta, vars(cfg)), None
+    resume = cfg.init_from == "resume"
     path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
-    habits = {key: getattr(cfg, key) for key in HABITS if getattr(cfg, key) is not None}
+    given = {key: getattr(cfg, key) for key in cfg.given if getattr(cfg, key) is not None}
+    model, checkpoint = trained_weights(path, resume, cfg, given, codec, meta, say)
+    config = model.config
+    if key := contradiction(config, given):
+        fixed = getattr(config, key)
+        fixed = vars(fixed) if is_dataclass(fixed) else fixed
+        raise ValueError(f"{cfg.given[key]}: {key} = {configurator.show(given[key])}, but {path:.100} was trained with "
+                         f"{fixed!r:.120}: leave it out, or start from scratch")  # fmt: skip
+    for key in vars(cfg).keys() & {f.name for f in fields(config)}:
+        sizes = getattr(config, key)
+        if not is_dataclass(sizes):
+            setattr(cfg, key, sizes)
+        elif contradiction(config, {key: getattr(cfg, key)}):
+            setattr(cfg, key, asdict(sizes))
+    return model, checkpoint
+
+
+def trained_weights(path, resume, cfg, given, codec, meta, say):
+    """The model of a checkpoint or of published weights, with those of the given keys that may change from run to run,
+    and the checkpoint if it is ours, else None. given: {key: value}. Raises as starting_point does."""
+    free = {key: value for key, value in given.items() if key in family_keys("free")}
     if not resume and published.is_published(path):
-        return published.start(path, cfg.arch, meta, habits, say), None
-    checkpoint = load_checkpoint(path)
+        return published.start(path, cfg.arch, meta, free, say), None
+    checkpoint = load_checkpoint(path, needed=WHOLE)
     if resume and not checkpoint["train"]:
         raise ValueError(f"{path} holds weights only, as best.pt does: start from these with init_from, elsewhere")
     if checkpoint["codec_fingerprint"] != codec.fingerprint():
         raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
     if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{path} and {cfg.data_dir} are of two tokenizers: prepare the data with the checkpoint's")
-    for key in SAME if resume else ("arch",):
-        new = getattr(cfg, key)
-        if new != (old := (checkpoint["config"] if resume else checkpoint).get(key, new)):
-            raise ValueError(f"{key} = {new!r}, but {path} was trained with {old!r}")
+    same = ("arch", "muon", "sparse_embeddings", *ADAPTER) if resume else ("arch",)
+    if checkpoint.get("base") and given.get("lora_rank"):  # it goes on as an adapter
+        same = ("arch", *ADAPTER)
+    for key in same:
+        old = {**checkpoint["config"], "arch": checkpoint["arch"]}.get(key, getattr(cfg, key))
+        if given.get(key, old) != old:
+            raise ValueError(f"{cfg.given[key]}: {key} = {configurator.show(given[key])}, but {path:.100} was trained "
+                             f"with {old!r:.100}: leave it out, or start from scratch")  # fmt: skip
+        setattr(cfg, key, old)
+    config = {key: checkpoint["model_config"][key] for key in family_keys() & checkpoint["model_config"].keys()}
+    checkpoint["config"] |= config  # what older versions recorded there was what was asked for
+    state = checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"]
     if checkpoint.get("base"):  # an adapter: what it is added to, then itself
-        model, _ = starting_point(SimpleNamespace(**{**vars(cfg), "init_from": checkpoint["base"]}), codec, meta, say)
-        lora.load_adapter(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
-        return model, checkpoint
-    model = build(cfg.arch, meta, {**checkpoint["model_config"], **habits})
-    load_weights(model, checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"])
+        habits = {**{key: config[key] for key in family_keys("free") & config.keys()}, **free}
+        model, _ = trained_weights(checkpoint["base"], False, cfg, habits, codec, meta, say)
+        lora.load_adapter(model, state)
+    else:
+        model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
+        load_weights(model, state)
     return model, checkpoint
 
 
@@ -434,8 +450,7 @@ def train(cfg, rank, world, device, received):
     codec = load_codec(meta["codec"]["name"], cfg.data_dir)
     if meta["codec"]["fingerprint"] not in (UNKNOWN, codec.fingerprint()):
         raise ValueError(f"{cfg.data_dir}: codec.pt is not the codec its codes were made with: run prepare.py again")
-    with open(os.path.join(cfg.data_dir, meta["tokenizer"]["file"]), "rb") as f:
-        tokenizer = load_tokenizer(meta["tokenizer"]["kind"], f.read())
+    tokenizer = files.tokenizer()
 
     # model, optimizer, batches
     if not (cfg.init_from == "resume" or cfg.overwrite) and any(os.path.exists(out(name)) for name in RUN_FILES[:2]):
@@ -444,6 +459,7 @@ def train(cfg, rank, world, device, received):
     if cfg.lora_rank and cfg.init_from == "scratch":
         raise ValueError("lora_rank: LoRA adds to weights that have learnt something, name them by init_from")
     model, checkpoint = starting_point(cfg, codec, meta, say)
+    configurator.refuse_idle(cfg, idle_keys(cfg), say)
     prepare_weights(model, len(files), cfg, checkpoint, say)
     base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
     model, codec = model.to(device), codec.to(device)
@@ -686,7 +702,8 @@ def main(cfg):
         torch.cuda.set_device(device)
     check(cfg, world, device)
     if cfg.dry_run:
-        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), sys.argv[1:])
+        configurator.refuse_idle(cfg, idle_keys(cfg))
+        recipe = configurator.configure(Path(__file__).with_name("prepare.py"), cfg.files)
         return budget.dry_run(cfg, recipe, partial(prepare_weights, cfg=cfg), DTYPES[cfg.dtype])
     if world > 1:
         dist.init_process_group(cfg.backend or ("nccl" if device.type == "cuda" else "gloo"))

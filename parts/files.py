@@ -86,7 +86,7 @@ def need(found, wanted, where):
         if field not in found:
             raise ValueError(f"{where} is damaged: {field} is missing")
         if isinstance(kind, dict):
-            need(value, kind, f"{where}, {field},")
+            need(value, kind, f"{str(where).rstrip(',')}, {field},")
             continue
         if isinstance(kind, type | tuple):
             kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -221,14 +221,14 @@ def test_wrong_tables(codec, tmp_path):
     (tmp_path / "codec.pt").write_bytes(b"not a table")
     refused("codec.pt: not a codec table", tmp_path)
     torch.save({"model": {}}, tmp_path / "codec.pt")
-    refused("codec.pt: not a codec table", tmp_path)
+    refused("codec.pt is damaged: name is missing", tmp_path)
     codec.save(tmp_path)
     refused("made with n_codebooks = 4, not 5", tmp_path, n_codebooks=5)
     refused("has no option 'books'", tmp_path, books=5)
     (tmp_path / "codec.pt").write_bytes((tmp_path / "codec.pt").read_bytes()[:5000])
     refused("codec.pt: not a codec table", tmp_path)
     refused("holds the tables of 'dac'", {**codec.pack(), "name": "dac"})
-    refused("not those of mel", {**codec.pack(), "tables": {"mean": torch.zeros(3)}})
+    refused(r"tables of mel: mean has shape \(3,\), not", {**codec.pack(), "tables": {"mean": torch.zeros(3)}})
 
 
 def test_unfitted_codec_says_so():

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import configurator
+import model
 
 SCRIPT = '''"""Says hello.
 
@@ -116,9 +118,11 @@ def test_files_in_order_then_flags(script, tmp_path):
     assert configurator.configure(script, ["--rate=9", two]).rate == 9.0
 
 
-def test_sibling_keys_are_accepted_ignored_and_checked(house):
+def test_sibling_keys_are_checked_in_a_recipe_and_refused_as_flags(house):
     recipe = write(house, "x.py", "vocab_size = 9\nseed = 3\ntext = 'hello'\n")
-    cfg = configurator.configure(house / "train.py", [recipe, "--text", "hey"])
+    cfg = configurator.configure(house / "train.py", [recipe])
+    with pytest.raises(ValueError, match="--text: text is a key of sample.py and has no effect here"):
+        configurator.configure(house / "train.py", [recipe, "--text", "hey"])
     assert vars(cfg) == {"learning_rate": 1e-3, "seed": 3, "max_iters": 10}
     assert vars(configurator.configure(house / "prepare.py", [recipe])) == {"vocab_size": 9, "seed": 3}
     with pytest.raises(ValueError, match=r"--vocab_size: vocab_size = 'many' is not of type int"):
@@ -155,6 +159,155 @@ def test_unknown_key_gets_the_nearest_name(house):
 def test_refusals(script, argv, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         configurator.configure(script, argv)
+
+
+RANGES = '''
+from typing import Literal
+
+share: "0 < float <= 1" = 0.5  # of the whole
+cap: "int | None >= 1" = None
+kind: Literal["one", "two"] = "one"
+ends: "0 < list[float] <= 9" = [1.0, 2.0]
+names: "list[str] | None" = None
+sizes: str | dict = "small"
+free = 1.0
+'''
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--share=0"], "--share: share = 0.0 must be > 0 and <= 1"),
+        (["--share=nan"], "--share: share = 'nan' is not of type float"),
+        (["--share=1e999"], "--share: share = inf must be finite"),
+        (["--share=1" + "0" * 400], "share = inf must be finite"),
+        (["--cap=0"], "--cap: cap = 0 must be >= 1"),
+        (["--cap=9007199254740993"], "cap = 9007199254740993 is too large a number"),
+        (["--cap=" + "9" * 5000], "cap = '999"),
+        (["--kind=three"], "--kind: kind = 'three' must be one or two"),
+        (["--kind=1"], "--kind: kind = '1' must be one or two"),
+        (["--ends=[1, 10]"], r"ends = \[1, 10\] must hold numbers > 0 and <= 9"),
+        (["--ends=[1, '2']"], r"ends = \[1, '2'\] must hold float only"),
+        (["--ends=[1, True]"], "must hold float only"),
+        (["--names=[3]"], r"names = \[3\] must hold str only"),
+        (["--sizes={'n': 1e999}"], "sizes = {'n': inf} must be finite"),
+        (["--sizes={'n': [99999999999999999999]}"], "is too large a number"),
+        (["--sizes={3: 4}"], "sizes = {3: 4} has a key that is no text"),
+        (["--free=-1e999"], "free = -inf must be finite"),
+    ],
+)
+def test_ranges(tmp_path, argv, message):
+    path = write(tmp_path, "ranges.py", RANGES)
+    with pytest.raises(ValueError, match=message) as error:
+        configurator.configure(path, argv)
+    assert len(str(error.value)) < 150
+
+
+def test_what_is_in_range(tmp_path, capsys):
+    path = write(tmp_path, "ranges.py", RANGES)
+    argv = ["--share=1", "--cap=None", "--kind", "two", "--ends=1,9", "--names=['a']", "--sizes={'n': [3, None]}"]
+    assert vars(configurator.configure(path, argv)) == {
+        "share": 1.0, "cap": None, "kind": "two", "ends": [1, 9], "names": ["a"], "sizes": {"n": [3, None]}, "free": 1.0
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        configurator.configure(path, ["--help"])
+    out = capsys.readouterr().out
+    assert "of the whole (> 0 and <= 1)" in out and "(one or two)" in out
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("names = [len]", "names = .*may hold texts, numbers"),
+        ("sizes = {'a': object()}", "may hold texts, numbers"),
+        ("ends = []\nends.append(ends)", "nested too deeply"),
+        ("sizes = {}\nsizes['a'] = sizes", "nested too deeply"),
+        ("cap = 10**5000", "cap = <int> is too large a number"),
+        ("share = float('nan')", "share = nan must be finite"),
+    ],
+)
+def test_values_that_json_cannot_hold(tmp_path, text, message):
+    path = write(tmp_path, "ranges.py", RANGES.replace('"list[str] | None"', '"list | None"'))
+    with pytest.raises(ValueError, match=message):
+        configurator.configure(path, [write(tmp_path, "bad.py", text)])
+
+
+def test_it_knows_what_was_given(house):
+    recipe = write(house, "x.py", "vocab_size = 9\nseed = 3\nlearning_rate = 1\n")
+    cfg = configurator.configure(house / "train.py", [recipe, "--seed=4"])
+    assert cfg.given == {"seed": "--seed", "learning_rate": recipe} and cfg.files == [recipe]
+    assert "given" not in vars(cfg)
+    said = []
+    configurator.refuse_idle(cfg, {"learning_rate": "it is so", "max_iters": "it is so"}, said.append)
+    assert said == [f"warning: {recipe}: learning_rate = 1.0 has no effect: it is so"]
+    with pytest.raises(ValueError, match="--seed: seed = 4 has no effect: it is so"):
+        configurator.refuse_idle(cfg, {"seed": "it is so"})
+
+
+FAMILY = '''
+@dataclass
+class SmallConfig:
+    size: "1 <= int <= 9"
+    width: "1 <= int <= 9" = fixed(3)  # of it
+    # what may change
+    share: "0 <= float < 1" = free(0.5, "ar")  # another
+
+
+@dataclass
+class OtherConfig:
+    share: "0 <= float < 1" = free(0.5)  # the same
+'''
+
+
+def test_fields_of_a_family_are_keys_of_train(house, capsys):
+    write(house, "model.py", FAMILY)
+    cfg = configurator.configure(house / "train.py", ["--width=4"])
+    assert (cfg.width, cfg.share) == (4, 0.5) and not hasattr(cfg, "size")
+    with pytest.raises(ValueError, match="--width: width = 10 must be >= 1 and <= 9"):
+        configurator.configure(house / "train.py", ["--width=10"])
+    assert not hasattr(configurator.configure(house / "sample.py", [write(house, "x.py", "width = 4")]), "width")
+    with pytest.raises(SystemExit):
+        configurator.configure(house / "train.py", ["--help"])
+    out = capsys.readouterr().out
+    assert "# SmallConfig in model.py\n  --width=3" in out and out.count("--share") == 1
+
+
+def test_families_agree_on_shared_keys():
+    fields = {}
+    for _, config in model.ARCHS.values():
+        for f in dataclasses.fields(config):
+            if "key" in f.metadata:
+                fields.setdefault(f.name, set()).add((str(f.type), f.default, f.metadata["key"]))
+    assert len(fields) > 20 and all(len(variants) == 1 for variants in fields.values())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("import sys\nsys.exit(0)", "bad.py:2: SystemExit: 0"),
+        ("import sys\n\nsys.exit()", "bad.py:3: SystemExit$"),
+        ("def f():\n    f()\nf()", "bad.py:2: RecursionError: maximum recursion"),
+        ("raise GeneratorExit", "bad.py:1: GeneratorExit$"),
+        ("raise ValueError('x' * 9999)", "bad.py:1: ValueError: x+$"),
+        ("globals()[''] = 1\nglobals()[3] = 1", "unknown key ''"),
+        ("times = 1\x00", "bad.py:1: "),
+    ],
+)
+def test_recipes_that_end_otherwise(script, tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        configurator.configure(script, [write(tmp_path, "bad.py", text)])
+    assert len(str(error.value)) < 400
+
+
+def test_recipes_that_are_no_text(script, tmp_path):
+    (tmp_path / "bad.py").write_bytes(b"times = 1  # caf\xe9\n")
+    with pytest.raises(ValueError, match="bad.py:1: UnicodeDecodeError: 'utf-8' codec"):
+        configurator.configure(script, [str(tmp_path / "bad.py")])
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder.py is not a file"):
+        configurator.configure(script, [str(tmp_path / "folder.py")])
+    with pytest.raises(KeyboardInterrupt):
+        configurator.configure(script, [write(tmp_path, "bad.py", "raise KeyboardInterrupt")])
 
 
 @pytest.mark.parametrize(
@@ -208,8 +361,15 @@ def test_run(script):
     assert (system.returncode, system.stderr) == (1, "error: No such file or directory: /nowhere/file\n")
     bug = run_cli(script, "--words=bug")
     assert bug.returncode == 1 and "Traceback" in bug.stderr
+    long = run_cli(script, "--" + 9999 * "x" + "=1")
+    assert long.returncode == 1 and len(long.stderr) <= 408 and long.stderr.count("\n") == 1
     debug = run_cli(script, "--words=bad", PARLANDO_DEBUG="1")
     assert debug.returncode == 1 and "Traceback" in debug.stderr
     assert run_cli(script, "--words=stop").returncode == 130
     assert run_cli(script, "--wrods=x").stderr == "error: --wrods: unknown key 'wrods', did you mean 'words'?\n"
     assert run_cli(script, "--help").returncode == 0
+
+
+def test_no_key_is_named_as_what_the_namespace_knows():
+    scripts = Path(configurator.__file__).parent.glob("*.py")
+    assert not {key for path in scripts for key in configurator.read_defaults(path)} & {*configurator.Config.__slots__}

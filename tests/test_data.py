@@ -26,8 +26,13 @@ from data import (
 )
 
 K = 3
-META = {"codec": {"name": "mel", "n_codebooks": K, "codebook_size": 2**16}, "tokenizer": {"vocab_size": 2**32},
-        "speakers": ["ann", "bob"]}  # fmt: skip
+META = {
+    "codec": {"name": "mel", "fingerprint": "0", "sample_rate": 16000, "frame_rate": 12.5, "n_codebooks": K,
+              "codebook_size": 2**16},
+    "tokenizer": {"kind": "sentencepiece", "file": "tokenizer.model", "sha256": "0", "vocab_size": 2**32, "bos_id": 1,
+                  "eos_id": 2},
+    "speakers": ["ann", "bob"], "text_format": "{text}", "lowercase": False,
+}  # fmt: skip
 FEW = settings(max_examples=30, deadline=None)
 
 
@@ -216,13 +221,13 @@ def test_damaged_files_are_noticed(file, damage, tmp_path):
 
 @pytest.mark.parametrize("file, read", [("codes.bin", "codes"), ("text.bin", "text"), ("index.npy", "codes")])
 def test_rubbish_of_the_right_size_is_noticed(file, read, tmp_path):
-    meta = {"codec": {**META["codec"], "codebook_size": 1024}, "tokenizer": {"vocab_size": 60000}}
-    folder = write(tmp_path / "x", utterances(5), meta=meta)
+    sizes = {"codec": {**META["codec"], "codebook_size": 1024}, "tokenizer": {**META["tokenizer"], "vocab_size": 60000}}
+    folder = write(tmp_path / "x", utterances(5), meta={**META, **sizes})
     assert len(getattr(TokenFiles(folder, "train"), read)(4))
     path = tmp_path / "x" / f"train.{file}"
     content = path.read_bytes()
     path.write_bytes(content[:-80] + b"\xff" * 80)
-    with pytest.raises(ValueError, match="train split is damaged .in its utterance 4.*prepare.py"):
+    with pytest.raises(ValueError, match="split is damaged .(in its utterance 4|train.index.npy has ).*prepare.py"):
         getattr(TokenFiles(folder, "train"), read)(4)
 
 
@@ -233,6 +238,92 @@ def test_an_index_of_other_files_is_noticed(tmp_path):
         np.save(tmp_path / "x/train.index.npy", wrong)
         with pytest.raises(ValueError, match="train split is damaged"):
             TokenFiles(folder, "train")
+
+
+@pytest.mark.parametrize("column, value, message", [
+    ("speaker", -1, "numbers below 0"), ("speaker", 2, "a speaker whom meta.json does not name"),
+    ("speaker", 10**9, "a speaker whom"), ("frames", 0, "an utterance without"), ("frames", 10**6, "frames beyond"),
+    ("first_frame", 2**62, "frames beyond"), ("text_start", 2**63 - 1, "text beyond"),
+    ("text_length", 999, "text beyond"), ("text_start", -5, "numbers below 0"),
+])  # fmt: skip
+def test_an_index_that_names_what_is_not_there(column, value, message, tmp_path):
+    folder = write(tmp_path / "x", utterances(5))
+    index = np.load(tmp_path / "x/train.index.npy")
+    index[3, data.INDEX_COLUMNS.index(column)] = value
+    np.save(tmp_path / "x/train.index.npy", index)
+    with pytest.raises(ValueError, match=f"train split is damaged .train.index.npy has {message}.*prepare.py"):
+        TokenFiles(folder, "train")
+    np.save(tmp_path / "x/train.index.npy", np.zeros_like(index))  # it would train on nothing
+    with pytest.raises(ValueError, match="an utterance without frames"):
+        TokenFiles(folder, "train")
+
+
+def every_field(x, path=()):
+    """The paths of all fields of a dict."""
+    for key in x if isinstance(x, dict) else ():
+        yield (*path, key)
+        yield from every_field(x[key], (*path, key))
+
+
+def test_meta_json_with_a_field_missing_or_of_another_kind(tmp_path):
+    """Each is one line of at most 400 characters when the folder is opened; only names may be any text."""
+    meta = {**META, "codec": {**META["codec"], "reference": {"rows_per_frame": 1, "silence": [0.0]}}}
+    train = [(*u, np.zeros((len(u[2]), 1))) for u in utterances(2)]
+    folder = write(tmp_path / "x", train, meta=meta, references=True)
+    content = json.loads((tmp_path / "x/meta.json").read_text())
+    taken = set()
+    for path in every_field(content):
+        for junk in ("gone", None, "x" * 5000, -1, 0.5, float("nan"), 10**30, [], {}, [1, "x"], True):
+            changed = json.loads(json.dumps(content))
+            place = changed
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = junk
+            if junk == "gone":
+                del place[path[-1]]
+            (tmp_path / "x/meta.json").write_text(json.dumps(changed))
+            try:
+                TokenFiles(folder, "train")
+                TokenFiles(folder, "val")
+                taken.add((path[-1], type(junk)))
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400 + len(folder) and folder in str(error)
+    texts = {(name, str) for name in ("name", "fingerprint", "kind", "sha256", "text_format")}
+    rates = {(name, kind) for name in ("sample_rate", "frame_rate") for kind in (float,)}
+    optional = {("reference", str), ("reference", type(None))}  # "gone" and None
+    ids = {("bos_id", int), ("eos_id", int), ("vocab_size", int), ("codebook_size", int), ("lowercase", bool)}
+    assert taken <= {*texts, *rates, *ids, *optional}
+    for junk in ("[" * 100000, "[1]", "null", '"x"'):
+        (tmp_path / "x/meta.json").write_text(junk)
+        with pytest.raises(ValueError, match="meta.json is damaged.*prepare.py"):
+            TokenFiles(folder, "train")
+
+
+def test_the_tokenizer_of_a_folder(tmp_path):
+    tokenizer = data.SentencePiece(data.train_tokenizer(["one two"] * 5, 280))
+    files = TokenFiles(write(tmp_path / "x", utterances(1), meta={**META, "tokenizer": tokenizer.describe()}), "train")
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        files.tokenizer()  # b"pieces"
+    (tmp_path / "x/tokenizer.model").write_bytes(tokenizer.model)
+    assert files.tokenizer().model == tokenizer.model
+    (tmp_path / "x/tokenizer.model").write_bytes(data.train_tokenizer(["three four"] * 5, 280))
+    with pytest.raises(ValueError, match="is not the tokenizer that meta.json describes .sha256 differs"):
+        files.tokenizer()
+
+
+def test_half_a_surrogate_pair_is_unknown():
+    tokenizer = data.SentencePiece(data.train_tokenizer(["one two"] * 5, 280))
+    assert tokenizer.unknown("one \ud83d") == {"\ud83d"}
+
+
+def test_features_that_are_not_finite_are_noticed(tmp_path):
+    meta = {**META, "codec": {**META["codec"], "reference": {"rows_per_frame": 2, "silence": [0.0, 0.0]}}}
+    train = [(*u, np.ones((2 * len(u[2]), 2))) for u in utterances(2)]
+    train[1][4][0] = np.nan
+    files = TokenFiles(write(tmp_path / "x", train, meta=meta, references=True), "train")
+    assert files.reference(0).shape == (2 * len(train[0][2]), 2)
+    with pytest.raises(ValueError, match="the reference of its utterance 1, from 0 on, is not finite"):
+        files.reference(1)
 
 
 def test_another_version_or_no_folder_is_refused(tmp_path):

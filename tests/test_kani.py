@@ -300,7 +300,7 @@ def test_ids_that_cannot_be():
     for options, message in (
         (dict(first_special=29), "first_special = 29 is one of 30 text ids"),
         (dict(vocab_size=103), "vocab_size = 103: text, special tokens and codes need 104"),
-        (dict(loss_on="text"), "'text': it is 'all', 'audio' or 'codebook'"),
+        (dict(loss_on="text"), "loss_on = 'text' must be all, audio or codebook"),
         (dict(backbone="lfm3"), "no transformer preset 'lfm3'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -653,9 +653,9 @@ RUN = [
 ]  # fmt: skip
 
 
-def run(data_dir, out_dir, *flags):
+def run(data_dir, out_dir, *flags, usual=RUN):
     """Train in this process, give back last.pt and the lines of metrics.jsonl."""
-    flags = [*RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    flags = [*usual, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     train.main(configurator.configure(train.__file__, flags))
     return models.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
@@ -688,7 +688,11 @@ def test_training_starts_from_published_weights(tokens, tmp_path):
     meta = TokenFiles(tokens, "train").meta
     model = models.build("kani", meta, dict(backbone={**STACK, "rope_theta": 1e6}))
     published.export(model, tmp_path / "weights")
-    checkpoint, lines = run(tokens, tmp_path / "out", f"--init_from={tmp_path / 'weights'}", "--max_iters=4")
+    flags = [f"--init_from={tmp_path / 'weights'}", "--max_iters=4"]
+    with pytest.raises(ValueError, match="--backbone: backbone = .* but .*weights was trained with {'n_layer': 4"):
+        run(tokens, tmp_path / "out", *flags)
+    usual = [flag for flag in RUN if not flag.startswith("--backbone")]
+    checkpoint, lines = run(tokens, tmp_path / "out", *flags, usual=usual)
     started = models.load_model({**checkpoint, "model": model.state_dict()}).config
     assert started == model.config and lines[-1]["loss"] < lines[0]["loss"]
     assert Voice.from_checkpoint(tmp_path / "out/best.pt", "cpu").say("one", cap_seconds=1.0).isfinite().all()

@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 
 import numpy as np
 import pytest
@@ -449,6 +450,7 @@ def refused(call, *words):
 
 @pytest.mark.parametrize("options, words", [
     (dict(rank=0), ["rank = 0", "at least 1"]),
+    (dict(rank=10**9), ["rank = 1000000000 is above"]),
     (dict(alpha=0), ["alpha = 0", "above 0"]),
     (dict(alpha=float("nan")), ["alpha = nan"]),
     (dict(dropout=1.0), ["dropout = 1.0", "below 1"]),
@@ -497,10 +499,16 @@ def test_refused_adapters():
     refused(lambda: load_adapter(own, {"weights": {}, "rank": 2}), "lacks alpha, dropout, rs, base")
     weights = state["weights"]
     a = weights["two.lora_a"]
-    for bad, word in (({**weights, "two.lora_a": a[:1]}, "do not fit"), ({"two.lora_a": a}, "do not fit"),
-                      ({**weights, "two.lora_c": a}, "do not fit"), ({}, "no linear layer"),
-                      ({"ghost.lora_a": a}, "ghost")):  # fmt: skip
+    for bad, word in (({**weights, "two.lora_a": a[:1]}, "two.lora_a has shape"), ({}, "no linear layer"),
+                      ({**weights, "two.lora_c": a}, "holds two.lora_c"), ({"two.lora_a": a}, "lacks two.lora_b"),
+                      ({**weights, "two.lora_a": a * math.nan}, "two.lora_a holds NaN"),
+                      ({**weights, "two.lora_a": a.long()}, "two.lora_a is int64, not float32"),
+                      ({**weights, "two.lora_a": [1.0]}, "two.lora_a is [1.0], not a tensor"),
+                      ({"ghost.lora_a": a}, "ghost"), ([1], "weights is [1]"), ({5: a}, "weights is")):  # fmt: skip
         refused(lambda bad=bad: load_adapter(own, {**state, "weights": bad}), word)
+    for field, value in (("rank", 0), ("rank", "x"), ("alpha", math.nan), ("dropout", 1), ("rs", 1), ("base", 5)):
+        refused(lambda bad={field: value}: load_adapter(own, {**state, **bad}), f"'default' is damaged: {field} is")
+    refused(lambda: set_adapter(model, {**state, "weights": None}), "weights is None")
     assert all(p.requires_grad for m in (other, own) for p in m.parameters()) and not adapters(own)
     load_adapter(own, state)
     refused(lambda: load_adapter(own, state), "already")
@@ -514,5 +522,5 @@ def test_an_adapter_that_is_there_takes_other_matrices():
     set_adapter(other, adapter_state(model))
     assert torch.equal(logits(other), logits(model))
     add_lora(model, 3, 4, targets=["attn"], name="larger")
-    with pytest.raises(ValueError, match="the matrices of adapter 'default' do not fit"):
+    with pytest.raises(ValueError, match=r"adapter 'default': \S+lora_a has shape \(3, 32\), not \(2, 32\)"):
         set_adapter(other, adapter_state(model, "larger"))

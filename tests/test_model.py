@@ -215,7 +215,17 @@ def test_recompute_gives_the_same_gradients():
     ({**STACK, "head_dim": 5}, "the width even"),
     ({**STACK, "layers": "a"}, "one letter, a or c, for each of 2 layers"),
     ({**STACK, "layers": "ab"}, "one letter, a or c"),
-    ({**STACK, "feed_forward": "relu"}, "it is swiglu, geglu or gelu"),
+    ({**STACK, "feed_forward": "relu"}, "feed_forward = 'relu' must be swiglu, geglu or gelu"),
+    ({**STACK, "n_layer": "x"}, "n_layer = 'x' is not of type int"),
+    ({**STACK, "n_layer": 10**30}, "n_layer = 10+ is too large a number"),
+    ({**STACK, "n_head": 0}, "n_head = 0 must be >= 1"),
+    ({**STACK, "d_model": -8}, "d_model = -8 must be >= 1"),
+    ({**STACK, "d_model": 18, "n_head": 4}, "d_model = 18 is not a multiple of n_head = 4"),
+    ({**STACK, "d_ff": 0}, "d_ff = 0 must be >= 1"),
+    ({**STACK, "dropout": 1.0}, "dropout = 1.0 must be >= 0 and < 1"),
+    ({**STACK, "norm_eps": -1}, "norm_eps = -1 must be >= 0"),
+    ({**STACK, "rope_scaling": (32.0, 1.0)}, "rope_scaling = .*4 numbers"),
+    ({**STACK, "rope_theta": math.nan}, "rope_theta = nan must be finite"),
 ])  # fmt: skip
 def test_transformer_config_refuses(given, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -349,9 +359,11 @@ def test_build_refuses_what_does_not_fit():
     meta = json.loads(json.dumps(META))
     options = dict(backbone="llama-1M", decoder="llama-300K")
     for change, message in (
-        ({"decoder_fraction": 0.0}, "not in"),
-        ({"decoder_chunk": -1}, "is negative"),
-        ({"stop": "never"}, "'class' or 'zeros'"),
+        ({"decoder_fraction": 0.0}, "decoder_fraction = 0.0 must be > 0 and <= 1"),
+        ({"decoder_chunk": -1}, "decoder_chunk = -1 must be >= 0"),
+        ({"decoder_loss_weight": math.inf}, "decoder_loss_weight = inf must be finite"),
+        ({"dropout": 1.0}, "dropout = 1.0 must be >= 0 and < 1"),
+        ({"stop": "never"}, "stop = 'never' must be class or zeros"),
         ({"backbone": "big"}, "no transformer preset"),
         ({"decoder": {**STACK, "max_positions": 4}}, "positions are fewer"),
     ):
@@ -786,7 +798,7 @@ def checkpoint_of(model, **more):
 
 def test_checkpoint_round_trip(tmp_path):
     model, path = tiny(stop="zeros", backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192))), tmp_path / "x.pt"
-    models.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"model": b"bytes"}))
+    models.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"kind": "x", "model": b"bytes"}))
     assert os.listdir(tmp_path) == ["x.pt"]
     checkpoint = models.load_checkpoint(path)
     again = models.load_model(checkpoint)
@@ -842,11 +854,11 @@ def test_files_that_are_no_checkpoint(tmp_path):
     }  # fmt: skip
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is (truncated or not a|not a parlando-1) checkpoint") as e:
+        with pytest.raises(ValueError, match=f"{name} is (truncated or )?not a checkpoint") as e:
             models.load_checkpoint(tmp_path / name)
         assert "\n" not in str(e.value)
     torch.save({"evil": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match="evil.pt is not a checkpoint: it cannot be read without running code"):
         models.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
     for foreign in ({"model_state": {}}, [1, 2], torch.zeros(3), {"format": "parlando-0"}):
@@ -859,9 +871,9 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("projection.weight"), "the weights lack projection.weight"),
-    (lambda w: w.update(extra=torch.zeros(1)), "the weights hold extra, which the model does not have"),
-    (lambda w: w.update(codebook0_head=torch.zeros(5, 32)), r"_head has shape \(5, 32\), the model needs \(19, 32\)"),
+    (lambda w: w.pop("projection.weight"), "the checkpoint lacks projection.weight"),
+    (lambda w: w.update(extra=torch.zeros(1)), "the checkpoint holds extra, which the model does not have"),
+    (lambda w: w.update(codebook0_head=torch.zeros(5, 32)), r"_head has shape \(5, 32\), not \(19, 32\)"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit(change, message):
     checkpoint = checkpoint_of(tiny())
@@ -870,3 +882,67 @@ def test_weights_that_do_not_fit(change, message):
         models.load_model(checkpoint)
     with pytest.raises(ValueError, match="architecture 'tacotron', this code has csm"):
         models.load_model({**checkpoint, "arch": "tacotron"})
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w["projection.weight"].view(-1)[3:4].fill_(math.nan), "projection.weight holds NaN or infinity"),
+    (lambda w: w["codebook0_head"].view(-1)[-1:].fill_(-math.inf), "codebook0_head holds NaN or infinity"),
+    (lambda w: w.update({"projection.weight": w["projection.weight"].long()}), "projection.weight is int64, not f"),
+    (lambda w: w.update({"projection.weight": w["projection.weight"] + 0j}), "projection.weight is complex64"),
+    (lambda w: w.update({"projection.weight": None}), "projection.weight is None, not a tensor"),
+])  # fmt: skip
+def test_weights_that_are_no_numbers_are_named(change, message, tmp_path):
+    checkpoint = checkpoint_of(tiny())
+    checkpoint["model"] = {name: w.clone() for name, w in checkpoint["model"].items()}
+    change(checkpoint["model"])
+    models.save_checkpoint(tmp_path / "x.pt", checkpoint)
+    with pytest.raises(ValueError, match=f"x.pt: {message}"):
+        models.from_pretrained(tmp_path / "x.pt")
+
+
+def test_a_model_that_diverged_fails_the_contract_in_one_line():
+    model = tiny()
+    model.backbone.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="contract check failed: the model's logits are NaN"):
+        models.contract_check(model, *utterance())
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("model_config", {"n_codebooks": "x"}, "x.pt, model_config, is damaged: n_codebooks is 'x', not a whole number"),
+    ("model_config", {"backbone": [1]}, r"model_config, backbone, is damaged: it holds \[1\]"),
+    ("model_config", {"decoder_fraction": math.nan}, "decoder_fraction is nan, not a number"),
+    ("train", {"batches": {"epoch": 0}}, "x.pt, train, is damaged: optimizers is missing"),
+    ("tokenizer", {"kind": "x", "model": "text"}, "x.pt, tokenizer, is damaged: model is 'text', not bytes"),
+    ("codec", {"name": "mel", "options": {5: 6}}, "x.pt, codec, is damaged: options is"),
+    ("meta", {"tokenizer": 5}, "x.pt, meta, tokenizer, is damaged: it holds 5"),
+    ("iter", None, None),
+])  # fmt: skip
+def test_fields_of_another_kind(name, change, message, tmp_path):
+    checkpoint = checkpoint_of(tiny())
+    known = checkpoint.get(name)
+    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, name: {**known, **change} if known and change else change})
+    if message is None:
+        with pytest.raises(ValueError, match="x.pt lacks .*iter.*: train.py writes whole ones"):
+            models.load_checkpoint(tmp_path / "x.pt", needed=models.WHOLE)
+        return
+    with pytest.raises(ValueError, match=message):
+        models.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_an_adapter_without_its_base(tmp_path):
+    for base, error, message in (("gone.pt", FileNotFoundError, "x.pt is an adapter on .*gone.pt, which is not there"),
+                                 ("x.pt", ValueError, "x.pt is damaged: it is an adapter on itself")):  # fmt: skip
+        models.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
+        with pytest.raises(error, match=message):
+            models.from_pretrained(tmp_path / "x.pt")
+
+
+def test_another_file_in_place_of_a_checkpoint(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/meta.json").write_text("{}")
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    (tmp_path / "a.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}  ")
+    for name, message in (("tokens", "no such checkpoint, it is a folder of token"), ("a.wav", "it is a recording"),
+                          ("a.safetensors", "it is a safetensors file")):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            models.load_checkpoint(tmp_path / name)

@@ -668,11 +668,22 @@ BAD = {
     "json that is no tokenizer": (["--tokenizer=broken.jsonl"], "broken.jsonl: the tokenizer is not a tokenizer.json"),
     "nothing to extend": (["--extend_vocab=9"], "no tokenizer to extend"),
     "no way to extend": (["--extend_vocab=9", "--tokenizer=prose.csv"], "prose.csv is no tokenizer.json"),
-    "limit below 0": (["--max_text_tokens=-1"], "max_text_tokens = -1 is below 0"),
+    "limit below 0": (["--max_text_tokens=-1"], "max_text_tokens = -1 must be >= 0"),
     "text_format": (["--text_format={txt}"], "text_format"),
+    "workers": (["--workers=-1"], "workers = -1 must be >= 0 and <= 1024"),
+    "too many workers": (["--workers=1000000"], "workers = 1000000 must be >= 0 and <= 1024"),
+    "max_bad below 0": (["--max_bad=-1"], "max_bad = -1.0 must be >= 0 and <= 1"),
+    "max_bad without end": (["--max_bad=1e999"], "max_bad = inf must be finite"),
+    "max_tokens of nothing": (["--max_tokens=0"], "max_tokens = 0 must be >= 1"),
+    "batches below 0": (["--batch_seconds=-1"], "batch_seconds = -1.0 must be > 0"),
+    "codec option without end": (["--codec_args={'frame_rate': 1e999}"], "must be finite"),
+    "batches of a codec without": (["--batch_seconds=9"], "batch_seconds = 9.0 has no effect: the codec mel encodes"),
+    "fit of a published codec": (["--codec=xtts", "--codec_args={}", "--fit_seconds=9"], "codec xtts is not fitted"),
+    "two vocabularies": (["--tokenizer=prose.csv", "--vocab_size=9"], "vocab_size = 9 has no effect: tokenizer = "),
+    "two ways to split": (["--heldout=prose.csv", "--val_fraction=0.3"], "val_fraction = 0.3 has no effect: heldout"),
+    "key of train.py": (["--max_iters=9"], "--max_iters: max_iters is a key of train.py and has no effect here"),
     "language for nothing": (["--language=en"], "has no {language}"),
     "no language": (["--text_format=[{language}]{text}"], "give the language"),
-    "workers": (["--workers=-1"], "workers"),
     "missing held-out list": (["--heldout=nowhere.txt"], "nowhere.txt"),
     "held-out list of others": (["--heldout=prose.csv"], "2 of its 2 ids are of no utterance: 'Dear', 'you'"),
     "all held out": (["--val_fraction=1"], "the train split is empty"),
@@ -703,7 +714,8 @@ def yard(tmp_path_factory):
 def test_bad_input_gets_one_line(case, yard, monkeypatch, capsys):
     argv, message = BAD[case]
     monkeypatch.chdir(yard)
-    defaults = ["--sources=raw", "--data_dir=t", f"--codec_args={TINY}", "--val_fraction=0.3", "--workers=1"]
+    defaults = ["--sources=raw", "--data_dir=t", f"--codec_args={TINY}", "--workers=1"]
+    defaults += [] if any("--heldout" in arg for arg in argv) else ["--val_fraction=0.3"]
     monkeypatch.setattr(sys, "argv", ["prepare.py", *defaults, *argv])
     before = set(os.listdir(yard))
     with pytest.raises(SystemExit) as stop:
@@ -720,4 +732,4 @@ def test_the_two_scripts_agree_on_shared_keys():
         if (ROOT / name).exists():
             other = configurator.read_defaults(ROOT / name)
             for key in ("max_tokens", "data_dir", "device"):
-                assert key not in other or other[key][0] == mine[key][0], key
+                assert key not in other or other[key].default == mine[key].default, key

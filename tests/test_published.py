@@ -1,8 +1,10 @@
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import model as models
 import published
 import train
 from model import AUDIO, CSM, TEXT, CSMConfig, contract_check, from_pretrained
+from parts.tensors import Inert
 
 ROOT = Path(published.__file__).parent
 ORIGINAL, PORT = published.CSM_ORIGINAL, published.CSM_TRANSFORMERS
@@ -356,7 +359,7 @@ class Evil:
 def test_pickles_run_no_code(original, tmp_path):
     write(tmp_path, {"model": original, "config": Stranger()}, name="x.pt")
     same_weights(from_pretrained(tmp_path), published.assemble(ORIGINAL, original, HEADS, "weights"))
-    assert type(published.read_pickle(tmp_path / "x.pt")["config"]) is published.Inert
+    assert type(published.read_pickle(tmp_path / "x.pt")["config"]) is Inert
     for zipped in (True, False):
         torch.save({"model": original, "evil": Evil(str(tmp_path / "made"))}, tmp_path / "x.pt",
                    _use_new_zipfile_serialization=zipped)  # fmt: skip
@@ -506,6 +509,51 @@ def test_files_that_are_no_weights(original, tmp_path):
         from_pretrained(tmp_path / "empty")
 
 
+def test_pickles_and_indexes_that_lead_in_circles(original, tmp_path):
+    circle = {}
+    circle["model"] = circle
+    torch.save(circle, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt holds no weights of a layout known here"):
+        from_pretrained(tmp_path / "x.pt")
+    index = tmp_path / "m.safetensors.index.json"
+    for shard in (index.name, 5, ["a"], "../m.safetensors", "/etc/passwd", "config.json"):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(ValueError, match="index.json names .* which is no safetensors file beside it"):
+            from_pretrained(index)
+    write(tmp_path, original)
+    for junk, message in (
+        ("[" * 100_000, "config.json is not JSON"),
+        ('{"depth_decoder_config": 5}', "safetensors: "),
+        (json.dumps({**HEADS, "rms_norm_eps": "x"}), "norm_eps is 'x', not a number"),
+        (json.dumps({**HEADS, "parlando": {"text_bos": "x"}}), "text_bos is 'x', not a whole number"),
+    ):
+        (tmp_path / "config.json").write_text(junk)
+        with pytest.raises(ValueError, match=message) as error:
+            from_pretrained(tmp_path / "model.safetensors")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(original, tmp_path, name, value):
+    weights = {key: w.clone() for key, w in original.items()}
+    weights["projection.weight"][1, 2] = value
+    with pytest.raises(ValueError, match=f"{name}: projection.weight holds NaN or infinity"):
+        from_pretrained(write(tmp_path, weights, name=name))
+
+
+def test_weights_of_the_second_kani_are_refused(tmp_path):
+    stack = dict(n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24, layers="ca", rope_theta=1e6, qk_norm=True)
+    model = models.Kani(models.KaniConfig(text_vocab_size=50, n_codebooks=3, codebook_size=16, backbone=stack))
+    published.export(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert from_pretrained(tmp_path).config.n_codebooks == 3
+    for word in ("audio_step", "tokens_per_frame"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, word: 4}))
+        with pytest.raises(ValueError, match=f"config.json has {word}: these are weights of KaniTTS-2"):
+            from_pretrained(tmp_path)
+
+
 def test_without_safetensors_the_error_says_what_to_install(original, tmp_path, monkeypatch):
     write(tmp_path, original)
     monkeypatch.setitem(sys.modules, "safetensors", None)
@@ -578,10 +626,12 @@ def released(tokens, tmp_path):
 
 
 def test_training_starts_from_them_and_goes_on(tokens, released, tmp_path):
-    from test_train import exact, run
+    from test_train import TINY, exact
+    from test_train import run as run_tiny
 
     from sample import Voice
 
+    run = partial(run_tiny, usual=[flag for flag in TINY if not flag.startswith(("--backbone", "--decoder="))])
     folder, model = released
     flags = [f"--init_from={folder}", "--lr_schedule=constant", "--warmup_iters=0", "--dropout=0.1"]
     begun, _ = run(tokens, tmp_path / "still", *flags, "--max_iters=1", "--learning_rate=1e-12", "--weight_decay=0")

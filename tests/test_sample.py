@@ -1,4 +1,7 @@
+import math
 import os
+import random
+import re
 import subprocess
 import sys
 import types
@@ -387,6 +390,33 @@ def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
             run("--ckpt", given, "--text=one", "--out_dir", out_dir)
 
 
+def test_several_checkpoints_stay_inside_out_dir(ckpt, tmp_path, monkeypatch):
+    for folder in ("x/a", "x/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "best.pt").write_bytes(Path(ckpt).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    run("--ckpt", "x/b/../a/best.pt,x/a/../b/best.pt", "--text=one", "--out_dir=y/z")
+    assert sorted(os.listdir("y")) == ["z"] and sorted(os.listdir("y/z")) == ["a", "b", "index.html"]
+    (tmp_path / "x/best.pt").write_bytes(Path(ckpt).read_bytes())
+    run("--ckpt", "x/a/../best.pt,x/a/best.pt", "--text=one", "--out_dir=y/z")
+    assert sorted(os.listdir("y")) == ["z"] and sorted(os.listdir("y/z")) == ["a", "b", "index.html", "x"]
+    (tmp_path / "a,b.pt").write_bytes(Path(ckpt).read_bytes())
+    run("--ckpt", "a,b.pt", "--text=one", "--out_dir=one")
+    assert os.listdir("one") == ["000.wav"]
+
+
+def test_keys_without_effect(ckpt, checkpoint, tmp_path, capsys):
+    mute = {**checkpoint, "meta": {**checkpoint["meta"], "text_format": "[slt]{text}"}}
+    models.save_checkpoint(tmp_path / "x.pt", mute)
+    with pytest.raises(ValueError, match=r"--speaker: speaker = 'awb' has no effect: text_format = '\[slt\]{text}'"):
+        run("--ckpt", tmp_path / "x.pt", "--text=one", "--speaker=awb", "--out_dir", tmp_path / "out")
+    (tmp_path / "recipe.py").write_text("rounds = 3\nwhole_frames = False\n")
+    run("--ckpt", ckpt, "--text=one", tmp_path / "recipe.py", "--out_dir", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert f"warning: {tmp_path}/recipe.py: rounds = 3 has no effect: arch = 'csm' has no such key" in out
+    assert "whole_frames" not in out and (tmp_path / "out/000.wav").exists()
+
+
 def test_settings_reach_the_voice(ckpt, recording, tmp_path):
     how = dict(speaker="awb", temperature=0.7, top_k=9, top_p=0.9, seed=4, cap_seconds=2.0)
     flags = [f"--{key}={value}" for key, value in how.items()]
@@ -462,26 +492,32 @@ def refused(out_dir, *argv):
         (["--text=one", "--speaker=bob"], "speaker 'bob' is not known, there are: "),
         (["--text=one", "--reference=me.wav"], "cloning takes a recording and its transcript"),
         (["--text=one", "--reference=me.wav", "--reference_text= "], "cloning takes a recording and its transcript"),
-        (["--text=one", "--reference_text=two"], "cloning takes a recording and its transcript"),
+        (["--text=one", "--reference_text=two"], "reference_text = 'two' has no effect: no reference is given"),
         (["--text=one", "--reference=none.wav", "--reference_text=two"], "none.wav"),
         (["--text=one", "--reference=hole.txt", "--reference_text=two"], "hole.txt"),
-        (["--text=one", "--temperature=-1"], "temperature = -1.0: it must be 0 or more"),
-        (["--text=one", "--top_k=-1"], "top_k = -1: it must be 0 or more"),
-        (["--text=one", "--top_p=0"], "top_p = 0.0: it must be above 0"),
-        (["--text=one", "--cap_seconds=-1"], "cap_seconds = -1.0: it must be 0 or more"),
-        (["--text=one", "--dtype=int8"], "dtype = 'int8': it is float32"),
+        (["--text=one", "--temperature=-1"], "temperature = -1.0 must be >= 0"),
+        (["--text=one", "--top_k=-1"], "top_k = -1 must be >= 0"),
+        (["--text=one", "--top_p=0"], "top_p = 0.0 must be > 0 and <= 1"),
+        (["--text=one", "--cap_seconds=-1"], "cap_seconds = -1.0 must be >= 0"),
+        (["--text=one", "--dtype=int8"], "dtype = 'int8' must be float32, bfloat16 or float16"),
         (["--text=one", "--device=toaster"], "device = 'toaster' is not to be had here"),
         (["--text=one", "--codec_path=other"], "fingerprint"),
         (["--text=one", "--codec_path=hole.txt"], "hole.txt: not a codec table"),
         (["--text=" + "one two three " * 100], "positions"),
         (["--text=one", "--ckpt="], "no checkpoint given"),
         (["--text=one", "--ckpt=none.pt"], "none.pt: no such checkpoint"),
-        (["--text=one", "--ckpt=hole.txt"], "hole.txt is truncated or not a checkpoint"),
+        (["--text=one", "--ckpt=hole.txt"], "hole.txt is not a checkpoint, it is a text"),
         (["--text=one", "--ckpt=cut.pt"], "cut.pt is truncated or not a checkpoint"),
         (["--text=one", "--ckpt=foreign.pt"], "foreign.pt is not a parlando-1 checkpoint"),
-        (["--text=one", "--ckpt=mute.pt"], "mute.pt cannot speak, it lacks probe"),
+        (["--text=one", "--ckpt=mute.pt"], "mute.pt lacks probe: train.py writes whole ones"),
         (["--text=one", "--ckpt=."], "no such checkpoint"),
         (["--text=one", "--temprature=1"], "temperature"),
+        (["--text=one", "--ckpt=*.pt"], "*.pt: no such checkpoint"),
+        (["--text=one", "--ckpt=cut.pt,none.pt"], "none.pt: no such checkpoint, one of 2 between commas"),
+        (["--text=one", "--ckpt=cut.pt,"], "'': no such checkpoint, one of 2 between commas"),
+        (["--text=one", "--repetition_penalty=-1"], "repetition_penalty = -1.0 must be > 0"),
+        (["--text=one", "--whole_frames=True"], "--whole_frames: whole_frames is a key of train.py"),
+        (["--text=one", "--guidance=2"], "--guidance: guidance = 2.0 has no effect: arch = 'csm' has no such key"),
     ],
 )
 def test_refused(argv, message, ckpt, checkpoint, recording, tmp_path, monkeypatch):
@@ -531,3 +567,104 @@ def test_voice_takes_what_train_has(checkpoint):
     wav = voice.say("one two", temperature=0, cap_seconds=1)
     assert wav.dtype == torch.float32 and torch.isfinite(wav).all()
     assert isinstance(voice.frames("one"), types.GeneratorType)
+
+
+def test_lines_end_at_line_ends_only(tmp_path):
+    odd = "one\u2028two\x85three\x0bfour\x0cfive\x1csix"
+    (tmp_path / "l.txt").write_bytes(f"\ufeff{odd}\r\ntwo\rthree\nfour\n\n".encode())
+    assert sample.read_lines("", tmp_path / "l.txt") == [odd, "two", "three", "four"]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("one two three " * 100, "l.txt: line 2: the text is too long: its .* leave none of the model's 256 positions"),
+    ("\ufeff", "l.txt: line 2: the text is empty"),
+])  # fmt: skip
+def test_the_line_that_is_refused_is_named(line, message, ckpt, tmp_path):
+    (tmp_path / "l.txt").write_text(f"one\n{line}\ntwo\n", encoding="utf-8")
+    assert re.search(message, refused(tmp_path / "out", "--ckpt", ckpt, f"--file={tmp_path}/l.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_checkpoints_are_checked_before_the_first_speaks(ckpt, checkpoint, tmp_path):
+    (tmp_path / "b").mkdir()
+    models.save_checkpoint(tmp_path / "b/best.pt", {**checkpoint, "probe": {}})
+    said = refused(tmp_path / "out", f"--ckpt={ckpt},{tmp_path}/b/best.pt", "--text=one")
+    assert "b/best.pt is damaged: its probe" in said
+    assert not list(tmp_path.rglob("*.wav"))
+
+
+def test_nothing_is_written_outside_of_out_dir(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        os.mkdir(name)
+        models.save_checkpoint(f"{name}/best.pt", checkpoint)
+    os.mkdir("a/c")
+    run("--ckpt=a/c/../best.pt,b/best.pt", "--text=one", "--out_dir=x/y", "--cap_seconds=0.2")
+    assert sorted(str(path) for path in Path("x").rglob("*.*")) == ["x/y/a/000.wav", "x/y/b/000.wav", "x/y/index.html"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_model_that_diverged_says_so(voice, monkeypatch, temperature, first):
+    """From its first logits on, or later, with draws and without."""
+    right, calls = models.CSM._frame, []
+
+    def wrong(self, state, cache, choose):
+        calls.append(0)
+        return right(self, state * math.nan if len(calls) > first else state, cache, choose)
+
+    monkeypatch.setattr(models.CSM, "_frame", wrong)
+    with pytest.raises(ValueError, match="logits are not finite: its training run diverged"):
+        talkative(voice).say("one two", temperature=temperature, cap_seconds=1)
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(ckpt, tmp_path):
+    argv = [sys.executable, str(ROOT / "sample.py"), "--ckpt", ckpt, "--text=one two", "--out_dir=-"]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    said = child.stderr.read().decode()
+    child.stderr.close()
+    assert child.wait() == 1 and "error" not in said.lower() and "Traceback" not in said
+
+
+def everything(x, path=()):
+    """The paths of all fields of a checkpoint but its single tensors."""
+    for key in x if isinstance(x, dict) and path != ("model",) else ():
+        yield (*path, key)
+        yield from everything(x[key], (*path, key))
+
+
+def changed(x, path, value):
+    return {**x, path[0]: changed(x[path[0]], path[1:], value) if path[1:] else value}
+
+
+def test_fields_of_another_kind_are_one_line(checkpoint, tmp_path):
+    """A seeded share of what can be changed: each is refused in a line, or it speaks as if nothing was."""
+    rng, path = random.Random(0), tmp_path / "x.pt"
+    junk = [None, "x" * 5000, -1, 0.5, math.nan, 10**30, [], {}, [1, "x"], torch.zeros(2), b"x"]
+    cases = [(field, value) for field in everything(checkpoint) for value in junk]
+    refusals = 0
+    for field, value in rng.sample(cases, 60):
+        models.save_checkpoint(path, changed(checkpoint, field, value))
+        try:
+            Voice.from_checkpoint(path).say("one", cap_seconds=0.2)
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 400 + len(str(path)), (field, value)
+            refusals += 1
+    assert refusals > 40
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"probe": {"text": torch.tensor([10**6]), "codes": torch.zeros(4, 3).long()}}, "codes that the model has not"),
+    ({"probe": {"text": torch.tensor([3]), "codes": torch.zeros(4, 2).long()}}, "its probe is no utterance"),
+    ({"codec_fingerprint": "0"}, "the codec's fingerprint is"),
+    ({"config": {"temperature": "x"}}, "config is damaged: temperature is 'x', not a number"),
+])  # fmt: skip
+def test_parts_that_do_not_belong_together(checkpoint, tmp_path, change, message):
+    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, **change})
+    with pytest.raises(ValueError, match=f"x.pt.*{message}"):
+        Voice.from_checkpoint(tmp_path / "x.pt")
+    other = data.train_tokenizer(["six seven"] * 5, 280)
+    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "tokenizer": {"kind": "sentencepiece", "model": other}})
+    with pytest.raises(ValueError, match="x.pt is damaged: its tokenizer is not the one"):
+        Voice.from_checkpoint(tmp_path / "x.pt")

@@ -64,9 +64,9 @@ def tokens(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
-def run(data_dir, out_dir, *flags):
+def run(data_dir, out_dir, *flags, usual=TINY):
     """Train in this process, give back last.pt and the lines of metrics.jsonl."""
-    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    flags = [*usual, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     train.main(configurator.configure(train.__file__, flags))
     return load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
@@ -159,6 +159,8 @@ def test_an_adapter_is_merged_into_what_is_trained_further_or_trained_further_it
     for name, p in expected.state_dict().items():
         torch.testing.assert_close(merged["model"][name], p)
     further, _ = run(tokens, tmp_path / "c", f"--init_from={adapted}", *LORA, "--max_iters=1", "--learning_rate=0.0")
+    with pytest.raises(ValueError, match="--lora_rank: lora_rank = 7, but .*best.pt was trained with"):
+        run(tokens, tmp_path / "d", f"--init_from={adapted}", *LORA, "--max_iters=1", "--lora_rank=7")
     assert further["base"] == base
     same(further["model"], load_checkpoint(adapted)["model"])
 
@@ -198,7 +200,9 @@ def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
     (["--lora_rank=2"], "name them by init_from"),
     (["--init_from={base}", "--lora_rank=2", "--freeze=['backbone']"], "freeze and lora_rank"),
     (["--init_from={base}", "--lora_rank=2", "--lora_targets=['nowhere']"], "'nowhere' finds no nn.Linear"),
-    (["--init_from={base}", "--lora_rank=2", "--lora_base_dtype=float16"], "it is float32, bfloat16"),
+    (["--init_from={base}", "--lora_rank=9000"], "rank = 9000 is above"),
+    (["--init_from={base}", "--lora_alpha=2"], "lora_alpha = 2.0 has no effect: lora_rank = 0"),
+    (["--init_from={base}", "--lora_rank=2", "--lora_base_dtype=float16"], "must be float32 or bfloat16"),
 ])  # fmt: skip
 def test_lora_refuses(tokens, base, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -652,9 +656,11 @@ def test_a_run_is_not_overwritten_by_accident(tokens, tmp_path):
 def test_fine_tuning_starts_from_the_weights(tokens, tmp_path):
     run(tokens, tmp_path / "a", "--max_iters=4", "--ema=0.5")
     best = load_checkpoint(tmp_path / "a/best.pt")
-    flags = ["--max_iters=1", "--learning_rate=0.0", "--dropout=0.3", "--decoder_fraction=0.5", "--backbone=llama-1B"]
+    flags = ["--max_iters=1", "--learning_rate=0.0", "--dropout=0.3", "--decoder_fraction=0.5"]
     tuned, lines = run(tokens, tmp_path / "b", f"--init_from={tmp_path}/a/best.pt", *flags)
-    same(dict(best["ema"]), dict(tuned["model"]))  # the sizes are the checkpoint's, whatever backbone says
+    same(dict(best["ema"]), dict(tuned["model"]))
+    with pytest.raises(ValueError, match="backbone = 'llama-1B', but .*best.pt was trained with {'n_layer': 1"):
+        run(tokens, tmp_path / "c", f"--init_from={tmp_path}/a/best.pt", *flags, "--backbone=llama-1B")
     assert lines[0]["iter"] == 1
     assert tuned["model_config"]["backbone"] == {**best["model_config"]["backbone"], "dropout": 0.3}
     assert tuned["model_config"]["decoder_fraction"] == 0.5
@@ -669,19 +675,19 @@ def trained(tokens, tmp_path_factory):
 
 @pytest.mark.parametrize("flags, message", [
     (["--dtype=float16"], "float16' needs a GPU, not cpu"),
-    (["--dtype=float8"], "dtype = 'float8': it is float32"),
-    (["--lr_schedule=cosin"], "lr_schedule = 'cosin': it is multistep"),
+    (["--dtype=float8"], "dtype = 'float8' must be float32, bfloat16 or float16"),
+    (["--lr_schedule=cosin"], "lr_schedule = 'cosin' must be multistep, cosine"),
     (["--lr_schedule=multistep"], "multistep needs ascending steps"),
     (["--lr_schedule=multistep", "--milestones=[20, 10]"], "multistep needs ascending steps"),
     (["--lr_schedule=multistep", "--milestones=[1, 10]"], "ascending steps from 2 on"),
-    (["--lr_schedule=multistep", "--milestones=['10']"], "multistep needs ascending steps"),
+    (["--lr_schedule=multistep", "--milestones=['10']"], "must hold int only"),
     (["--lr_decay_iters=1"], "lr_decay_iters = 1 comes before warmup_iters = 2"),
     (["--min_lr=0.1"], "min_lr = 0.1 is above learning_rate"),
-    (["--ema=1.0"], "ema = 1.0: it must be in"),
+    (["--ema=1.0"], "ema = 1.0 must be >= 0 and < 1"),
     (["--learning_rate=nan"], "learning_rate"),
-    (["--learning_rate=-0.1"], "learning_rate = -0.1: it must be 0 or more"),
-    (["--max_iters=0"], "max_iters = 0: it must be at least 1"),
-    (["--voice_prompt=1.5"], "voice_prompt = 1.5: it must be in"),
+    (["--learning_rate=-0.1"], "learning_rate = -0.1 must be >= 0"),
+    (["--max_iters=0"], "max_iters = 0 must be >= 1"),
+    (["--voice_prompt=1.5"], "voice_prompt = 1.5 must be >= 0 and <= 1"),
     (["--backbone=llama-2M"], "no transformer preset 'llama-2M'"),
     (["--arch=gpt"], "arch = 'gpt'"),
     (["--max_tokens=8"], "more than max_tokens = 8"),
@@ -698,6 +704,48 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tokens, tmp_path, 
         run(tokens, tmp_path / "out", *flags)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out/last.pt").exists() and not (tmp_path / "out/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--arch=kani"], "--decoder: decoder = .* has no effect: arch = 'kani' has no such key"),
+    (["--n_latents=4"], "--n_latents: n_latents = 4 has no effect: arch = 'csm' has no such key"),
+    (["--guidance=2"], "guidance = 2.0 has no effect: arch = 'csm'"),
+    (["--reference_seconds=[1,2]"], "reference_seconds = .* arch = 'csm' reads no voice off a recording"),
+    (["--gamma=0.1"], "gamma = 0.1 has no effect: lr_schedule = 'cosine', not 'multistep'"),
+    (["--milestones=[5]"], "milestones = .* has no effect: lr_schedule = 'cosine'"),
+    (["--lr_schedule=multistep", "--milestones=[50]", "--max_iters=50"], "milestones = .* max_iters = 50 comes first"),
+    (["--lr_schedule=constant", "--min_lr=0.0001"], "min_lr = 0.0001 has no effect: lr_schedule = 'constant'"),
+    (["--lora_dropout=0.1"], "lora_dropout = 0.1 has no effect: lora_rank = 0"),
+    (["--text_format={text}"], "text_format is a key of prepare.py and has no effect here"),
+])  # fmt: skip
+def test_flags_without_effect_are_refused(tokens, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(tokens, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_of_a_recipe_without_effect_are_named(tokens, tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text("n_latents = 4\ngamma = 0.1\nvocab_size = 9\nrounds = 3\n")
+    run(tokens, tmp_path / "out", str(tmp_path / "recipe.py"), "--max_iters=1")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == [f"warning: {tmp_path}/recipe.py: {key} has no effect: {why}" for key, why in (
+        ("n_latents = 4", "arch = 'csm' has no such key"), ("gamma = 0.1", "lr_schedule = 'cosine', not 'multistep'"),
+        ("rounds = 3", "arch = 'csm' has no such key"),
+    )]  # fmt: skip
+
+
+def test_what_a_checkpoint_fixes_comes_from_it(tokens, trained, tmp_path):
+    flags = [f"--data_dir={tokens}", "--eval_samples=0", "--device=cpu", "--max_tokens=120"]
+    flags += [f"--init_from={trained}/best.pt", f"--out_dir={tmp_path}", "--max_iters=1"]
+    train.main(configurator.configure(train.__file__, flags))
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    for part, sizes in (("backbone", "{'n_layer': 1"), ("decoder", "{'n_layer': 1")):
+        assert str(recorded[part]).startswith(sizes)
+        with pytest.raises(ValueError, match=f"--{part}: {part} = 'llama-60M', but .*best.pt was trained with {sizes}"):
+            train.main(configurator.configure(train.__file__, [*flags, "--overwrite=True", f"--{part}=llama-60M"]))
+    flags += ["--init_from=resume", "--max_iters=2"]
+    train.main(configurator.configure(train.__file__, flags))  # its config holds sizes, as those of an older run
+    assert json.loads((tmp_path / "config.json").read_text())["backbone"] == recorded["backbone"]
 
 
 def test_checkpoints_that_do_not_fit(tokens, trained, tmp_path):

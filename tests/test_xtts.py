@@ -376,6 +376,19 @@ def test_build_refuses(change, message):
         models.build("xtts", meta, dict(backbone="gpt2-1M"))
 
 
+@pytest.mark.parametrize("key, value, message", [
+    ("n_latents", 0, ">= 1"), ("n_latents", -1, ">= 1"), ("perceiver_heads", 0, ">= 1"),
+    ("perceiver_layers", -1, ">= 1"),
+    ("conditioning_layers", -1, ">= 0"), ("conditioning_layers", 10**30, "is too large"),
+    ("chunk_seconds", -1.0, ">= 0"), ("chunk_seconds", math.inf, "must be finite"),
+    ("text_loss_weight", -1.0, ">= 0"), ("text_loss_weight", math.inf, "must be finite"),
+    ("text_positions", -1, ">= 3"), ("text_positions", 10**9, "<= 100,000"),
+])  # fmt: skip
+def test_sizes_that_cannot_be(key, value, message):
+    with pytest.raises(ValueError, match=f"^{key} = .*{message}"):
+        models.build("xtts", META, {"backbone": "gpt2-1M", **EARS, key: value})
+
+
 WORDS = ["zero", "one", "two", "three"]
 SMALL = [
     "--arch=xtts", f"--backbone={dict(n_layer=3, n_head=2, n_kv_head=2, d_model=16, d_ff=32, **models.GPT2)}",
@@ -418,9 +431,9 @@ def tokens(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("xtts") / "tokens", 16, 20)
 
 
-def run(data_dir, out_dir, *flags):
+def run(data_dir, out_dir, *flags, usual=SMALL):
     """Train in this process, give back last.pt and the lines of metrics.jsonl without what depends on speed."""
-    flags = [*SMALL, "--reference_seconds=[0.2,0.4]", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    flags = [*usual, "--reference_seconds=[0.2,0.4]", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     train.main(configurator.configure(train.__file__, flags))
     lines = [{k: v for k, v in line.items() if k != "timing"} for line in read_metrics(f"{out_dir}/metrics.jsonl")]
     return load_checkpoint(f"{out_dir}/last.pt"), lines
@@ -734,7 +747,11 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     torch.save({"anna": {"gpt_cond_latent": torch.zeros(1, 32, 32)}}, folder / "speakers_xtts.pth")
     torch.save({"decoder.0.weight": torch.zeros(2)}, folder / "dvae.pth")
     data = write_tokens(tmp_path / "tokens", 32, 80)
-    last, lines = run(data, tmp_path / "out", "--max_iters=2", f"--init_from={folder}", "--text_loss_weight=0.5")
+    usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
+    flags = [f"--init_from={folder}", "--text_loss_weight=0.5"]
+    with pytest.raises(ValueError, match="--n_latents: n_latents = 7, but .*xtts-v2 was trained with"):
+        run(data, tmp_path / "out", "--max_iters=2", *flags, "--n_latents=7", usual=usual)
+    last, lines = run(data, tmp_path / "out", "--max_iters=2", *flags, usual=usual)
     said = capsys.readouterr().out
     ids = TokenFiles(data, "train").meta["tokenizer"]["vocab_size"]
     assert f"{ids - 40} text ids more than its 40" in said and "30 utterances are few" in said
@@ -743,7 +760,8 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     fresh = from_pretrained(folder).state_dict()
     left = {name for name, w in fresh.items() if torch.equal(w, last["model"][name][: len(w)])}
     assert left == {name for name in fresh if name.startswith("conditioning.")}
-    again, more = run(data, tmp_path / "out", "--max_iters=3", "--init_from=resume", "--text_loss_weight=0.5")
+    flags[0] = "--init_from=resume"
+    again, more = run(data, tmp_path / "out", "--max_iters=3", *flags, usual=usual)
     assert len(more) == 3 and more[:2] == lines
 
 
@@ -859,3 +877,21 @@ def test_a_model_of_its_own_speaks_by_its_codes(spoken):
     cli(train, "--arch=xtts", f"--data_dir={spoken}/tokens", f"--out_dir={spoken}/further", "--max_tokens=200",
         f"--init_from={spoken}/out/last.pt", "--max_iters=1", "--reference_seconds=[0.2,0.5]", "--device=cpu")
     assert Voice.from_checkpoint(spoken / "further/last.pt", "cpu").vocoder
+
+
+def test_other_sizes_are_refused_when_it_goes_on(tokens, tmp_path, capsys):
+    run(tokens, tmp_path / "a", "--max_iters=2", "--chunk_seconds=2")
+    for key in ("n_latents", "conditioning_layers", "perceiver_layers", "perceiver_heads", "text_positions"):
+        for start in ("resume", tmp_path / "a/best.pt"):
+            with pytest.raises(ValueError, match=f"--{key}: {key} = 7, but .*.pt was trained with"):
+                run(tokens, tmp_path / "a", "--max_iters=3", f"--init_from={start}", "--overwrite=True", f"--{key}=7")
+    given = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
+    given += ["--reference_seconds=[0.2,0.4]", f"--data_dir={tokens}", f"--out_dir={tmp_path}/a"]
+    checkpoint = load_checkpoint(tmp_path / "a/last.pt")
+    checkpoint["config"]["n_latents"] = 99  # as older versions recorded what was asked for
+    models.save_checkpoint(tmp_path / "a/last.pt", checkpoint)
+    capsys.readouterr()
+    train.main(configurator.configure(train.__file__, [*given, "--init_from=resume", "--max_iters=3"]))
+    assert "resuming" in (out := capsys.readouterr().out) and "n_latents" not in out.split("iter 2")[1].split("\n")[0]
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert (config["n_latents"], config["perceiver_heads"], config["chunk_seconds"]) == (3, 1, 2.0)
