@@ -110,4 +110,4 @@ def test_a_token_folder_is_counted(tmp_path):
 
 def test_refused(tmp_path):
     code, out, err = dry("digits.py", "--arch=none")
-    assert code == 1 and err.startswith("error: arch = 'none'") and err.count("\n") == 1
+    assert code == 1 and err.startswith("error: --arch: arch = 'none' must be csm, kani") and err.count("\n") == 1
