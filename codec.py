@@ -112,6 +112,23 @@ class AudioHeader(NamedTuple):
 
 
 @contextlib.contextmanager
+def hushed():
+    """Nothing reaches standard error meanwhile: libmpg123 writes lines about each mp3 there, past Python."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, as that of a service may be
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def open_audio(source):
     """The soundfile.SoundFile of a path or an io.BytesIO. Whatever goes wrong with it is a ValueError, one line."""
     name = audio_name(source)
@@ -120,7 +137,7 @@ def open_audio(source):
     try:
         if isinstance(source, io.BytesIO):
             source.seek(0)
-        with soundfile.SoundFile(source) as file:
+        with hushed(), soundfile.SoundFile(source) as file:
             yield file
     except Exception as error:  # soundfile raises TypeError, OverflowError, MemoryError and more beside its own
         says = " ".join(str(getattr(error, "error_string", error)).split())

@@ -146,7 +146,8 @@ def run(main, script, positional=()):
         if isinstance(error, OSError) and error.strerror:  # the system's own errors: without their number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         text = " ".join(text.split()) or type(error).__name__
-        print("error:", text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 3]}...", file=sys.stderr)
+        line = f"error: {text}"
+        print(line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}...", file=sys.stderr)
         sys.exit(1)
 
 

@@ -219,30 +219,11 @@ def recording(u):
     return held
 
 
-@contextlib.contextmanager
-def hushed():
-    """Nothing comes on standard error meanwhile: libmpg123 writes there what it thinks of each mp3, past Python. For
-    processes of one thread."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed, as that of a service may be
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def examine(utterances, limits):
     """Listen to utterances: the same, with their length, and a reason where one is unfit."""
-    with hushed():
-        for u in utterances:
-            u.reason, u.detail = (u.row >= 0 and find(u)) or listen(u, limits)
-            u.content = None
+    for u in utterances:
+        u.reason, u.detail = (u.row >= 0 and find(u)) or listen(u, limits)
+        u.content = None
     return utterances
 
 
@@ -551,8 +532,7 @@ def fit_codec(codec, cfg, train, pool):
 
 
 def read(utterances, sample_rate):
-    with hushed():
-        return [read_audio(recording(u), sample_rate, u.start, u.end).numpy() for u in utterances]
+    return [read_audio(recording(u), sample_rate, u.start, u.end).numpy() for u in utterances]
 
 
 worker_codec = lru_cache(maxsize=1)(load_codec)

@@ -191,6 +191,8 @@ def read_table(file, path):
         rows, joined = read_quoted(path, text, delimiter)
         header = names_of(rows[0][2]) if rows else []
         rows = rows[1:]
+    if twice := [name for name, n in Counter(header).items() if n > 1 and name]:
+        raise ValueError(f"{path}: two of its columns are named {twice[0]!r:.60}: which is meant?")
     for n, last, fields in rows:
         problem = "" if len(fields) == len(header) else f"{len(fields)} fields instead of {len(header)}"
         if n in joined:
@@ -420,7 +422,8 @@ def read_codes(row):
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"its codebooks have {', '.join(str(len(book)) for book in books) or 'no'} codes")
     codes = np.array(books)
-    if codes.ndim != 2 or codes.dtype.kind != "i":
+    whole = all(set(map(type, book)) == {int} for book in books)  # numpy takes True for 1
+    if codes.ndim != 2 or codes.dtype.kind != "i" or not whole:
         raise ValueError("its codes are not whole numbers")
     for name in FRAMES:
         if (said := field(row, name).strip("[]").removesuffix(".0")) and said != str(codes.shape[1]):

@@ -80,7 +80,7 @@ from model import (
 )
 from parts.files import locked, whole
 from parts.optim import Muon
-from parts.tensors import reason
+from parts.tensors import UNBUILT, fault, reason
 from sample import Voice, pick_device
 
 # from where to where
@@ -455,6 +455,20 @@ def make_optimizers(model, cfg):
     return optimizers
 
 
+def load_optimizers(optimizers, states, path):
+    """Give optimizers the states that the checkpoint `path` holds. Raises ValueError, one line, for damaged ones."""
+    try:
+        for optimizer, saved in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(saved)
+            for p in optimizer.state:
+                for name, x in optimizer.state[p].items():
+                    scalar = name == "step" and (isinstance(x, int) or x.numel() == 1)
+                    if words := "" if scalar else fault(x, p):
+                        raise ValueError(f"{name} {words}")
+    except UNBUILT as error:
+        raise ValueError(f"{path} is damaged: no optimizer has the state in it: {reason(error)}") from None
+
+
 def zeros_on_demand(shape):
     """float32 zeros that take memory only where they are written to: on Linux, 4 KB at a time."""
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -598,8 +612,7 @@ def train(cfg, rank, world, device, received):
     skipped, in_a_row = torch.zeros(2, device=device)  # steps that were skipped
     if resume:
         state, old, iter_num = checkpoint["train"], checkpoint["config"], checkpoint["iter"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        load_optimizers(optimizers, state["optimizers"], checkpoint["path"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
         best, history, seconds = state["best"], state["history"], state["seconds"]
         if state.get("data", data) == data:

@@ -122,5 +122,5 @@ def test_a_token_folder_is_counted(dry, tokens):
 
 
 def test_refused(dry):
-    with pytest.raises(ValueError, match="^arch = 'none'"):
+    with pytest.raises(ValueError, match="^--arch: arch = 'none' must be csm, kani"):
         dry("digits.py", "--arch=none")

@@ -73,6 +73,13 @@ def test_shapes_and_rates(rate, asked, given, steps):
         assert wav.isfinite().all() and wav.abs().max() <= 1
 
 
+def test_nothing_is_heard_of_a_decoder(capfd):
+    with codec_file.hushed():
+        os.write(2, b"from below Python")
+    os.write(2, b"afterwards")
+    assert capfd.readouterr().err == "afterwards"
+
+
 def test_needs_no_gradient_and_no_parameters(codec):
     assert not list(codec.parameters())
     assert not codec.decode(codec.encode(voice(1)[None])).requires_grad

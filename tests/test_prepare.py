@@ -455,13 +455,6 @@ def wav_bytes(wav):
     return held.getvalue()
 
 
-def test_nothing_is_heard_of_a_decoder(capfd):
-    with prepare.hushed():
-        os.write(2, b"from below Python")
-    os.write(2, b"afterwards")
-    assert capfd.readouterr().err == "afterwards"
-
-
 # -----------------------------------------------------------------------------
 # text
 
