@@ -2195,8 +2195,12 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason(e)})") from None
 
 
+class Checkpoint(dict):
+    """What `load_checkpoint` gives: a dict whose `path` is for messages."""
+
+
 def load_checkpoint(path, device="cpu", needed=()):
-    """A checkpoint as a dict with all FIELDS, None where it has none, and its own "path". No code in it is run.
+    """A checkpoint as a dict with all FIELDS, None where it has none, that knows its path. No code in it is run.
 
     needed: the fields that must be there; WHOLE are those without which it neither speaks nor goes on. The checksums
     of the file's records are compared, about 1 s for each GB. Raises FileNotFoundError, or ValueError for a file that
@@ -2223,7 +2227,9 @@ def load_checkpoint(path, device="cpu", needed=()):
     base = checkpoint.get("base")
     if base and os.path.realpath(base) == os.path.realpath(path):
         raise ValueError(f"{path} is damaged: it is an adapter on itself")
-    return {**{field.removesuffix("?"): None for field in FIELDS}, **checkpoint, "path": str(path)}
+    found = Checkpoint({field.removesuffix("?"): None for field in FIELDS} | checkpoint)
+    found.path = str(path)
+    return found
 
 
 def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
@@ -2233,7 +2239,7 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     ValueError for an unknown architecture, a field that it does not have, sizes that cannot be, or weights that do not
     fit or are not finite; FileNotFoundError for an adapter whose base is not there.
     """
-    where = checkpoint.get("path", "the checkpoint")
+    where = getattr(checkpoint, "path", "the checkpoint")
     if missing := [key for key in ("arch", "model_config", "model") if checkpoint.get(key) is None]:
         raise ValueError(f"{where} lacks {', '.join(missing)}: train.py writes whole ones")
     if base := checkpoint.get("base"):  # an adapter, active from now on, and what it is added to
