@@ -612,7 +612,7 @@ def train(cfg, rank, world, device, received):
     skipped, in_a_row = torch.zeros(2, device=device)  # steps that were skipped
     if resume:
         state, old, iter_num = checkpoint["train"], checkpoint["config"], checkpoint["iter"]
-        load_optimizers(optimizers, state["optimizers"], checkpoint["path"])
+        load_optimizers(optimizers, state["optimizers"], checkpoint.path)
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
         best, history, seconds = state["best"], state["history"], state["seconds"]
         if state.get("data", data) == data:

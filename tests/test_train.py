@@ -89,7 +89,7 @@ def same(a, b, path="checkpoint"):
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
-            if key not in ("config", "seconds", "path"):
+            if key not in ("config", "seconds"):
                 same(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), path
