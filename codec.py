@@ -166,6 +166,8 @@ def audio_header(source):
 def _audio_header(source, stamp):
     with open_audio(source) as file:
         rate, frames, kind, log = file.samplerate, file.frames, file.format, file.extra_info
+    if kind == "RAW":  # libsndfile takes any file for one whose name ends in .vox
+        raise ValueError(f"{audio_name(source)}: has no header that says what kind of recording it is")
     if not 0 < rate <= MOST_RATE:
         raise ValueError(f"{audio_name(source)}: a sample rate of {rate:,} Hz, at most {MOST_RATE:,} can be meant")
     lacks = 0.0
@@ -1650,6 +1652,8 @@ def load_codec(name, path=None, **options):
     kinds = {int: int, float: (int, float), tuple: (tuple, list), str: str}
     defaults = {f"{key}?": kinds.get(type(p.default)) for key, p in known.items()}
     need(pack["options"], {key: kind for key, kind in defaults.items() if kind}, f"{where}, options,")
+    if missing := known.keys() - pack["options"].keys() if not published else ():
+        raise ValueError(f"{where} is damaged: its option {min(missing)} is missing")
     if pack["name"] != name:
         raise ValueError(f"{where}: holds the tables of {pack['name']!r}, not of {name!r}")
     for key, value in options.items():

@@ -289,6 +289,10 @@ class TokenFiles:
             "a speaker whom meta.json does not name": lambda: speaker.max(initial=0) >= len(self.meta["speakers"]),
             "text beyond the end": lambda: (text_start > n_text - text_length).any(),
             "frames beyond the end": lambda: (first_frame > n_frames - frames).any(),
+            "utterances that are not back to back": lambda: (
+                (text_start[1:] != (text_start + text_length)[:-1]).any()
+                or (first_frame[1:] != (first_frame + frames)[:-1]).any()
+            ),
         }
         for words, there in faults.items():
             if there():
@@ -741,6 +745,7 @@ class SentencePiece(Tokenizer):
         self.model = model
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.processor.encode("a")  # an empty model says only now that it is none
         except RuntimeError:
             raise ValueError("the tokenizer is not a sentencepiece model (a .model file)") from None
         self.vocab_size, self.unk_id = self.processor.vocab_size(), self.processor.unk_id()

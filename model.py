@@ -817,6 +817,13 @@ def put(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
 
 
+def check_marks(config):
+    """Raise ValueError where the marks around a text are none of a config's text ids."""
+    for name in ("text_bos", "text_eos"):
+        if getattr(config, name) >= config.text_vocab_size:
+            raise ValueError(f"{name} = {getattr(config, name)} is none of {config.text_vocab_size} text ids")
+
+
 @dataclass
 class CSMConfig:
     """Sizes of a CSM and how it trains. `text_bos` and `text_eos` (-1: none) wrap the text of every utterance."""
@@ -841,6 +848,7 @@ class CSMConfig:
 
     def __post_init__(self):
         check_fields(self)
+        check_marks(self)
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
         self.decoder = transformer_config(self.decoder, self.dropout, self.recompute)
         if self.n_codebooks < 2:
@@ -1099,6 +1107,7 @@ class KaniConfig:
 
     def __post_init__(self):
         check_fields(self)
+        check_marks(self)
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
         self.first_special = self.first_special or self.text_vocab_size + 1
         self.speech, self.end_of_speech, self.human, self.end_of_human, self.ai, self.end_of_ai = (
@@ -1340,6 +1349,7 @@ class XTTSConfig:
 
     def __post_init__(self):
         check_fields(self)
+        check_marks(self)
         positions = self.n_latents + self.text_positions + self.code_positions
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute, max_positions=positions)
         self.start_code, self.stop_code = self.codebook_size, self.codebook_size + 1
@@ -1650,6 +1660,7 @@ class VallEConfig:
 
     def __post_init__(self):
         check_fields(self)
+        check_marks(self)
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
         if not 0 <= self.language < self.languages:
             raise ValueError(f"language = {self.language}: there are {self.languages}, counted from 0 on")

@@ -66,7 +66,8 @@ dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
 codec_path = ""  # the codec's tables, where not those in the checkpoint
 adapter = ""  # another LoRA checkpoint on the same base as ckpt, to speak with in its place
 
-MOST_REFERENCE = 300.0  # seconds
+LEAST_REFERENCE = 0.1  # seconds
+MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
 HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
 
@@ -175,6 +176,8 @@ class Voice:
         """What is taken of a recording: its codes (T, K), or its features (R, M) to read a voice off and the timbre
         (E,) for a vocoder, None where there is none."""
         wav = read_audio(path, self.codec.sample_rate, most_seconds=MOST_REFERENCE)[None].to(self.device)
+        if wav.shape[1] < LEAST_REFERENCE * self.codec.sample_rate:
+            raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to hear a voice in")
         if not self.model.reference:
             return self.codec.encode(wav)[0].T.cpu().numpy()
         return self.codec.reference(wav)[0], self.codec.timbre(wav)[0] if self.vocoder else None

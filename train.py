@@ -78,7 +78,7 @@ from model import (
     load_weights,
     save_checkpoint,
 )
-from parts.files import locked, whole
+from parts.files import locked, need, whole
 from parts.optim import Muon
 from parts.tensors import UNBUILT, fault, reason
 from sample import Voice, pick_device
@@ -382,7 +382,10 @@ def trained_weights(path, resume, cfg, given, codec, meta, say):
         model, _ = trained_weights(checkpoint["base"], False, cfg, habits, codec, meta, say)
         lora.load_adapter(model, state)
     else:
-        model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
+        try:
+            model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
+        except UNBUILT as error:
+            raise ValueError(f"{path}: no model has the config in it: {reason(error)}") from None
         load_weights(model, state, path)
     return model, checkpoint
 
@@ -455,18 +458,27 @@ def make_optimizers(model, cfg):
     return optimizers
 
 
+MEMORY = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}  # of each parameter
+MEMORY["SparseAdam"] = MEMORY["AdamW"]
+
+
 def load_optimizers(optimizers, states, path):
-    """Give optimizers the states that the checkpoint `path` holds. Raises ValueError, one line, for damaged ones."""
-    try:
-        for optimizer, saved in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(saved)
-            for p in optimizer.state:
-                for name, x in optimizer.state[p].items():
-                    scalar = name == "step" and (isinstance(x, int) or x.numel() == 1)
-                    if words := "" if scalar else fault(x, p):
-                        raise ValueError(f"{name} {words}")
-    except UNBUILT as error:
-        raise ValueError(f"{path} is damaged: no optimizer has the state in it: {reason(error)}") from None
+    """Give optimizers their memory of the gradients from the checkpoint `path`; rates and the like stay this run's.
+
+    Raises ValueError, one line, where it is damaged.
+    """
+    for optimizer, saved in zip(optimizers, states, strict=True):
+        kind, groups = type(optimizer).__name__, optimizer.state_dict()["param_groups"]
+        need(saved, {"state": dict}, f"{path}, optimizer {kind},")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, memory in saved["state"].items():
+            if i not in range(len(parameters)) or not isinstance(memory, dict) or memory.keys() != MEMORY[kind]:
+                raise ValueError(f"{path} is damaged: it holds no memory of {kind} for parameter {i!r:.40}")
+            for name, x in memory.items():
+                like = torch.zeros(()) if name == "step" else parameters[i]
+                if words := fault(torch.tensor(float(x)) if type(x) is int else x, like):
+                    raise ValueError(f"{path} is damaged: {name} of {kind} for parameter {i} {words}")
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def zeros_on_demand(shape):

@@ -412,14 +412,14 @@ def test_opening_reads_the_index_and_nothing_else(tmp_path):
     folder = write(tmp_path / "x", utterances(2))
     frames = 200_000_000
     os.truncate(tmp_path / "x/train.codes.bin", 2 * K * frames)
-    np.save(tmp_path / "x/train.index.npy", [(0, 5, 0, 9, 0), (5, 5, frames - 5, 5, 1)])
-    os.truncate(tmp_path / "x/train.text.bin", 20)
+    np.save(tmp_path / "x/train.index.npy", [(0, 5, 0, 9, 0), (5, 5, 9, frames - 14, 1), (10, 5, frames - 5, 5, 1)])
+    os.truncate(tmp_path / "x/train.text.bin", 30)
     meta = json.loads((tmp_path / "x/meta.json").read_text())
-    meta["splits"]["train"].update(frames=frames, text_tokens=10)
+    meta["splits"]["train"].update(utterances=3, frames=frames, text_tokens=15)
     (tmp_path / "x/meta.json").write_text(json.dumps(meta))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     files = TokenFiles(folder, "train")
-    assert files.codes(1).tolist() == [[0] * K] * 5
+    assert files.codes(2).tolist() == [[0] * K] * 5
     list(itertools.islice(batches(files), 3))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB, of 1.2 GB
     assert isinstance(files.index, np.memmap)

@@ -125,9 +125,9 @@ def test_no_held_out_string_is_heard_in_training(recordings):
     assert {len(d) for d in held_out} == {3, 4, 5, 6}
     assert not [(d, h) for _, d in training for h in held_out if h in d]
     assert len(training) == 4000 and len({d for _, d in training}) > 3000
-    assert 0.78 < np.mean([v == "slt" for v, _ in training]) < 0.86
+    assert 0.48 < np.mean([v == "slt" for v, _ in training]) < 0.56
     assert {len(d) for _, d in training} == {2, 3, 4, 5, 6}
-    assert np.mean([len(d) <= 3 for _, d in training]) > 0.35
+    assert np.mean([len(d) <= 3 for _, d in training]) > 0.25
 
 
 # -----------------------------------------------------------------------------

@@ -881,7 +881,8 @@ def test_other_sizes_are_refused_when_it_goes_on(tokens, tmp_path, capsys):
     for key in ("n_latents", "conditioning_layers", "perceiver_layers", "perceiver_heads", "text_positions"):
         for start in ("resume", tmp_path / "a/best.pt"):
             with pytest.raises(ValueError, match=f"--{key}: {key} = 7, but .*.pt was trained with"):
-                run(tokens, tmp_path / "a", "--max_iters=3", f"--init_from={start}", "--overwrite=True", f"--{key}=7")
+                out = tmp_path / ("a" if start == "resume" else "b")
+                run(tokens, out, "--max_iters=3", f"--init_from={start}", f"--{key}=7")
     given = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
     given += ["--reference_seconds=[0.2,0.4]", f"--data_dir={tokens}", f"--out_dir={tmp_path}/a"]
     checkpoint = load_checkpoint(tmp_path / "a/last.pt")

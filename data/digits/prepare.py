@@ -35,9 +35,9 @@ MARGIN = 1280  # samples of background before and after the speech of each recor
 LEAD, TAIL = 480, 960  # samples kept of it at the two ends of an utterance, 30 and 60 ms
 PAUSE = 960, 2560  # shortest and longest pause between groups, 60 and 160 ms; at most two margins
 
-VOICES = {"slt": 82, "rms": 6, "awb": 6, "kal16": 6}  # how much of the training part each voice reads, in percent
+VOICES = {"slt": 52, "rms": 16, "awb": 16, "kal16": 16}  # how much of the training part each voice reads, in percent
 HELD_OUT = {"slt": 80, "rms": 16, "awb": 16, "kal16": 16}  # held-out utterances of each voice
-LENGTHS = {2: 10, 3: 30, 4: 20, 5: 20, 6: 20}  # digits of a training string, in percent
+LENGTHS = {2: 10, 3: 20, 4: 20, 5: 25, 6: 25}  # digits of a training string, in percent
 # How a string of so many digits is grouped, all equally likely; a single "4" is a string recorded as it is.
 GROUPINGS = {
     2: [[2]],
@@ -53,7 +53,7 @@ def load_recordings():
     """The recordings: {voice: {number of digits: [(digits, samples as int16 array), ...]}}. Not to be changed."""
     wavs = {v: soundfile.read(os.path.join(HERE, f"{v}.ogg"), dtype="int16")[0] for v in VOICES}
     recordings = {voice: defaultdict(list) for voice in VOICES}
-    with open(os.path.join(HERE, "recordings.csv"), newline="") as file:
+    with open(os.path.join(HERE, "recordings.csv"), newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             start, length, digits = int(row["start"]), int(row["length"]), row["digits"]
             wav = wavs[row["voice"]][start : start + length]
@@ -116,7 +116,7 @@ def utterances(recordings, n, seed):
 
 def replace(path, lines):
     """Write a text file beside and put it in place when it is whole."""
-    with open(path + ".partial", "w", newline="") as file:
+    with open(path + ".partial", "w", newline="", encoding="utf-8") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())

@@ -89,7 +89,7 @@ def main():
             rows.append([voice, digits, pace, start, len(wav)])
             start += len(wav)
         print(f"{voice}: {len(wavs)} recordings, {start / SAMPLE_RATE:.0f} s, {os.path.getsize(ogg):,} bytes")
-    with open(os.path.join(HERE, "recordings.csv"), "w", newline="") as file:
+    with open(os.path.join(HERE, "recordings.csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["voice", "digits", "pace", "start", "length"])
         writer.writerows(rows)
