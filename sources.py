@@ -394,9 +394,7 @@ def as_text(row, names):
         if names is AUDIO and isinstance(value, dict):
             value = value.get("path")
         if isinstance(value, float):
-            value = None if math.isnan(value) else int(value) if value.is_integer() else value
-        if value in (math.inf, -math.inf):
-            raise ValueError(f"{name} is infinite")
+            value = None if not math.isfinite(value) else int(value) if value.is_integer() else value
         if isinstance(value, bool) or not isinstance(value, str | int | float | None):
             raise ValueError(f"{name} is of the type {type(value).__name__}, not text")
         if text := "" if value is None else str(value).strip():
@@ -538,6 +536,10 @@ def read_row(row, n, place, problem, path, speaker, lowercase):
             problems.append(str(error))
             return otherwise
 
+    def time(names):
+        values = (row.get(name) for name in names)
+        return next((text for value in values if value is not None and (text := str(value).strip())), "")
+
     held = read(content, b"", row)
     audio, text = (read(as_text, "", row, names) for names in (AUDIO, TEXT))
     # 1.0 is how tables write a whole number in whose column a field is empty
@@ -549,8 +551,7 @@ def read_row(row, n, place, problem, path, speaker, lowercase):
         if not isinstance(held, bytes):
             u.codes = (*held.shape, int(held.min()), int(held.max()))
     elif not problems:
-        times = [read(as_text, "", row, names) for names in (START, END, DURATION)]
-        problems += filter(None, [cut(u, *times)])
+        problems += filter(None, [cut(u, time(START), time(END), time(DURATION))])
     if problems or not audio and held is None:
         u.reason, u.detail = "bad row", plain(f"{place}: {problems[0] if problems else 'no audio'}")
     elif not u.text:
