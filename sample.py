@@ -352,6 +352,28 @@ def pick_device(name):
     return name
 
 
+def slow_type(device, dtype):
+    """A warning where a CPU has to emulate products in `dtype`, a name such as "bfloat16"; "" elsewhere.
+
+    What a product costs is measured in some milliseconds, as no name of a CPU says it.
+    """
+    if torch.device(device).type != "cpu" or dtype == "float32":
+        return ""
+
+    def seconds(kind):
+        x, took = torch.ones(256, 1024, dtype=kind), []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, x)
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    factor = seconds(getattr(torch, dtype)) / seconds(torch.float32)
+    if factor < 1.2:
+        return ""
+    return f"warning: dtype = {dtype!r}: on this CPU a product takes {factor:.1f} times as long as in float32"
+
+
 def check_settings(**settings):
     """Check values of keys of this script. Raises ValueError with one line."""
     for key, value in settings.items():
@@ -436,6 +458,8 @@ def get_ready(cfg, path, lines, out_dir):
     refused here, before a line is spoken: raises ValueError or OSError."""
     voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
     messages = sys.stderr if out_dir == "-" else sys.stdout
+    if warning := slow_type(voice.device, cfg.dtype):
+        print(warning, file=messages)
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
     for key in ("rounds", "guidance"):
         if getattr(cfg, key) is not None and hasattr(voice.model.config, key):

@@ -81,7 +81,7 @@ from model import (
 from parts.files import locked, need, whole
 from parts.optim import Muon
 from parts.tensors import UNBUILT, fault, reason
-from sample import Voice, pick_device
+from sample import Voice, pick_device, slow_type
 
 # from where to where
 data_dir = "data/digits/tokens"  # token folder, written by prepare.py
@@ -869,6 +869,8 @@ def main(cfg):
         configurator.refuse_idle(cfg, idle_keys(cfg))
         recipe = configurator.configure(Path(__file__).with_name("prepare.py"), cfg.files)
         return budget.dry_run(cfg, recipe, partial(prepare_weights, cfg=cfg), DTYPES[cfg.dtype])
+    if rank == 0 and (warning := slow_type(device, cfg.dtype)):
+        print(warning)
     if world > 1:
         dist.init_process_group(cfg.backend or ("nccl" if device.type == "cuda" else "gloo"))
     received = []

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -668,3 +669,16 @@ def test_parts_that_do_not_belong_together(checkpoint, tmp_path, change, message
     models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "tokenizer": {"kind": "sentencepiece", "model": other}})
     with pytest.raises(ValueError, match="x.pt is damaged: its tokenizer is not the one"):
         Voice.from_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_type_that_a_cpu_emulates_is_said(monkeypatch):
+    linear = torch.nn.functional.linear
+
+    def slow(x, y):
+        time.sleep(0.2 * (x.dtype != torch.float32))
+        return linear(x, y)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", slow)
+    assert re.match(r"warning: dtype = 'bfloat16': on this CPU .* [\d.]+ times", sample.slow_type("cpu", "bfloat16"))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, y: time.sleep(0.01))
+    assert sample.slow_type("cpu", "bfloat16") == sample.slow_type("cpu", "float32") == ""
