@@ -2146,8 +2146,8 @@ def contract_check(model, text, codes, **side):
         whole = model.teacher_forced_logits(text, codes, **side).float()
     flat = whole.flatten(0, 1)
     if flat.isnan().any() or not flat.isfinite().any():
-        raise ValueError("contract check failed: the weights are finite, but the logits are not, so that the model "
-                         "cannot speak: its training diverged, or its config is another model's")  # fmt: skip
+        raise ValueError("contract check failed: the model's logits are not finite: its training diverged, or its "
+                         "config is another model's")  # fmt: skip
     difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(heard))
     scale = float(flat[flat.isfinite()].abs().max())  # of a fresh model, whose heads are small, logits are small too
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)

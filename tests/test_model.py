@@ -900,7 +900,7 @@ def test_weights_that_are_no_numbers_are_named(change, message, tmp_path):
 def test_a_model_that_diverged_fails_the_contract_in_one_line():
     model = tiny()
     model.backbone.norm.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="contract check failed: the model's logits are NaN"):
+    with pytest.raises(ValueError, match="contract check failed: the model's logits are not finite"):
         models.contract_check(model, *utterance())
 
 
