@@ -107,7 +107,7 @@ def test_source_options(tmp_path):
 def test_a_cap_leaves_both_splits_their_share(tmp_path):
     write_csv(tmp_path / "m.csv", [(f"{i}.wav", "text", "s") for i in range(2000)])
     capped = [u for u in read_source({"path": str(tmp_path / "m.csv"), "cap": 200}) if not u.reason]
-    assert 5 < len(prepare.held_out(capped, "", 0.1)) < 40
+    assert 5 < len(prepare.held_out(capped, None, 0.1)) < 40
 
 
 def test_rows_at_fault(tmp_path):
@@ -381,7 +381,7 @@ def test_recordings_in_tables_and_shards(mixed, tmp_path):
         assert same(tmp_path / "csv", tmp_path / kind)
     for report in reports.values():
         assert [(x["id"], x["reason"]) for x in report["not_used"]] == [("u05", "unreadable file")]
-    assert reports["parquet"]["not_used"][0]["detail"] == "Error opening 'u05.flac': Format not recognised."
+    assert reports["parquet"]["not_used"][0]["detail"] == "u05.flac: not readable as audio (Format not recognised.)"
     assert reports["parquet"]["not_used"][0]["source"] == str(tmp_path / "a.parquet")
 
 
@@ -390,8 +390,9 @@ def test_a_table_may_name_recordings_too(mixed, tmp_path):
     folder, rows = mixed
     rows = [{**row, "audio": {"bytes": None, "path": str(folder / "wavs" / row["audio"]["path"])}} for row in rows]
     parquet([*rows, {**rows[0], "audio": None}], tmp_path / "x.parquet")
-    utterances = read_source(str(tmp_path / "x.parquet"))
-    assert [u.reason for u in prepare.examine(list(load(utterances)), vars(config()))] == [
+    utterances = prepare.locate(list(load(read_source(str(tmp_path / "x.parquet")))))
+    prepare.examine([u for u in utterances if not u.reason], vars(config()))
+    assert [u.reason for u in utterances] == [
         "unreadable file" if i == 5 else "missing file" if i == 16 else "" for i in range(17)]  # fmt: skip
 
 
