@@ -381,7 +381,8 @@ def report(utterances):
                       for b in range(min(bins, default=0), max(bins, default=-1) + 1)],
         "reasons": dict(Counter(u.reason for u in utterances if u.reason).most_common()),
         "silent_ends": sum(u.silence > LONG_SILENCE for u in used),
-        "not_used": [{k: getattr(u, k) for k in ("id", "source", "reason", "detail")} for u in utterances if u.reason],
+        "not_used": [{"id": u.id[:150], "source": u.source, "reason": u.reason, "detail": u.detail[:200]}
+                     for u in utterances if u.reason],
     }  # fmt: skip
 
 
