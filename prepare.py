@@ -240,7 +240,7 @@ def find(u):
     endings = ["", *(f".{e}" for extension in EXTENSIONS for e in (extension, extension.upper()))]
     path = u.audio if u.content else next((p + e for p in places for e in endings if os.path.isfile(p + e)), None)
     if path is None:
-        return "missing file", places[0]
+        return "missing file", f"{places[0]:.200}"
     u.audio = path
 
 
@@ -381,8 +381,7 @@ def report(utterances):
                       for b in range(min(bins, default=0), max(bins, default=-1) + 1)],
         "reasons": dict(Counter(u.reason for u in utterances if u.reason).most_common()),
         "silent_ends": sum(u.silence > LONG_SILENCE for u in used),
-        "not_used": [{"id": u.id[:150], "source": u.source, "reason": u.reason, "detail": u.detail[:200]}
-                     for u in utterances if u.reason],
+        "not_used": [{k: getattr(u, k) for k in ("id", "source", "reason", "detail")} for u in utterances if u.reason],
     }  # fmt: skip
 
 
