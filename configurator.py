@@ -87,7 +87,8 @@ def configure(script, argv, positional=()):
     if "help" in [key for key, _, _ in flags]:
         print(help_text(script, own))
         raise SystemExit(0)
-    given = [(key, value, path) for path in files for key, value in read_config(path).items()]
+    given = [(key, value, path) for path in files for key, value in read_config(path).items()
+             if key in known or not callable(value)]  # a function or class that a recipe makes for itself is no key
     given += [(key, word, f"argument {word!r:.60}") for key, word in zip(positional, words, strict=False)] + flags
     cfg = Config(**{key: of.default for key, of in own.items()})
     cfg.given, cfg.files = {}, files
@@ -309,7 +310,7 @@ def read_config(path):
         raise ValueError(f"{path}:{line or 1}: {said:.200}") from error
     return {
         name: value for name, value in scope.items()
-        if isinstance(name, str) and name[:1] != "_" and not (callable(value) or isinstance(value, types.ModuleType))
+        if isinstance(name, str) and name[:1] != "_" and not isinstance(value, types.ModuleType)
     }  # fmt: skip
 
 
