@@ -1178,7 +1178,7 @@ def recipes(rng, yard):
     while True:
         if rng.random() < 0.6:
             content = rng.choice([*(r.encode() for r in RECIPES), *BYTES])
-            harmless = content in (b"x = 'a' * 3", b"text = 3", b"sources = {}", b"\tx = 1")  # train.py reads no sources
+            harmless = content in (b"x = 'a' * 3", b"text = 3", b"sources = {}", b"\tx = 1")  # sources: not its key
 
             def call(content=content):
                 return trained(yard, [written(content, "recipe.py")])
