@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import check_fields
 from parts.files import need, whole
-from parts.tensors import UNBUILT, need_tensors, reason, undamaged, unpickle, what_is
+from parts.tensors import UNBUILT, fault, need_tensors, reason, undamaged, unpickle, what_is
 
 try:
     import triton
@@ -2113,9 +2113,8 @@ def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generat
 def check_finite(model):
     """Raise ValueError that names the first tensor of a model with NaN or infinite numbers."""
     for name, p in model.named_parameters():
-        if not p.detach().sum().isfinite() and not p.detach().isfinite().all():  # a sum takes no memory
-            raise ValueError(f"{name} holds NaN or infinite numbers: the weights are damaged, or those of a training "
-                             "that diverged")  # fmt: skip
+        if words := fault(p, p):
+            raise ValueError(f"{name} {words}")
 
 
 def contract_check(model, text, codes, **side):
