@@ -19,6 +19,8 @@ import re
 import resource
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import configurator
 
@@ -138,6 +141,9 @@ def child(reader, seed, first, count, pipe):
     """Call cases first .. count - 1 of a reader, and send each one's label before and its outcome after it."""
     os.setsid()
     faulthandler.disable()
+    stack = open("stack", "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR2, stack)  # so that one that waits can be asked where
+    tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and a killed child would keep it
 
     def stop(*_):
         raise Hang
@@ -175,6 +181,15 @@ def child(reader, seed, first, count, pipe):
     pipe.send(None)
 
 
+def asked(pid, folder):
+    """Where a child waits: the innermost lines of its stack."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+        time.sleep(1)
+    lines = re.findall(r'File "(?:.*/)?(.+?)", line (\d+)', (Path(folder) / "stack").read_text())
+    return ", ".join(f"{name}:{line}" for name, line in lines[:6])
+
+
 def run(reader, seed, count, folder):
     """The outcomes of `count` cases of a reader. `folder`: where its cases may write."""
     outcomes, ended = [], False
@@ -192,7 +207,7 @@ def run(reader, seed, count, folder):
                 send.send(Outcome(-1, "the fuzzer itself", "crash", what=place(error)))
             os._exit(0)
         send.close()
-        label, waiting = "", True
+        label, waiting, begun = "", True, len(outcomes)
         with contextlib.suppress(EOFError):
             while waiting and (waiting := receive.poll(WALL_LIMIT)):
                 message = receive.recv()
@@ -204,13 +219,15 @@ def run(reader, seed, count, folder):
                     label = ""
                     outcomes.append(message)
                     ended = ended or message.number < 0
+        where = "" if waiting else asked(pid, folder)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
-        if label:  # it was begun and has no outcome
-            verdict = "crash" if waiting else "hang"
+        if label or not ended and len(outcomes) == begun:  # it was begun and has no outcome
+            ended = not label
             what = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {status}"
-            outcomes.append(Outcome(len(outcomes), label, verdict, what=what if waiting else "waits without work"))
+            verdict, what = ("crash", what) if waiting else ("hang", f"waits in {where}")
+            outcomes.append(Outcome(len(outcomes), label or "the fuzzer itself", verdict, what=what))
         ended = ended or len(outcomes) >= count
     return outcomes
 

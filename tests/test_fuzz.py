@@ -12,12 +12,15 @@ import os
 import random
 import shutil
 import struct
+import sys
 import tarfile
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import fuzz
 import numpy as np
 import pytest
 import soundfile
@@ -509,7 +512,7 @@ def wav_bytes(yard, i):
 
 def parquet(rng, yard):
     """Parquet files with columns of all types, and broken ones."""
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow.parquet import write_table
 
     n = len(ROWS)
@@ -993,7 +996,6 @@ PUBLISH = (publish_config, publish_config, publish_tensor, publish_tensor, publi
 
 def published_folders(rng, yard):
     """Folders of published weights with one thing wrong."""
-    pytest.importorskip("safetensors")
     found = yard.once("publications", lambda: publications(yard))
     while True:
         layout = rng.choice(list(found))
@@ -1042,7 +1044,8 @@ def spoil_folder(folder, way):
 
 def tokenizer_files(rng, yard):
     """sentencepiece models, tokenizer.json and XTTS's vocab.json, and what they make of texts."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     learner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
     special = ["[STOP]", "[UNK]", "[SPACE]", "[START]", "[en]"]
     learner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -1342,9 +1345,14 @@ READERS = {  # name: (generator, cases in the default run, cases in the slow one
 }  # fmt: skip
 
 
+NEEDS = {"parquet": "pyarrow.parquet", "published": "safetensors.torch", "tokenizers": "tokenizers",
+         "codec files": "safetensors.torch"}  # fmt: skip
+
+
 def tried(name, seed, count, yard, folder):
     """The outcomes of a reader's cases; prints them, and fails where one is a fault."""
     reader = READERS[name][0]
+    pytest.importorskip(NEEDS.get(name, "torch"))
     outcomes = run(lambda rng: reader(rng, yard), seed, count, folder)
     faults = sift(outcomes, ALLOWED)
     if log := os.environ.get("FUZZ_LOG"):
@@ -1353,6 +1361,35 @@ def tried(name, seed, count, yard, folder):
     print(table({name: outcomes}))
     assert not faults, "\n" + report({name: outcomes}, seed)
     assert len(outcomes) == count
+
+
+def test_the_verdicts(tmp_path, monkeypatch):
+    """The instrument itself: what a reader does is told as what it is, and the cases after it are called."""
+
+    def fail(error):
+        raise error
+
+    def busy():
+        while True:
+            pass
+
+    calls = [
+        ("accepted", lambda: 3, MAY), ("silent", lambda: 3, BAD), ("named", lambda: print("warning: odd"), BAD),
+        ("clear", lambda: fail(ValueError("x is odd")), BAD), ("refused", lambda: fail(ValueError("x is odd")), GOOD),
+        ("clear", lambda: fail(FileNotFoundError(2, "No such file", "x")), MAY),
+        ("silent", lambda: fail(SystemExit(0)), BAD),
+        ("unclear", lambda: (print("more", file=sys.stderr), fail(ValueError("x"))), BAD),
+        ("traceback", lambda: fail(KeyError("x")), MAY), ("traceback", lambda: fail(RecursionError()), MAY),
+        ("hang", busy, MAY), ("hang", lambda: time.sleep(99), MAY), ("crash", os.abort, MAY),
+        ("accepted", lambda: 3, GOOD),
+    ]  # fmt: skip
+    monkeypatch.setattr(fuzz, "CPU_LIMIT", 0.2)
+    monkeypatch.setattr(fuzz, "WALL_LIMIT", 2)
+    cases = [Case(str(i), call, expect, "odd" * (i == 1)) for i, (_, call, expect) in enumerate(calls)]
+    outcomes = run(lambda rng: iter(cases), 0, len(cases), tmp_path)
+    assert [(o.number, o.label, o.verdict) for o in outcomes] == [(i, str(i), c[0]) for i, c in enumerate(calls)]
+    assert len(sift(outcomes, {"odd": "known"})) == 8 and outcomes[1].verdict == "allowed"
+    assert "KeyError" in outcomes[8].what and outcomes[12].what == "signal 6"
 
 
 @pytest.mark.parametrize("name", READERS)
