@@ -1149,11 +1149,11 @@ def codec_files(rng, yard):
 RECIPES = [
     "learning_rate = ", "learning_rate = 1 +", "raise ValueError('no')", "import sys\nsys.exit(0)", "raise SystemExit",
     "import nothing_of_that_name", "learning_rte = 1", "learning_rate = 'x'", "1 / 0", "lora_targets = [len]",
-    "milestones = ['x']", "milestones = [None]", "backbone = {3: 4}", "backbone = len", "def f(): return f()\nf()",
+    "milestones = ['x']", "milestones = [None]", "freeze = {3: 4}", "backbone = len", "def f(): return f()\nf()",
     "x = 'a' * 3", "learning_rate = [1]", "freeze = [3]", "freeze = ['(']", "freeze = [len]", "lora_targets = [3]",
     "reference_seconds = ['a', 'b']", "reference_seconds = [1]", "reference_seconds = [float('nan'), 1.0]",
     "raise Exception('x' * 5000)", "raise MemoryError", "assert False", "import os\nos.chdir('/nowhere')", "\tx = 1",
-    "raise ValueError('a\\nb')", "backbone = {'n_layer': [1]}", "lr_schedule = 'x' * 5000", "learning_rate = True",
+    "raise ValueError('a\\nb')", "reference_seconds = [[1], 2]", "lr_schedule = 'x' * 5000", "learning_rate = True",
     "class arch: pass\nmax_iters = arch", "text = 3", "max_iters = 1.0", "max_iters = 10 ** 5000", "data_dir = None",
     "out_dir = b'x'", "lora_targets = []", "sources = {}", "learning_rate = 1j",
 ]  # fmt: skip
