@@ -24,6 +24,7 @@ import shutil
 import signal
 import string
 import sys
+import tokenize
 import traceback
 import unicodedata
 from functools import lru_cache, partial
@@ -277,7 +278,7 @@ class TokenFiles:
             if reference := self.meta["codec"].get("reference"):
                 shape = (n_frames, reference["rows_per_frame"], len(reference["silence"]))
                 self._reference = self._map(path + ".reference.bin", "float16", shape)
-        except (OSError, ValueError, EOFError, AttributeError, OverflowError) as e:
+        except (OSError, ValueError, EOFError, AttributeError, OverflowError, tokenize.TokenError) as e:
             raise ValueError(f"{folder}: the {split} split is damaged ({e}): make it again with prepare.py") from None
 
     def _check_index(self, n_text, n_frames):
@@ -289,6 +290,9 @@ class TokenFiles:
             "a speaker whom meta.json does not name": lambda: speaker.max(initial=0) >= len(self.meta["speakers"]),
             "text beyond the end": lambda: (text_start > n_text - text_length).any(),
             "frames beyond the end": lambda: (first_frame > n_frames - frames).any(),
+            "fewer text ids or frames than meta.json": lambda: (
+                text_length.sum() != n_text or frames.sum() != n_frames
+            ),
             "utterances that are not back to back": lambda: (
                 (text_start[1:] != (text_start + text_length)[:-1]).any()
                 or (first_frame[1:] != (first_frame + frames)[:-1]).any()

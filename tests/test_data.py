@@ -407,6 +407,21 @@ def test_everything_is_synchronised_before_it_is_named(tmp_path, monkeypatch):
     assert names == {*os.listdir(tmp_path / "x"), "x.partial"} and after == [str(tmp_path)]
 
 
+def test_a_last_utterance_that_shrank_and_a_damaged_header_are_refused(tmp_path):
+    folder = write(tmp_path / "x", utterances(3))
+    path = tmp_path / "x/train.index.npy"
+    index, sound = np.load(path), path.read_bytes()
+    for column in (1, 3):  # text ids and frames of the last one
+        shorter = index.copy()
+        shorter[-1, column] -= 1
+        np.save(path, shorter)
+        with pytest.raises(ValueError, match="fewer text ids or frames than meta.json"):
+            TokenFiles(folder, "train")
+    path.write_bytes(sound.replace(b"'shape': (", b"'shape': (("))
+    with pytest.raises(ValueError, match="the train split is damaged"):
+        TokenFiles(folder, "train")
+
+
 def test_opening_reads_the_index_and_nothing_else(tmp_path):
     """200 million frames, of which the file system holds none (a sparse file) and this process reads five."""
     folder = write(tmp_path / "x", utterances(2))
