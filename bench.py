@@ -45,13 +45,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
-import configurator
 import prepare
 import train
-from metrics import lowest_loss, read_metrics
 from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
+from parts import configurator
+from parts.metrics import lowest_loss, read_metrics
+from parts.sources import Utterance
 from sample import Voice, pick_device
-from sources import Utterance
 
 name = "data"  # what to measure: data, codec, sample, families, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt

@@ -23,8 +23,6 @@ batch, n of one chunk of it.
 """
 
 import math
-import os
-import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Literal
@@ -35,9 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import check_fields
-from parts.files import need, whole
-from parts.tensors import UNBUILT, fault, need_tensors, reason, undamaged, unpickle, what_is
+from parts.configurator import check_fields
+from parts.tensors import fault
 
 try:
     import triton
@@ -2164,140 +2161,3 @@ def contract_check(model, text, codes, **side):
                          "it must be shift 1 (cross-entropy at shifts 0, 1, 2: "
                          f"{', '.join(f'{x:.2f}' for x in loss)}; ln V {ln_v:.2f})")
     return {"max_difference": difference, "loss_at_shift": loss, "ln_v": ln_v}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-FORMAT = "parlando-1"
-
-
-def is_named(x):
-    return isinstance(x, dict) and all(isinstance(name, str) for name in x)
-
-
-# What a checkpoint holds, as `need` reads it. A field that is not needed by whom reads it may be missing
-FIELDS = {
-    "arch?": str, "model_config?": is_named, "config?": is_named, "iter?": int, "model?": dict, "ema?": dict,
-    "base?": str, "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": is_named},
-    "codec_fingerprint?": str,
-    "tokenizer?": {"kind": str, "model": bytes}, "probe?": dict, "references?": torch.Tensor, "timbres?": torch.Tensor,
-    "train?": {
-        "optimizers": list, "scaler": dict, "batches": {"epoch": int, "batch": int}, "seconds": (int, float),
-        "best": lambda x: isinstance(x, float) and not math.isnan(x),
-        "skipped": lambda x: isinstance(x, torch.Tensor) and x.shape == (2,),
-        "window": lambda x: isinstance(x, dict) and all(isinstance(pair, torch.Tensor) for pair in x.values()),
-        "history": lambda x: isinstance(x, list) and all(isinstance(row, list | tuple) and len(row) == 3 for row in x),
-    },
-}  # fmt: skip
-WHOLE = ("arch", "model_config", "config", "iter", "model", "meta", "codec", "codec_fingerprint", "tokenizer", "probe")
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict as a checkpoint under a partial name, then rename it, so that `path` is always a whole one.
-
-    Raises OSError where it cannot be written; the older one at `path` then stays.
-    """
-    try:
-        with whole(path) as f:
-            torch.save({"format": FORMAT, **checkpoint}, f)
-    except RuntimeError as e:  # how torch's zip writer reports a full disk, in words that do not say so
-        raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason(e)})") from None
-
-
-class Checkpoint(dict):
-    """What `load_checkpoint` gives: a dict whose `path` is for messages."""
-
-
-def load_checkpoint(path, device="cpu", needed=()):
-    """A checkpoint as a dict with all FIELDS, None where it has none, that knows its path. No code in it is run.
-
-    needed: the fields that must be there; WHOLE are those without which it neither speaks nor goes on. The checksums
-    of the file's records are compared, about 1 s for each GB. Raises FileNotFoundError, or ValueError for a file that
-    is truncated, damaged, not a checkpoint, not one of ours, or has fields that are missing or of other types.
-    """
-    if not os.path.isfile(path):
-        found = f", it is {what_is(path)}" if os.path.isdir(path) else ""
-        raise FileNotFoundError(f"{path}: no such checkpoint{found}")
-    if not zipfile.is_zipfile(path):
-        found = what_is(path)
-        found = "truncated or not a checkpoint" if found == "a zip archive" else f"not a checkpoint, it is {found}"
-        raise ValueError(f"{path} is {found}")
-    if not undamaged(path):
-        raise ValueError(f"{path} is damaged: it does not have the checksums it was written with; take another copy")
-    try:
-        checkpoint = unpickle(path, device)
-    except Exception:  # torch.load fails in many ways on files of other kinds
-        raise ValueError(f"{path} is not a checkpoint: it cannot be read without running code") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
-    need(checkpoint, FIELDS, path)
-    if missing := [field for field in needed if checkpoint.get(field) is None]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: train.py writes whole ones")
-    base = checkpoint.get("base")
-    if base and os.path.realpath(base) == os.path.realpath(path):
-        raise ValueError(f"{path} is damaged: it is an adapter on itself")
-    found = Checkpoint({field.removesuffix("?"): None for field in FIELDS} | checkpoint)
-    found.path = str(path)
-    return found
-
-
-def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
-    """The model of a checkpoint, in eval mode, with its averaged weights where it has them.
-
-    `changes`: fields of its config to set otherwise, such as the rounds of demasking; None leaves them. Raises
-    ValueError for an unknown architecture, a field that it does not have, sizes that cannot be, or weights that do not
-    fit or are not finite; FileNotFoundError for an adapter whose base is not there.
-    """
-    where = getattr(checkpoint, "path", "the checkpoint")
-    if missing := [key for key in ("arch", "model_config", "model") if checkpoint.get(key) is None]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}: train.py writes whole ones")
-    if base := checkpoint.get("base"):  # an adapter, active from now on, and what it is added to
-        import lora
-
-        if not os.path.exists(base):
-            raise FileNotFoundError(f"{where} is an adapter on {base}, which is not there: put the base back")
-        model = from_pretrained(base, device, **changes)
-        lora.load_adapter(model, checkpoint.get("ema") or checkpoint["model"])
-        return model.to(dtype=dtype).eval()
-    arch = checkpoint["arch"]
-    if arch not in ARCHS:
-        raise ValueError(f"{where} is of architecture {arch!r:.60}, this code has {', '.join(ARCHS)}")
-    model, config = ARCHS[arch]
-    names, changes = {f.name for f in fields(config) if f.init}, {k: v for k, v in changes.items() if v is not None}
-    if foreign := [k for k in changes if k not in names]:
-        raise ValueError(f"{foreign[0]} = {changes[foreign[0]]!r}: architecture {arch!r} has no such setting")
-    given = {**checkpoint["model_config"], **changes}
-    try:
-        model = model(config(**{k: v for k, v in given.items() if k in names}))
-    except UNBUILT as error:
-        raise ValueError(f"{where}: no model has the config in it: {reason(error)}") from None
-    load_weights(model, checkpoint.get("ema") or checkpoint["model"], where)
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def from_pretrained(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a checkpoint, or of a file or folder as its authors published it, in eval mode.
-
-    `changes`: fields of its config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError for
-    what is damaged, unknown or does not fit.
-    """
-    import published  # it imports this file
-
-    if published.is_published(path):
-        return published.load(path, device, dtype, **changes)
-    return load_model(load_checkpoint(path), device, dtype, **changes)
-
-
-def load_weights(model, state, where="the checkpoint"):
-    """load_state_dict, but its ValueError is one line: the first tensor missing, left over, of another shape or kind,
-    or with numbers that are not finite."""
-    need_tensors(state, model.state_dict(), where)
-    model.load_state_dict(state)
-
-
-if __name__ == "__main__":
-    import configurator
-    import published
-
-    configurator.run(published.main, published.__file__, ["command"])

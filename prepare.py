@@ -5,7 +5,7 @@ Audio and transcripts -> token files, the folder that train.py reads.
     python prepare.py --sources=my/metadata.csv --data_dir=my/tokens
 
 - Metadata of any common kind, tables and shards that hold the recordings, or codes that somebody made of them already:
-  see sources.py.
+  see parts/sources.py.
 - The doctor: every utterance is listened to before anything is computed, and each one that is not used is named with
   its reason, on the screen and in report.json. A set with more than a share `max_bad` of such ones is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
@@ -32,22 +32,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
 from codec import CODECS, PUBLISHED, audio_header, load_codec, read_audio
-from data import (
-    TIMBRES,
-    HuggingFace,
-    SentencePiece,
-    TokenWriter,
-    extend_tokenizer,
-    load_tokenizer,
-    normalise,
-    read_meta,
-    train_tokenizer,
-    wording,
-)
+from data import TIMBRES, TokenWriter, read_meta
+from parts import configurator
 from parts.files import locked, whole
-from sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings, utterance_id
+from parts.sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings, utterance_id
+from parts.text import HuggingFace, SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording
 
 # from where to where
 # A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a

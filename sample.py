@@ -36,14 +36,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
-import lora
 from codec import load_codec, read_audio, write_page
-from data import MODEL_META, load_tokenizer, normalise, wording
-from metrics import lowest_loss, read_metrics
-from model import WHOLE, contract_check, load_checkpoint, load_model, sampler
+from data import MODEL_META
+from model import contract_check, sampler
+from parts import configurator, lora
 from parts.files import NUMBER, need, whole
+from parts.metrics import lowest_loss, read_metrics
 from parts.tensors import UNBUILT, fault, reason
+from parts.text import load_tokenizer, normalise, wording
+from weights import WHOLE, load_checkpoint, load_model
 
 ckpt = ""  # checkpoint, or several with commas between; empty: best.pt in out_dir, so that a recipe alone is enough
 text = ""  # what to say

@@ -48,13 +48,12 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import budget
-import configurator
-import lora
-import published
 from codec import UNKNOWN, load_codec, write_audio
-from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres, wording
-from metrics import (
+from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
+from model import ARCHS, PAD, build, contract_check, contradiction
+from parts import budget, configurator, lora
+from parts.files import locked, need, whole
+from parts.metrics import (
     add,
     append_metrics,
     collect,
@@ -67,21 +66,11 @@ from metrics import (
     timing,
     write_metrics,
 )
-from model import (
-    ARCHS,
-    PAD,
-    WHOLE,
-    build,
-    contract_check,
-    contradiction,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
-from parts.files import locked, need, whole
 from parts.optim import Muon
 from parts.tensors import UNBUILT, fault, reason
+from parts.text import wording
 from sample import Voice, pick_device, slow_type
+from weights import WHOLE, is_published, load_checkpoint, load_weights, save_checkpoint, start
 
 # from where to where
 data_dir = "data/digits/tokens"  # token folder, written by prepare.py
@@ -96,7 +85,7 @@ decoder: str | dict = "llama-300K"  # csm: the depth decoder, likewise
 # regular expressions: parameters so named stay as they are; None: as the family advises where few utterances continue
 # trained weights (XTTS: under 3,000), else nothing
 freeze: "list[str] | None" = None
-# LoRA: only a small addition is trained, see lora.py; checkpoints then hold it alone, and say what it is added to
+# LoRA: only a small addition is trained, see parts/lora.py; checkpoints then hold it alone, and say what it is added to
 lora_rank: "int >= 0" = 0  # of the addition to each layer; 0: none, the weights themselves are trained
 lora_alpha: "float > 0" = 32.0  # it counts alpha / rank
 lora_rs = False  # or alpha / sqrt(rank), under which large ranks learn as fast as small ones
@@ -358,8 +347,8 @@ def trained_weights(path, resume, cfg, given, codec, meta, say):
     """The model of a checkpoint or of published weights, with those of the given keys that may change from run to run,
     and the checkpoint if it is ours, else None. given: {key: value}. Raises as starting_point does."""
     free = {key: value for key, value in given.items() if key in family_keys("free")}
-    if not resume and published.is_published(path):
-        return published.start(path, cfg.arch, meta, free, say), None
+    if not resume and is_published(path):
+        return start(path, cfg.arch, meta, free, say), None
     checkpoint, path = resumable(cfg.out_dir, say) if resume else (load_checkpoint(path, needed=WHOLE), path)
     if checkpoint["codec_fingerprint"] != codec.fingerprint():
         raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import configurator
+from parts import configurator
 
-ROOT = Path(configurator.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 CPU_LIMIT = 10  # seconds of work for one case
 WALL_LIMIT = 120  # seconds until a case that does not even work is given up
 MEMORY = 6 << 30  # bytes that a case may have

@@ -9,9 +9,8 @@ import pytest
 import torch
 from test_model import batch_of, tiny, utterance
 
-import budget
-import configurator
 import train
+from parts import budget, configurator
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))

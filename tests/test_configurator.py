@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import configurator
 import model
+from parts import configurator
 
 SCRIPT = '''"""Says hello.
 
@@ -66,7 +66,7 @@ def house(tmp_path, monkeypatch):
     (tmp_path / "prepare.py").write_text("vocab_size = 500  # words\nseed = 1\n")
     (tmp_path / "train.py").write_text("learning_rate = 1e-3  # peak\nseed = 7\nmax_iters = 10\n")
     (tmp_path / "sample.py").write_text('text = ""\n')
-    monkeypatch.setattr(configurator, "__file__", str(tmp_path / "configurator.py"))
+    monkeypatch.setattr(configurator, "ROOT", tmp_path)
     return tmp_path
 
 

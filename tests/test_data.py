@@ -20,17 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import (
-    Batches,
-    TokenFiles,
-    TokenWriter,
-    extend_tokenizer,
-    load_tokenizer,
-    normalise,
-    train_tokenizer,
-    wording,
-)
+from data import Batches, TokenFiles, TokenWriter
 from parts.files import locked
+from parts.text import SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording
 
 K = 3
 META = {
@@ -305,19 +297,19 @@ def test_meta_json_with_a_field_missing_or_of_another_kind(tmp_path):
 
 
 def test_the_tokenizer_of_a_folder(tmp_path):
-    tokenizer = data.SentencePiece(data.train_tokenizer(["one two"] * 5, 280))
+    tokenizer = SentencePiece(train_tokenizer(["one two"] * 5, 280))
     files = TokenFiles(write(tmp_path / "x", utterances(1), meta={**META, "tokenizer": tokenizer.describe()}), "train")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         files.tokenizer()  # b"pieces"
     (tmp_path / "x/tokenizer.model").write_bytes(tokenizer.model)
     assert files.tokenizer().model == tokenizer.model
-    (tmp_path / "x/tokenizer.model").write_bytes(data.train_tokenizer(["three four"] * 5, 280))
+    (tmp_path / "x/tokenizer.model").write_bytes(train_tokenizer(["three four"] * 5, 280))
     with pytest.raises(ValueError, match="is not the tokenizer that meta.json describes .sha256 differs"):
         files.tokenizer()
 
 
 def test_half_a_surrogate_pair_is_unknown():
-    tokenizer = data.SentencePiece(data.train_tokenizer(["one two"] * 5, 280))
+    tokenizer = SentencePiece(train_tokenizer(["one two"] * 5, 280))
     assert tokenizer.unknown("one \ud83d") == {"\ud83d"}
 
 

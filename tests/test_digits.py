@@ -14,7 +14,7 @@ import torch
 
 import bench
 import codec
-import configurator
+from parts import configurator
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "data" / "digits"

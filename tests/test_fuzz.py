@@ -48,13 +48,14 @@ from fuzz import (
 )
 
 import codec as codecs
-import configurator
 import data
 import model as models
 import prepare
-import published
 import sample
 import train
+import weights as published
+from parts import configurator
+from parts.text import SentencePiece, normalise, train_tokenizer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are called in a forked process")
 SEED = int(os.environ.get("FUZZ_SEED", "17"))
@@ -117,7 +118,7 @@ def write_tokens(folder, K, references):
     """A token folder of two voices: each word is three frames that follow from it."""
     rng = np.random.default_rng(0)
     words = ["zero", "one", "two", "three"]
-    tokenizer = data.SentencePiece(data.train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
+    tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
     codec = codecs.load_codec("mel", n_codebooks=K, codebook_size=16, sample_rate=RATE, n_mels=20, dims=16)
     codec.fit([0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))])
     silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
@@ -158,7 +159,7 @@ class Yard:
             more = [f"--init_from={folder}/out/csm/best.pt", "--lora_rank=2"] if family == "lora" else []
             train_once(self.tokens(of), out, *FAMILIES[of], *more)
             self.checkpoints[family] = {
-                which: models.load_checkpoint(str(out / f"{which}.pt")) for which in ("best", "last")
+                which: published.load_checkpoint(str(out / f"{which}.pt")) for which in ("best", "last")
             }  # fmt: skip
 
     def tokens(self, family):
@@ -239,7 +240,7 @@ def told(rows, allowed=()):
 def row(i, audio=None, text=None, speaker=None, start=0.0, end=None):
     """A true row as the doctor gives it."""
     of = ROWS[i]
-    words = data.normalise(of[1] if text is None else text)
+    words = normalise(of[1] if text is None else text)
     return audio or of[0], words, of[2] if speaker is None else speaker, start, end
 
 
@@ -409,7 +410,7 @@ def source_keys(rng, yard):
             source = {"path": path, "filter": value}
         elif rng.random() < 0.2:
             source = value = rng.choice([v for v in ODD if v != "../x"])
-        fine = [row(j, speaker=s) for j in range(len(ROWS)) for s in ("a", "b", data.normalise(str(value)))]
+        fine = [row(j, speaker=s) for j in range(len(ROWS)) for s in ("a", "b", normalise(str(value)))]
         yield Case(f"{source!r:.150}", partial(doctor, source, yard), MAY, "", told([], fine))
 
 
@@ -430,7 +431,7 @@ def known_rows(i, name, value):
     if name == "text" and (words or number):
         return [row(i, text=said), row(i, text=str(value))]
     if name == "speaker" and (words or number or empty or halves or type(value) is float):
-        return [row(i, speaker=s) for s in (said, "speaker", "yard", data.normalise(said))]
+        return [row(i, speaker=s) for s in (said, "speaker", "yard", normalise(said))]
     return []
 
 
@@ -847,7 +848,7 @@ def checkpoints(rng, yard):
             if isinstance(made, bytes):
                 (folder / name).write_bytes(made)
             else:
-                models.save_checkpoint(str(folder / name), made)
+                published.save_checkpoint(str(folder / name), made)
             return used(yard, family, use, folder / name)
 
         def sound(family=family, use=use, name=name):
@@ -880,7 +881,7 @@ def publications(yard):
     for family in ("csm", "kani"):
         checkpoint = yard.checkpoints[family]["best"]
         folder = yard.folder / "hub" / family
-        published.export(models.load_model(checkpoint), folder)
+        published.export(published.load_model(checkpoint), folder)
         given = json.loads((folder / "config.json").read_text())
         found[f"{family} exported"] = load_file(folder / "model.safetensors"), given, False
     args = {"gpt_n_heads": 2, "gpt_start_text_token": 37, "gpt_stop_text_token": None}

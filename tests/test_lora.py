@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
-from lora import (
+from model import CSM, CSMConfig, contract_check
+from parts.lora import (
     LoRALinear,
     adapter_state,
     adapters,
@@ -21,7 +22,7 @@ from lora import (
     set_adapter,
     use_adapter,
 )
-from model import CSM, CSMConfig, contract_check, load_weights
+from weights import load_weights
 
 STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
 K, V = 4, 16

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-import metrics
+from parts import metrics
 
 CPU = torch.device("cpu")
 

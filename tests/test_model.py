@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import model as models
-import published
+import weights as published
 from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,7 +91,7 @@ def test_transformer_equals_transformers_llama(scaled, n_kv_head, head_dim):
     ours = Transformer(c).eval()
     names = {r"attn\.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     weights = theirs.state_dict()
-    models.load_weights(ours, {name: weights[published.translate(name, names)] for name in ours.state_dict()})
+    published.load_weights(ours, {name: weights[published.translate(name, names)] for name in ours.state_dict()})
     x = torch.randn(2, 100, c.d_model)
     with torch.no_grad():
         expected = theirs(inputs_embeds=x).last_hidden_state
@@ -152,7 +152,8 @@ def test_transformer_equals_transformers_gpt2():
             state[name] = whole.chunk(3, -1)["qkv".index(part[0])]
         else:
             state[name] = weights[published.translate(name, names)]
-    models.load_weights(ours, {name: w.T if w.ndim == 2 else w for name, w in state.items()})  # GPT-2's are (in, out)
+    state = {name: w.T if w.ndim == 2 else w for name, w in state.items()}  # GPT-2's are (in, out)
+    published.load_weights(ours, state)
     x = torch.randn(2, 40, c.d_model)
     torch.testing.assert_close(ours(x), theirs(inputs_embeds=x).last_hidden_state, rtol=1e-4, atol=1e-4)
 
@@ -795,40 +796,40 @@ def checkpoint_of(model, **more):
 
 def test_checkpoint_round_trip(tmp_path):
     model, path = tiny(stop="zeros", backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192))), tmp_path / "x.pt"
-    models.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"kind": "x", "model": b"bytes"}))
+    published.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"kind": "x", "model": b"bytes"}))
     assert os.listdir(tmp_path) == ["x.pt"]
-    checkpoint = models.load_checkpoint(path)
-    again = models.load_model(checkpoint)
+    checkpoint = published.load_checkpoint(path)
+    again = published.load_model(checkpoint)
     assert checkpoint["iter"] == 7 and checkpoint["tokenizer"]["model"] == b"bytes"
     assert again.config == model.config and not again.training
     batch = batch_of(model, utterance())
     assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
-    assert models.load_model(checkpoint, dtype=torch.bfloat16).codebook0_head.dtype == torch.bfloat16
+    assert published.load_model(checkpoint, dtype=torch.bfloat16).codebook0_head.dtype == torch.bfloat16
 
 
 def test_averaged_weights_speak():
     model = tiny()
     averaged = {k: v * 0.5 for k, v in model.state_dict().items()}
-    loaded = models.load_model({**checkpoint_of(model), "ema": averaged})
+    loaded = published.load_model({**checkpoint_of(model), "ema": averaged})
     assert torch.equal(loaded.codebook0_head, 0.5 * model.codebook0_head)
 
 
 def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "x.pt"
-    models.save_checkpoint(path, {"iter": 1})
+    published.save_checkpoint(path, {"iter": 1})
 
     class Bad:
         def __reduce__(self):
             raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        models.save_checkpoint(path, {"iter": 2, "bad": Bad()})
-    assert models.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+        published.save_checkpoint(path, {"iter": 2, "bad": Bad()})
+    assert published.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
     os.symlink("/dev/full", tmp_path / "x.pt.partial")
     with pytest.raises(OSError) as error:
-        models.save_checkpoint(path, {"iter": 2, "weights": torch.zeros(10**6)})
+        published.save_checkpoint(path, {"iter": 2, "weights": torch.zeros(10**6)})
     assert "\n" not in str(error.value)
-    assert models.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+    assert published.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
 
 
 class Evil:
@@ -843,7 +844,7 @@ class Evil:
 
 def test_files_that_are_no_checkpoint(tmp_path):
     model, good = tiny(), tmp_path / "good.pt"
-    models.save_checkpoint(good, checkpoint_of(model))
+    published.save_checkpoint(good, checkpoint_of(model))
     whole = good.read_bytes()
     bad = {
         "empty.pt": b"", "half.pt": whole[: len(whole) // 2], "short.pt": whole[:-1], "text.pt": b"hello " * 99,
@@ -852,19 +853,19 @@ def test_files_that_are_no_checkpoint(tmp_path):
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is (truncated or )?not a checkpoint") as e:
-            models.load_checkpoint(tmp_path / name)
+            published.load_checkpoint(tmp_path / name)
         assert "\n" not in str(e.value)
     torch.save({"evil": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="evil.pt is not a checkpoint: it cannot be read without running code"):
-        models.load_checkpoint(tmp_path / "evil.pt")
+        published.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
     for foreign in ({"model_state": {}}, [1, 2], torch.zeros(3), {"format": "parlando-0"}):
         torch.save(foreign, tmp_path / "foreign.pt")
         with pytest.raises(ValueError, match="is not a parlando-1 checkpoint"):
-            models.load_checkpoint(tmp_path / "foreign.pt")
+            published.load_checkpoint(tmp_path / "foreign.pt")
     for name in ("none.pt", ""):
         with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-            models.load_checkpoint(tmp_path / name)
+            published.load_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -876,9 +877,9 @@ def test_weights_that_do_not_fit(change, message):
     checkpoint = checkpoint_of(tiny())
     change(checkpoint["model"])
     with pytest.raises(ValueError, match=message):
-        models.load_model(checkpoint)
+        published.load_model(checkpoint)
     with pytest.raises(ValueError, match="architecture 'tacotron', this code has csm"):
-        models.load_model({**checkpoint, "arch": "tacotron"})
+        published.load_model({**checkpoint, "arch": "tacotron"})
 
 
 @pytest.mark.parametrize("change, message", [
@@ -892,9 +893,9 @@ def test_weights_that_are_no_numbers_are_named(change, message, tmp_path):
     checkpoint = checkpoint_of(tiny())
     checkpoint["model"] = {name: w.clone() for name, w in checkpoint["model"].items()}
     change(checkpoint["model"])
-    models.save_checkpoint(tmp_path / "x.pt", checkpoint)
+    published.save_checkpoint(tmp_path / "x.pt", checkpoint)
     with pytest.raises(ValueError, match=f"x.pt: {message}"):
-        models.from_pretrained(tmp_path / "x.pt")
+        published.from_pretrained(tmp_path / "x.pt")
 
 
 def test_a_model_that_diverged_fails_the_contract_in_one_line():
@@ -917,13 +918,13 @@ def test_a_model_that_diverged_fails_the_contract_in_one_line():
 def test_fields_of_another_kind(name, change, message, tmp_path):
     checkpoint = checkpoint_of(tiny())
     changed = {**(checkpoint.get(name) or {}), **change} if isinstance(change, dict) else change
-    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, name: changed})
+    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, name: changed})
     if message is None:
         with pytest.raises(ValueError, match="x.pt lacks .*iter.*: train.py writes whole ones"):
-            models.load_checkpoint(tmp_path / "x.pt", needed=models.WHOLE)
+            published.load_checkpoint(tmp_path / "x.pt", needed=published.WHOLE)
         return
     with pytest.raises(ValueError, match=message):
-        models.load_checkpoint(tmp_path / "x.pt")
+        published.load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -934,17 +935,17 @@ def test_fields_of_another_kind(name, change, message, tmp_path):
 def test_configs_that_no_model_has(change, message, tmp_path):
     checkpoint = checkpoint_of(tiny())
     config = {**checkpoint["model_config"], **change}
-    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "model_config": config})
+    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "model_config": config})
     with pytest.raises(ValueError, match=message):
-        models.load_model(models.load_checkpoint(tmp_path / "x.pt"))
+        published.load_model(published.load_checkpoint(tmp_path / "x.pt"))
 
 
 def test_an_adapter_without_its_base(tmp_path):
     for base, error, message in (("gone.pt", FileNotFoundError, "x.pt is an adapter on .*gone.pt, which is not there"),
                                  ("x.pt", ValueError, "x.pt is damaged: it is an adapter on itself")):  # fmt: skip
-        models.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
+        published.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
         with pytest.raises(error, match=message):
-            models.from_pretrained(tmp_path / "x.pt")
+            published.from_pretrained(tmp_path / "x.pt")
 
 
 def test_another_file_in_place_of_a_checkpoint(tmp_path):
@@ -955,4 +956,4 @@ def test_another_file_in_place_of_a_checkpoint(tmp_path):
     for name, message in (("tokens", "no such checkpoint, it is a folder of token"), ("a.wav", "it is a recording"),
                           ("a.safetensors", "it is a safetensors file")):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            models.load_checkpoint(tmp_path / name)
+            published.load_checkpoint(tmp_path / name)

@@ -22,11 +22,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import configurator
 import prepare
 from codec import load_codec, read_audio
-from data import TokenFiles, load_tokenizer, normalise, train_tokenizer
-from sources import Utterance, read_source
+from data import TokenFiles
+from parts import configurator
+from parts.sources import Utterance, read_source
+from parts.text import load_tokenizer, normalise, train_tokenizer
 
 ROOT = Path(prepare.__file__).parent
 RATE = 16000

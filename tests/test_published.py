@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import assert_same, batch_of, checkpoint_of, tiny, utterance
 
-import configurator
-import lora
 import model as models
-import published
 import train
-from model import AUDIO, CSM, TEXT, CSMConfig, contract_check, from_pretrained
+import weights as published
+from model import AUDIO, CSM, TEXT, CSMConfig, contract_check
+from parts import configurator, lora
 from parts.tensors import Inert
+from weights import from_pretrained
 
 ROOT = Path(published.__file__).parent
 ORIGINAL, PORT = published.CSM_ORIGINAL, published.CSM_TRANSFORMERS
@@ -390,7 +390,7 @@ def test_weights_stay_in_their_file(original, tmp_path, name, monkeypatch):
 
 def test_a_checkpoint_of_ours_is_one_too(tmp_path):
     model, path = tiny(), tmp_path / "best.pt"
-    models.save_checkpoint(path, checkpoint_of(model))
+    published.save_checkpoint(path, checkpoint_of(model))
     again = from_pretrained(path, dtype=torch.bfloat16, decoder_fraction=0.5)
     assert again.config.decoder_fraction == 0.5 and torch.equal(again.codebook0_head, model.codebook0_head.bfloat16())
 
@@ -590,9 +590,9 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path):
 
 def test_the_command(tmp_path):
     model = tiny(backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192)))
-    models.save_checkpoint(tmp_path / "best.pt", checkpoint_of(model))
+    published.save_checkpoint(tmp_path / "best.pt", checkpoint_of(model))
     flags = [f"--ckpt={tmp_path / 'best.pt'}", "--out_dir", str(tmp_path / "out")]
-    said = subprocess.run([sys.executable, "model.py", "export", *flags], cwd=ROOT, capture_output=True, text=True,
+    said = subprocess.run([sys.executable, "weights.py", "export", *flags], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert said.returncode == 0 and "kyutai/mimi" in said.stdout, said.stderr
     again = from_pretrained(tmp_path / "out")

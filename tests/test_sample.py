@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import codec as codecs
-import configurator
-import data
 import model as models
 import sample
+import weights as published
+from parts import configurator
+from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
 
 ROOT = Path(__file__).parents[1]
@@ -33,11 +34,11 @@ def checkpoint():
     torch.manual_seed(1)
     codec = codecs.load_codec("mel", n_codebooks=3, codebook_size=16, sample_rate=RATE, frame_rate=12.5)
     codec.fit([0.1 * torch.randn(5 * RATE)], seed=0)
-    tokenizer = data.train_tokenizer(["[slt]one two three", "[awb]four five"] * 5, 290, symbols=["[slt]", "[awb]"])
+    tokenizer = train_tokenizer(["[slt]one two three", "[awb]four five"] * 5, 290, symbols=["[slt]", "[awb]"])
     meta = {
         "codec": {"name": "mel", "fingerprint": codec.fingerprint(), "sample_rate": RATE, "frame_rate": 12.5,
                   "n_codebooks": 3, "codebook_size": 16},
-        "tokenizer": data.SentencePiece(tokenizer).describe(), "text_format": "[{speaker}]{text}", "lowercase": True,
+        "tokenizer": SentencePiece(tokenizer).describe(), "text_format": "[{speaker}]{text}", "lowercase": True,
         "speakers": ["slt", "awb"], "splits": {"train": {"utterances": 10, "frames": 200, "text_tokens": 50}},
     }  # fmt: skip
     stack = dict(n_layer=2, n_head=2, n_kv_head=1, d_model=32, d_ff=64, max_positions=256, dropout=0.1)
@@ -46,7 +47,7 @@ def checkpoint():
         if parameter.ndim > 1:
             parameter.data.mul_(8)
     model.codebook0_head.data[16] = 0  # stopping is less likely than the likelier codes
-    probe = {"text": data.SentencePiece(tokenizer).encode("[slt]one two"), "codes": torch.randint(16, (7, 3))}
+    probe = {"text": SentencePiece(tokenizer).encode("[slt]one two"), "codes": torch.randint(16, (7, 3))}
     return {
         "arch": "csm", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None,
         "codec": codec.pack(), "codec_fingerprint": codec.fingerprint(),
@@ -58,7 +59,7 @@ def checkpoint():
 @pytest.fixture(scope="session")
 def ckpt(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "best.pt"
-    models.save_checkpoint(path, checkpoint)
+    published.save_checkpoint(path, checkpoint)
     return str(path)
 
 
@@ -112,7 +113,7 @@ def test_same_seed_same_frames_and_wav(voice):
 
 
 def test_draws_as_the_training_run_did_unless_told_otherwise(ckpt, checkpoint, tmp_path, monkeypatch):
-    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "config": {"temperature": 0.3, "top_k": 7, "seed": 5}})
+    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "config": {"temperature": 0.3, "top_k": 7, "seed": 5}})
     asked, make = [], models.sampler
     monkeypatch.setattr(sample, "sampler", lambda generator, **how: asked.append(how) or make(**how))
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path)
@@ -206,7 +207,7 @@ def test_characters_the_tokenizer_does_not_know(voice, tmp_path):
     (tmp_path / "t").write_text("one two three\n" * 9)
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "t"), model_prefix=prefix, model_type="char",
                                              vocab_size=12, minloglevel=2)  # fmt: skip
-    voice.tokenizer = data.SentencePiece(Path(prefix + ".model").read_bytes())
+    voice.tokenizer = SentencePiece(Path(prefix + ".model").read_bytes())
     voice.meta = {**voice.meta, "text_format": "{text}"}
     with pytest.raises(ValueError, match="characters the tokenizer does not know: q z"):
         voice.text_ids("one qz")
@@ -369,7 +370,7 @@ def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
     for name, step in (("a", 7), ("b", 1200)):
         (tmp_path / "out" / name).mkdir(parents=True)
         changed = {key: w + 0.3 * (name == "b") for key, w in checkpoint["model"].items()}
-        models.save_checkpoint(tmp_path / "out" / name / "best.pt", {**checkpoint, "iter": step, "model": changed})
+        published.save_checkpoint(tmp_path / "out" / name / "best.pt", {**checkpoint, "iter": step, "model": changed})
     (tmp_path / "out/b/metrics.jsonl").write_text('{"iter": 1, "val_loss": 2.5}\n{"iter": 2, "val_loss": 2.25}\n')
     both = ",".join(str(tmp_path / "out" / name / "best.pt") for name in "ab")
     run("--ckpt", both, "--file", tmp_path / "lines.txt", "--out_dir", tmp_path / "c d")
@@ -408,7 +409,7 @@ def test_several_checkpoints_stay_inside_out_dir(ckpt, tmp_path, monkeypatch):
 
 def test_keys_without_effect(ckpt, checkpoint, tmp_path, capsys):
     mute = {**checkpoint, "meta": {**checkpoint["meta"], "text_format": "[slt]{text}"}}
-    models.save_checkpoint(tmp_path / "x.pt", mute)
+    published.save_checkpoint(tmp_path / "x.pt", mute)
     with pytest.raises(ValueError, match=r"--speaker: speaker = 'awb' has no effect: text_format = '\[slt\]{text}'"):
         run("--ckpt", tmp_path / "x.pt", "--text=one", "--speaker=awb", "--out_dir", tmp_path / "out")
     (tmp_path / "recipe.py").write_text("rounds = 3\nwhole_frames = False\n")
@@ -429,7 +430,7 @@ def test_settings_reach_the_voice(ckpt, recording, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_never_met_a_prompt_says_so(checkpoint, recording, tmp_path, capsys, share):
-    models.save_checkpoint(tmp_path / "a.pt", {**checkpoint, "config": {"voice_prompt": share}})
+    published.save_checkpoint(tmp_path / "a.pt", {**checkpoint, "config": {"voice_prompt": share}})
     flags = ["--ckpt", tmp_path / "a.pt", "--text=one", "--out_dir", tmp_path]
     run(*flags)
     assert "without voice prompts" not in capsys.readouterr().out
@@ -531,7 +532,7 @@ def test_refused(argv, message, ckpt, checkpoint, recording, tmp_path, monkeypat
         codec.fit([0.1 * torch.randn(RATE)]).save("other")
     Path("cut.pt").write_bytes(Path(ckpt).read_bytes()[:-5000])
     torch.save({"model_state": {}}, "foreign.pt")
-    models.save_checkpoint("mute.pt", {**checkpoint, "probe": None})
+    published.save_checkpoint("mute.pt", {**checkpoint, "probe": None})
     assert message in refused("out", *([] if any("--ckpt" in a for a in argv) else ["--ckpt", ckpt]), *argv)
 
 
@@ -550,7 +551,7 @@ def test_out_dir_that_cannot_be_written(ckpt, tmp_path, monkeypatch):
 
 def test_all_lines_are_checked_before_the_first_is_spoken(ckpt, tmp_path, monkeypatch):
     (tmp_path / "l.txt").write_text("one\ntwo\u200b")
-    monkeypatch.setattr(data.SentencePiece, "unknown", lambda self, text: set(text) & {"\u200b"})
+    monkeypatch.setattr(SentencePiece, "unknown", lambda self, text: set(text) & {"\u200b"})
     assert "does not know" in refused(tmp_path / "out", "--ckpt", ckpt, f"--file={tmp_path}/l.txt")
 
 
@@ -562,9 +563,9 @@ def test_a_broken_contract_is_refused(ckpt, tmp_path, monkeypatch):
 
 def test_voice_takes_what_train_has(checkpoint):
     """train.py has the model at hand and no file; the model may be of another dtype."""
-    model = models.load_model(checkpoint, dtype=torch.bfloat16)
+    model = published.load_model(checkpoint, dtype=torch.bfloat16)
     codec = codecs.load_codec("mel", checkpoint["codec"])
-    voice = Voice(model, codec, data.SentencePiece(checkpoint["tokenizer"]["model"]), checkpoint["meta"])
+    voice = Voice(model, codec, SentencePiece(checkpoint["tokenizer"]["model"]), checkpoint["meta"])
     wav = voice.say("one two", temperature=0, cap_seconds=1)
     assert wav.dtype == torch.float32 and torch.isfinite(wav).all()
     assert isinstance(voice.frames("one"), types.GeneratorType)
@@ -588,7 +589,7 @@ def test_the_line_that_is_refused_is_named(line, message, ckpt, tmp_path):
 
 def test_all_checkpoints_are_checked_before_the_first_speaks(ckpt, checkpoint, tmp_path):
     (tmp_path / "b").mkdir()
-    models.save_checkpoint(tmp_path / "b/best.pt", {**checkpoint, "probe": {}})
+    published.save_checkpoint(tmp_path / "b/best.pt", {**checkpoint, "probe": {}})
     said = refused(tmp_path / "out", f"--ckpt={ckpt},{tmp_path}/b/best.pt", "--text=one")
     assert "b/best.pt is damaged: its probe" in said
     assert not list(tmp_path.rglob("*.wav"))
@@ -598,7 +599,7 @@ def test_nothing_is_written_outside_of_out_dir(checkpoint, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         os.mkdir(name)
-        models.save_checkpoint(f"{name}/best.pt", checkpoint)
+        published.save_checkpoint(f"{name}/best.pt", checkpoint)
     os.mkdir("a/c")
     run("--ckpt=a/c/../best.pt,b/best.pt", "--text=one", "--out_dir=x/y", "--cap_seconds=0.2")
     assert sorted(str(path) for path in Path("x").rglob("*.*")) == ["x/y/a/000.wav", "x/y/b/000.wav", "x/y/index.html"]
@@ -646,7 +647,7 @@ def test_fields_of_another_kind_are_one_line(checkpoint, tmp_path):
     cases = [(field, value) for field in everything(checkpoint) for value in junk]
     refusals = 0
     for field, value in rng.sample(cases, 60):
-        models.save_checkpoint(path, changed(checkpoint, field, value))
+        published.save_checkpoint(path, changed(checkpoint, field, value))
         try:
             Voice.from_checkpoint(path).say("one", cap_seconds=0.2)
         except (ValueError, OSError) as error:
@@ -662,11 +663,11 @@ def test_fields_of_another_kind_are_one_line(checkpoint, tmp_path):
     ({"config": {"temperature": "x"}}, "config is damaged: temperature is 'x', not a number"),
 ])  # fmt: skip
 def test_parts_that_do_not_belong_together(checkpoint, tmp_path, change, message):
-    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, **change})
+    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, **change})
     with pytest.raises(ValueError, match=f"x.pt.*{message}"):
         Voice.from_checkpoint(tmp_path / "x.pt")
-    other = data.train_tokenizer(["six seven"] * 5, 280)
-    models.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "tokenizer": {"kind": "sentencepiece", "model": other}})
+    other = train_tokenizer(["six seven"] * 5, 280)
+    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "tokenizer": {"kind": "sentencepiece", "model": other}})
     with pytest.raises(ValueError, match="x.pt is damaged: its tokenizer is not the one"):
         Voice.from_checkpoint(tmp_path / "x.pt")
 

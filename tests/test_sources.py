@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from test_prepare import RATE, config, contents, make_set, run, words, write_csv
 from test_train import run as train_on
 
-import configurator
 import prepare
-import sources
 from codec import PUBLISHED, load_codec, resample
-from data import TokenFiles, load_tokenizer
+from data import TokenFiles
+from parts import configurator, sources
+from parts.sources import load, read_rows, read_source, read_sources, utterance_id
+from parts.text import load_tokenizer
 from sample import Voice
-from sources import load, read_rows, read_source, read_sources, utterance_id
 
 GOLDEN = Path(__file__).parent / "golden"
 

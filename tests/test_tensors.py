@@ -13,8 +13,7 @@ from test_model import checkpoint_of, tiny
 
 import codec as codecs
 import data
-import model as models
-import published
+import weights as published
 from parts.tensors import fault, need_tensors, reason, undamaged, what_is
 
 
@@ -40,7 +39,7 @@ def evil(mark):
 
 
 READERS = {
-    "checkpoint": models.load_checkpoint,
+    "checkpoint": published.load_checkpoint,
     "published": published.from_pretrained,
     "codec weights": lambda path: codecs.load_codec("dac", path),
     "codec pack": codecs.read_pack,
@@ -53,8 +52,8 @@ READERS = {
 def test_pickles_run_no_code(read, zipped, protocol, tmp_path, recwarn):
     mark, path = tmp_path / "mark", tmp_path / "x.pth"
     for call in evil(mark):
-        torch.save({"format": models.FORMAT, "model": {"codebook0_head.weight": call}}, path, pickle_protocol=protocol,
-                   _use_new_zipfile_serialization=zipped)  # fmt: skip
+        torch.save({"format": published.FORMAT, "model": {"codebook0_head.weight": call}}, path,
+                   pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)  # fmt: skip
         with pytest.raises(ValueError, match="x.pth") as error:
             read(str(path))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -86,8 +85,8 @@ def same(a, b):
 
 def test_one_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     path, rng = tmp_path / "x.pt", random.Random(0)
-    models.save_checkpoint(path, checkpoint_of(tiny(), iter=7))
-    right, content = models.load_checkpoint(path), path.read_bytes()
+    published.save_checkpoint(path, checkpoint_of(tiny(), iter=7))
+    right, content = published.load_checkpoint(path), path.read_bytes()
     assert undamaged(path)
     structure = content.index(b"PK\1\2")  # the directory at the end is small, and all of it is looked at
     places = [rng.randrange(8 * len(content)) for _ in range(150)]
@@ -98,7 +97,7 @@ def test_one_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
-            assert same(models.load_checkpoint(path), right)
+            assert same(published.load_checkpoint(path), right)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1

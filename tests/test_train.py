@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-import configurator
-import lora
-import published
 import train
+import weights as published
 from codec import load_codec
-from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
-from metrics import read_metrics
-from model import build, from_pretrained, load_checkpoint, load_model, save_checkpoint
+from data import Batches, TokenFiles, TokenWriter
+from model import build
+from parts import configurator, lora
 from parts.files import locked
+from parts.metrics import read_metrics
+from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
+from weights import from_pretrained, load_checkpoint, load_model, save_checkpoint
 
 ROOT = Path(train.__file__).parent
 WORDS = ["zero", "one", "two", "three"]

@@ -13,17 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import configurator
 import model as models
 import prepare
-import published
 import sample
 import train
+import weights as published
 from codec import load_codec, read_audio
-from data import Batches, SentencePiece, TokenFiles, TokenWriter, train_tokenizer
-from metrics import read_metrics
-from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check, from_pretrained, load_checkpoint
+from data import Batches, TokenFiles, TokenWriter
+from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
+from parts import configurator
+from parts.metrics import read_metrics
+from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
+from weights import from_pretrained, load_checkpoint
 
 GPT2 = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **models.GPT2)
 EARS = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2)
@@ -621,7 +623,7 @@ def test_greedy_generation_equals_the_original(released):
         state[name] = torch.cat([state[name], more])
     state["code_embedding.weight"] = torch.cat([state["code_embedding.weight"], state["code_embedding.weight"][32:]])
     model = XTTS(XTTSConfig(**{k: v for k, v in config.items() if k != "arch"})).double()
-    models.load_weights(model, state)
+    published.load_weights(model, state)
     heads = []
 
     def choose(scores, seen=None):
@@ -887,7 +889,7 @@ def test_other_sizes_are_refused_when_it_goes_on(tokens, tmp_path, capsys):
     given += ["--reference_seconds=[0.2,0.4]", f"--data_dir={tokens}", f"--out_dir={tmp_path}/a"]
     checkpoint = load_checkpoint(tmp_path / "a/last.pt")
     checkpoint["config"]["n_latents"] = 99  # as older versions recorded what was asked for
-    models.save_checkpoint(tmp_path / "a/last.pt", checkpoint)
+    published.save_checkpoint(tmp_path / "a/last.pt", checkpoint)
     capsys.readouterr()
     train.main(configurator.configure(train.__file__, [*given, "--init_from=resume", "--max_iters=3"]))
     assert "resuming" in (out := capsys.readouterr().out) and "n_latents" not in out.split("iter 2")[1].split("\n")[0]

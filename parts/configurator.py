@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("prepare.py", "train.py", "sample.py")  # a recipe may hold keys of any of these
 FAMILIES = {"train.py": "model.py"}  # whose config classes hold further keys of a script
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple, "dict": dict}
@@ -79,7 +80,7 @@ def configure(script, argv, positional=()):
     own = read_defaults(script)
     known, home = dict(own), {}
     for name in SCRIPTS:
-        sibling = Path(__file__).with_name(name)
+        sibling = ROOT / name
         if sibling.exists() and sibling.resolve() != Path(script).resolve():
             known = {**(others := read_defaults(sibling)), **known}  # where scripts share a key, its own kind holds
             home |= dict.fromkeys(others, name)

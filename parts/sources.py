@@ -37,7 +37,7 @@ from functools import lru_cache
 import numpy as np
 from tqdm import tqdm
 
-from data import normalise
+from parts.text import normalise
 
 # names of columns, the preferred first
 AUDIO = ["audio", "audio_path", "audio_file", "audio_filepath", "path", "file", "file_name", "filename", "wav", "id"]
@@ -513,7 +513,7 @@ def read_source(source, lowercase=False):
             raise ValueError(f"{file}: no rows in it")
         if not has_columns(columns):
             wants = f"it needs one for the audio (audio, path, file, id, ...) or its codes ({', '.join(CODES)})"
-            wants += " and one for the text (text, sentence, transcription, ...): sources.py has all names"
+            wants += " and one for the text (text, sentence, transcription, ...): parts/sources.py has all names"
             raise ValueError(f"{file}: its columns are {', '.join(columns):.100}; {wants}")
     if not passed:
         says = f"passes the filter {wanted!r:.100}; columns: {', '.join(columns):.100}"
