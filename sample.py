@@ -46,27 +46,26 @@ from parts.tensors import UNBUILT, fault, reason
 from parts.text import load_tokenizer, normalise, wording
 from weights import WHOLE, load_checkpoint, load_model
 
-ckpt = ""  # checkpoint, or several with commas between; empty: best.pt in out_dir, so that a recipe alone is enough
-text = ""  # what to say
-file = ""  # or a text file, one utterance a line
-out_dir = "samples"  # folder for 000.wav, ..., of several checkpoints one each; "-": raw 16-bit mono samples to stdout
-speaker = ""  # one of the speakers trained on; empty: the one heard most
+ckpt = ""  # checkpoint, or several separated by commas; empty: best.pt in out_dir, so that a recipe alone is enough
+text = ""  # the text to speak
+file = ""  # or a text file, one utterance per line
+out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; "-": raw 16-bit mono samples to stdout
+speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
 reference = ""  # recording of a voice to clone
-reference_text = ""  # what is said in it, word for word; XTTS and VALL-E do without
-temperature: "float | None >= 0" = None  # 0: always the likeliest code; None, here and below: as the run has it
-top_k: "int | None >= 0" = None  # draw among so many of the likeliest codes; 0: all
+reference_text = ""  # its transcript, word for word; XTTS and VALL-E need none
+temperature: "float | None >= 0" = None  # 0: always the likeliest code; None, here and below: that of the training
+# run, which is that of the family's authors unless its recipe says otherwise
+top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
-repetition_penalty: "float | None > 0" = None  # makes codes spoken before less likely; 1: does not
-rounds: "1 <= int | None <= 10000" = None  # of demasking, for models that fill in all frames at once (VALL-E nar)
-guidance: "float | None >= 0" = None  # how far they go beyond what is likely without the text; 1: to what is with it
-seed: "int >= 0" = 1337
-cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: a second, and three times what as much text took
+repetition_penalty: "float | None > 0" = None  # kani, xtts: makes codes spoken before less likely; 1: off
+seed: "0 <= int <= 4294967295" = 1337
+cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times what as much text took in training
 stream = False  # write audio while it is generated
-device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
-dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
-codec_path = ""  # the codec's tables, where not those in the checkpoint
-adapter = ""  # another LoRA checkpoint on the same base as ckpt, to speak with in its place
+device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
+dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
+adapter = ""  # another LoRA checkpoint on the same base, to speak with instead of ckpt's
 
+SHARED = {"prepare.py": ["codec_path"], "model.py": ["rounds", "guidance"]}
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -87,8 +86,9 @@ class Voice:
         self.references, self.timbres = references, timbres
         self.vocoder = getattr(model, "vocoder", False) and hasattr(codec, "vocode")
         self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
-        self.draw = {key: (config or {}).get(key, usual) for key, usual in model.draw.items()}
-        self.prompted = (config or {}).get("voice_prompt", 1) > 0  # did it meet prompts in training?
+        trained_with = {key: value for key, value in (config or {}).items() if value is not None}
+        self.draw = {key: trained_with.get(key, usual) for key, usual in model.draw.items()}
+        self.prompted = trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
         self.device = next(model.parameters()).device
         self.stopped, self.timbre, self.adapted = None, None, {}
 
@@ -462,9 +462,8 @@ def get_ready(cfg, path, lines, out_dir):
     if warning := slow_type(voice.device, cfg.dtype):
         print(warning, file=messages)
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
-    for key in ("rounds", "guidance"):
-        if getattr(cfg, key) is not None and hasattr(voice.model.config, key):
-            setattr(voice.model.config, key, getattr(cfg, key))
+    for key in {"rounds", "guidance"} & cfg.given.keys() & vars(voice.model.config).keys():
+        setattr(voice.model.config, key, getattr(cfg, key))
     if cfg.adapter:
         voice.adapt(cfg.adapter)
     reference = voice.listen(cfg.reference) if cfg.reference else None

@@ -1,10 +1,11 @@
-"""Weights as their authors published them, in and out.
+"""Weights: checkpoints, published weights in and out, and what a run starts from.
 
-    from_pretrained("weights/csm-1b")                                 a file or folder that was downloaded
-    python train.py config/csm_1b.py --init_from=weights/csm-1b       goes on from it
-    python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x     writes what transformers reads, an adapter merged
+    from_pretrained("weights/csm-1b")                                 the model of a checkpoint, or of published weights
+    python train.py config/csm_1b.py --init_from=weights/csm-1b       continues their training
+    python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x     writes a folder that transformers reads
 
-- What a file holds is known by the names of its tensors, never by its own; every tensor is used, or left out for a
+- A checkpoint is one file with all that its model needs to speak or to go on. Checksums show damage when it is read.
+- What a published file holds is known by the names of its tensors, never by its own; every tensor is used, or left out for a
   reason that is stated here, and the first that is missing, unknown or of another shape is named.
 - Sizes are read off the tensors' shapes. A config.json beside them says what shapes cannot, such as numbers of heads.
 - Nothing is made twice: tensors stay in the memory-mapped file until they are needed, and the model is built without
@@ -20,7 +21,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 
 import torch
@@ -33,11 +34,14 @@ from model import (
     TAPS,
     CSMConfig,
     PerceiverBlock,
+    build,
+    contradiction,
     facts,
     transformer_config,
 )
 from parts import configurator, lora
 from parts.files import need, whole
+from parts.folder import kept_checkpoints
 from parts.tensors import UNBUILT, fault, need_tensors, reason, undamaged, unpickle, what_is
 
 command = ""  # export
@@ -97,6 +101,11 @@ def is_named(x):
     return isinstance(x, dict) and all(isinstance(name, str) for name in x)
 
 
+def is_evaluation(x):
+    """Whether x is (iter, training loss, held-out loss), as `overfitting` reads it."""
+    return isinstance(x, list | tuple) and len(x) == 3 and all(type(number) in (int, float) for number in x)
+
+
 # What a checkpoint holds, as `need` reads it. A field that is not needed by whom reads it may be missing
 FIELDS = {
     "arch?": str, "model_config?": is_named, "config?": is_named, "iter?": int, "model?": dict, "ema?": dict,
@@ -108,7 +117,7 @@ FIELDS = {
         "best": lambda x: isinstance(x, float) and not math.isnan(x),
         "skipped": lambda x: isinstance(x, torch.Tensor) and x.shape == (2,),
         "window": lambda x: isinstance(x, dict) and all(isinstance(pair, torch.Tensor) for pair in x.values()),
-        "history": lambda x: isinstance(x, list) and all(isinstance(row, list | tuple) and len(row) == 3 for row in x),
+        "history": lambda x: isinstance(x, list) and all(map(is_evaluation, x)),
     },
 }  # fmt: skip
 WHOLE = ("arch", "model_config", "config", "iter", "model", "meta", "codec", "codec_fingerprint", "tokenizer", "probe")
@@ -155,9 +164,6 @@ def load_checkpoint(path, device="cpu", needed=()):
     need(checkpoint, FIELDS, path)
     if missing := [field for field in needed if checkpoint.get(field) is None]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: train.py writes whole ones")
-    base = checkpoint.get("base")
-    if base and os.path.realpath(base) == os.path.realpath(path):
-        raise ValueError(f"{path} is damaged: it is an adapter on itself")
     found = Checkpoint({field.removesuffix("?"): None for field in FIELDS} | checkpoint)
     found.path = str(path)
     return found
@@ -173,13 +179,9 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     where = getattr(checkpoint, "path", "the checkpoint")
     if missing := [key for key in ("arch", "model_config", "model") if checkpoint.get(key) is None]:
         raise ValueError(f"{where} lacks {', '.join(missing)}: train.py writes whole ones")
-    if base := checkpoint.get("base"):  # an adapter, active from now on, and what it is added to
-        from parts import lora
-
-        if not os.path.exists(base):
-            raise FileNotFoundError(f"{where} is an adapter on {base}, which is not there: put the base back")
-        model = from_pretrained(base, device, **changes)
-        lora.load_adapter(model, checkpoint.get("ema") or checkpoint["model"])
+    if base := checkpoint.get("base"):
+        model = load_base(where, base, device, **changes)
+        lora.load_adapter(model, checkpoint.get("ema") or checkpoint["model"])  # it is active from now on
         return model.to(dtype=dtype).eval()
     arch = checkpoint["arch"]
     if arch not in ARCHS:
@@ -195,6 +197,19 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
         raise ValueError(f"{where}: no model has the config in it: {reason(error)}") from None
     load_weights(model, checkpoint.get("ema") or checkpoint["model"], where)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def load_base(adapter, base, device, **changes):
+    """The model that an adapter is added to. Raises FileNotFoundError, and ValueError for a base that is no whole
+    model."""
+    if not os.path.exists(base):
+        raise FileNotFoundError(f"{adapter} is an adapter on {base}, which does not exist: put the base back")
+    if is_published(base):
+        return load(base, device, **changes)
+    checkpoint = load_checkpoint(base)
+    if checkpoint["base"]:  # two adapters could name each other
+        raise ValueError(f"{adapter} is damaged: its base {base} is an adapter itself")
+    return load_model(checkpoint, device, **changes)
 
 
 def from_pretrained(path, device="cpu", dtype=torch.float32, **changes):
@@ -214,6 +229,168 @@ def load_weights(model, state, where="the checkpoint"):
     or with numbers that are not finite."""
     need_tensors(state, model.state_dict(), where)
     model.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where a run starts from, and what it trains
+
+ADAPTER = ("lora_rank", "lora_alpha", "lora_rs", "lora_dropout", "lora_targets")  # fixed for the life of an adapter
+
+
+def family_keys(*kinds):
+    """Names of the keys that are fields of the families' configs: those "fixed" by weights, the "free" ones, or all."""
+    every = {f.name: f.metadata.get("key") for _, config in ARCHS.values() for f in fields(config)}
+    return {name for name, kind in every.items() if kind in (kinds or ("fixed", "free"))}
+
+
+def resumable(out_dir, say):
+    """The checkpoint that the run in out_dir goes on from, and its path: last.pt, or the newest ckpt_{iter}.pt where
+    last.pt is damaged or missing.
+
+    Raises FileNotFoundError where out_dir holds neither, ValueError where all are damaged.
+    """
+    last = os.path.join(out_dir, "last.pt")
+    first_fault = None
+    for path in [last] * os.path.exists(last) + kept_checkpoints(out_dir)[::-1]:
+        try:
+            checkpoint = load_checkpoint(path, needed=WHOLE)
+            if not checkpoint["train"]:
+                raise ValueError(f"{path} holds weights only, as best.pt does: start from it with init_from, in "
+                                 "another out_dir")  # fmt: skip
+        except ValueError as error:
+            first_fault = first_fault or error
+            continue
+        if path != last:
+            say(f"{first_fault or f'{last} does not exist'}: {path} takes its place")
+        return checkpoint, path
+    raise first_fault or FileNotFoundError(f"{last} does not exist: init_from is scratch, resume or a checkpoint's path")
+
+
+def starting_point(cfg, codec, meta, say=print):
+    """The model that init_from asks for, on the CPU, and our checkpoint that it comes from, or None.
+
+    Afterwards cfg holds what the weights fix and the user did not give. Raises FileNotFoundError, and ValueError where
+    the weights are of another codec, tokenizer or family, or where a given key contradicts them.
+    """
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from == "scratch":
+        return build(cfg.arch, meta, vars(cfg)), None
+    resume = cfg.init_from == "resume"
+    path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
+    if not resume and not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
+    given = {key: getattr(cfg, key) for key in cfg.given if getattr(cfg, key) is not None}
+    model, checkpoint = trained_weights(path, cfg, given, codec, meta, say, resume)
+    config = model.config
+    if key := contradiction(config, given):
+        fixed = getattr(config, key)
+        fixed = vars(fixed) if is_dataclass(fixed) else fixed
+        raise ValueError(f"{cfg.given[key]}: {key} = {configurator.show(given[key])}, but {path:.100} was trained with "
+                         f"{fixed!r:.120}: leave it out, or start from scratch")  # fmt: skip
+    for key in vars(cfg).keys() & {f.name for f in fields(config)}:
+        value = getattr(config, key)
+        if not is_dataclass(value):
+            setattr(cfg, key, value)
+        elif contradiction(config, {key: getattr(cfg, key)}):
+            setattr(cfg, key, asdict(value))
+    return model, checkpoint
+
+
+def trained_weights(path, cfg, given, codec, meta, say, resume=False, adapter=""):
+    """The model of a checkpoint or of published weights, and the checkpoint if it is ours, else None.
+
+    given: {key: value} of the user's keys; of these the model takes the free ones. adapter: the path of the adapter
+    whose base this is. Raises as starting_point does.
+    """
+    free = {key: value for key, value in given.items() if key in family_keys("free")}
+    if not resume and is_published(path):
+        return start(path, cfg.arch, meta, free, say), None
+    checkpoint, path = resumable(cfg.out_dir, say) if resume else (load_checkpoint(path, needed=WHOLE), path)
+    check_match(checkpoint, path, codec, meta, cfg, adapter)
+    fix_keys(checkpoint, path, cfg, given, resume)
+    config = {key: checkpoint["model_config"][key] for key in family_keys() & checkpoint["model_config"].keys()}
+    checkpoint["config"] |= config  # older versions recorded the keys as given, even where the model differed
+    state = checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"]
+    if base := checkpoint.get("base"):
+        inherited = {key: config[key] for key in family_keys("free") & config.keys()}
+        model, _ = trained_weights(base, cfg, {**inherited, **free}, codec, meta, say, adapter=path)
+        lora.load_adapter(model, state)
+        return model, checkpoint
+    try:
+        model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
+    except UNBUILT as error:
+        raise ValueError(f"{path}: no model has the config in it: {reason(error)}") from None
+    load_weights(model, state, path)
+    return model, checkpoint
+
+
+def check_match(checkpoint, path, codec, meta, cfg, adapter):
+    """Raise ValueError where a checkpoint cannot serve this run: other codec, other tokenizer, damaged keys."""
+    if checkpoint["codec_fingerprint"] != codec.fingerprint():
+        raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
+    if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{path} and {cfg.data_dir} are of two tokenizers: prepare the data with the checkpoint's")
+    if adapter and checkpoint.get("base"):
+        raise ValueError(f"{adapter} is damaged: its base {path} is an adapter itself")
+    recorded = {key: value for key, value in checkpoint["config"].items() if key not in family_keys()}
+    configurator.check_recorded("train.py", recorded, f"{path} is damaged: config")
+
+
+def fix_keys(checkpoint, path, cfg, given, resume):
+    """Give cfg the keys that may not change; raise ValueError where a given one contradicts the checkpoint."""
+    fixed = ("arch",)
+    if resume:  # the optimizers' memory is that of these optimizers
+        fixed = ("arch", "muon", "sparse_embeddings", *ADAPTER)
+    elif checkpoint.get("base") and given.get("lora_rank"):  # it goes on as an adapter
+        fixed = ("arch", *ADAPTER)
+    for key in fixed:
+        old = {**checkpoint["config"], "arch": checkpoint["arch"]}.get(key, getattr(cfg, key))
+        if given.get(key, old) != old:
+            raise ValueError(f"{cfg.given[key]}: {key} = {configurator.show(given[key])}, but {path:.100} was trained "
+                             f"with {old!r:.100}: leave it out, or start from scratch")  # fmt: skip
+        setattr(cfg, key, old)
+
+
+def freeze_parameters(model, patterns):
+    """Freeze the parameters whose names match. Raises ValueError for a pattern that matches none, or if all are frozen."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        try:
+            found = [name for name in names if re.search(pattern, name)]
+        except (re.error, TypeError) as e:
+            raise ValueError(f"freeze: {pattern!r} is not a regular expression ({e})") from None
+        if not found:
+            raise ValueError(f"freeze: {pattern!r} finds no parameter; some are {', '.join(names[:: len(names) // 4])}")
+        for name in found:
+            model.get_parameter(name).requires_grad = False
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("freeze leaves nothing to train")
+
+
+def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
+    """Choose what is trained: an adapter (lora_rank), or all weights but those in `freeze`.
+
+    Where `freeze` is None, a resumed run keeps that of its checkpoint, and a run that continues trained weights on few
+    utterances takes the family's advice. cfg.freeze holds the choice afterwards.
+    """
+    if not cfg.lora_rank:
+        if lora.adapters(model):
+            lora.merge(model)
+            model.requires_grad_(True)
+        if checkpoint and cfg.init_from == "resume":
+            cfg.freeze = checkpoint["config"]["freeze"] if cfg.freeze is None else cfg.freeze
+        elif cfg.freeze is None and cfg.init_from != "scratch":
+            cfg.freeze = getattr(model, "small_set_freeze", lambda n: [])(utterances)
+            if cfg.freeze:
+                say(f"{utterances:,} utterances are few to go on with: freeze={cfg.freeze!r}; --freeze=[] trains all")
+        cfg.freeze = cfg.freeze or []
+        return freeze_parameters(model, cfg.freeze)
+    if cfg.freeze:
+        raise ValueError("freeze and lora_rank: LoRA freezes all weights itself, choose layers by lora_targets")
+    if not lora.adapters(model):
+        settings = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, rs=cfg.lora_rs, dropout=cfg.lora_dropout)
+        lora.add_lora(model, **settings, targets=cfg.lora_targets)
+    lora.cast_base(model, getattr(torch, cfg.lora_base_dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""What a run will take, before it runs: parameters, memory, batches, steps, hours of audio.
+"""What a run will need: parameters, memory, batches, steps, hours of audio.
 
     python train.py config/elise.py --dry_run=True
 
-- The model is built on the meta device, where tensors have shapes and no memory, so a laptop can plan for any GPU.
-- Activations are counted, not estimated by formula: one micro-batch runs forward there, and what autograd keeps of it
-  at any one time is added up.
-- Where the token folder is not there yet, a codec's published numbers and utterances of ten seconds stand in for it.
+- The model is on the meta device, where tensors have shapes and no memory, so a laptop can plan for any GPU.
+- Activations are counted, not estimated by formula: one micro-batch runs forward, and the tensors that autograd keeps
+  are added up.
+- If the token folder does not exist yet, utterances of ten seconds take its place.
 
 Letters in shapes: B batch, S rows, C columns.
 """
@@ -19,36 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from codec import PUBLISHED, load_codec
-from data import Batches, TokenFiles
-from model import Transformer, build
-
-USUAL_SECONDS, USUAL_TEXT = 10.0, 40  # of an utterance, and its text ids, where there are no data to look at
+USUAL_SECONDS = 10.0  # of an utterance, where no data exist
+USUAL_TEXT = 40  # its text ids
 
 
-def supposed_meta(recipe):
-    """The meta.json that a recipe's prepare.py keys would lead to, as far as a model's sizes need it."""
-    if recipe.codec in PUBLISHED:
-        codec = dict(PUBLISHED[recipe.codec])
-    else:
-        made = load_codec(recipe.codec, **recipe.codec_args)
-        codec = {key: getattr(made, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}
-        if recipe.references:
-            rows = made.reference(torch.zeros(1, made.samples_per_frame))[0]
-            codec["reference"] = {"rows_per_frame": len(rows), "silence": rows[0].tolist()}
-    codec |= {key: value for key, value in recipe.codec_args.items() if key in codec}
-    return {"codec": codec, "tokenizer": {"vocab_size": recipe.vocab_size, "bos_id": 1, "eos_id": 2}}
-
-
-def supposed_batch(cfg, meta, model):
-    """A micro-batch of usual utterances, as full as max_tokens and max_batch allow: its tensors, seconds of audio."""
-    codec = meta["codec"]
+def supposed_batch(cfg, codec, model):
+    """A micro-batch of usual utterances, as full as max_tokens and max_batch allow: its tensors, seconds of audio.
+    codec: what meta.json says of the codec."""
     frames = round(USUAL_SECONDS * codec["frame_rate"])
     rows = int(model.length(USUAL_TEXT, frames))
-    if rows > min(model.max_rows, cfg.max_tokens):
-        frames = max(1, frames * min(model.max_rows, cfg.max_tokens) // rows - USUAL_TEXT)
+    limit = min(model.max_rows, cfg.max_tokens)
+    if rows > limit:
+        frames = max(1, frames * limit // rows - USUAL_TEXT)
     count = max(1, min(cfg.max_batch, cfg.max_tokens // int(model.length(USUAL_TEXT, frames))))
-    codes = np.arange(frames)[:, None].repeat(codec["n_codebooks"], 1) % 2  # no frame like the one before it
+    codes = np.arange(frames)[:, None].repeat(codec["n_codebooks"], 1) % 2  # neighbouring frames differ
     tokens, segment = model.layout(np.ones(USUAL_TEXT, np.int64), codes)
     batch = [torch.from_numpy(a)[None].repeat(count, *[1] * a.ndim) for a in (tokens, segment)]
     if model.reference:
@@ -56,6 +40,15 @@ def supposed_batch(cfg, meta, model):
         longest = round(cfg.reference_seconds[1] * codec["frame_rate"]) * reference["rows_per_frame"]
         batch.append(torch.zeros(count, longest, len(reference["silence"])))
     return batch, count * frames / codec["frame_rate"]
+
+
+def fullest_batch(batches, codec):
+    """The micro-batch with most rows of the first epoch, and the mean seconds of audio in one."""
+    plan, prompts = batches.plan(0)
+    lengths = batches._lengths(prompts)
+    fullest = max(plan, key=lambda b: len(b) * lengths[b].max())
+    frames = batches.files.index[:, 3].sum()
+    return batches.read(fullest, None if prompts is None else prompts[fullest]), frames / codec["frame_rate"] / len(plan)
 
 
 class FlashAttention(TorchFunctionMode):
@@ -92,7 +85,7 @@ def kept_by_autograd(model, batch):
 
     with FlashAttention(), torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.x):
         model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
-    stacks = [m.config for m in model.modules() if isinstance(m, Transformer) and m.config.recompute]
+    stacks = [stack for stack in getattr(model, "stacks", lambda: [])() if stack.recompute]
     if not stacks:
         return most
     for c in stacks:  # with gradient checkpointing a block's own share comes back while its turn lasts
@@ -104,23 +97,11 @@ def gigabytes(n):
     return f"{n / 2**30:.2f}"
 
 
-def dry_run(cfg, recipe, prepare_model, dtype):
-    """Print what the run of `cfg` will take. recipe: prepare.py's keys; prepare_model(model, utterances): freezes
-    and the like.
-
-    Raises ValueError as the run itself would for keys that cannot be.
-    """
-    there = os.path.exists(os.path.join(cfg.data_dir, "meta.json"))
-    files = TokenFiles(cfg.data_dir, "train") if there else None
-    meta = files.meta if files else supposed_meta(recipe)
-    rate, world = meta["codec"]["frame_rate"], int(os.environ.get("WORLD_SIZE", 1))
-    with torch.device("meta"):
-        model = build(cfg.arch, meta, vars(cfg)).train()
-        prepare_model(model, len(files) if files else math.inf)
-
-    # parameters, and what comes with them
-    parts = defaultdict(lambda: np.zeros(5))  # parameters, trained; bytes of weights, gradients, optimizer
-    largest = 0  # of the gradients that do not wait for each other: one is there at a time
+def weigh(model, cfg, dtype, world):
+    """{part of the model: [parameters, trained ones, bytes of weights, gradients, optimizer]}, and the bytes of the
+    largest gradient that is alone in memory (step_in_backward)."""
+    parts = defaultdict(lambda: np.zeros(5))
+    largest = 0
     tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     for name, p in model.named_parameters():
         n, trained = p.numel(), p.numel() * p.requires_grad
@@ -130,37 +111,37 @@ def dry_run(cfg, recipe, prepare_model, dtype):
         muon = cfg.muon and ".layers." in name and p.ndim == 2
         copies = p.element_size() + 2 * (dtype != torch.float32 and p.ndim >= 2) + 4 * (cfg.ema > 0)
         parts[name.split(".")[0]] += n, trained, n * copies, gradient, trained * (8 - 4 * muon)
-    if cfg.step_in_backward and getattr(model.config, "decoder_chunk", 0):  # what is formed in chunks comes all at once
-        largest = max(largest, 4 * sum(p.numel() for p in model.depth_parameters() if p.requires_grad))
+    if cfg.step_in_backward:  # gradients that are formed in chunks are complete at the same moment
+        largest = max(largest, 4 * sum(p.numel() for p in getattr(model, "chunked_parameters", lambda: [])() if p.requires_grad))
+    return parts, largest
+
+
+def report(cfg, model, codec, vocabulary, batches=None):
+    """Print what the run of `cfg` will need. model: on the meta device; codec: what meta.json says of the codec;
+    batches: those of the training split, or None."""
+    dtype = getattr(torch, cfg.dtype)
+    parts, largest = weigh(model, cfg, dtype, int(os.environ.get("WORLD_SIZE", 1)))
     print(f"{'':22}{'parameters':>14}{'trained':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}   (GB)")
     for name, row in [*parts.items(), ("in all", sum(parts.values()))]:
         print(f"  {name:20}{int(row[0]):14,}{int(row[1]):14,}{gigabytes(row[2]):>10}{gigabytes(row[3]):>11}"
               f"{gigabytes(row[4]):>11}")  # fmt: skip
 
-    # batches
-    per_step = cfg.gradient_accumulation_steps
-    if files:
-        stretch = [max(1, round(x * rate)) for x in cfg.reference_seconds] if model.reference else None
-        batches = Batches(files, model.layout, model.length, cfg.max_tokens, cfg.max_batch, cfg.seed,
-                          voice_prompt=cfg.voice_prompt, max_rows=model.max_rows, reference=stretch)  # fmt: skip
-        plan, prompts = batches.plan(0)
-        fullest = max(plan, key=lambda b: len(b) * batches._lengths(prompts)[b].max())
-        batch = batches.read(fullest, None if prompts is None else prompts[fullest])
-        hours = files.index[:, 3].sum() / rate / 3600
-        steps = len(plan) / per_step
-        print(f"{cfg.data_dir}: {len(files):,} utterances, {hours:.2f} hours of audio, an epoch of {len(plan):,} "
-              f"micro-batches is {steps:,.1f} steps")  # fmt: skip
-        seconds = 3600 * hours / len(plan)
+    per_step, epochs = cfg.gradient_accumulation_steps, ""
+    if batches:
+        batch, seconds = fullest_batch(batches, codec)
+        utterances, count = len(batches.files), len(batches.plan(0)[0])
+        steps = count / per_step
+        print(f"{cfg.data_dir}: {utterances:,} utterances, {seconds * count / 3600:.2f} hours of audio, an epoch of "
+              f"{count:,} micro-batches is {steps:,.1f} steps")  # fmt: skip
+        epochs = f", {cfg.max_iters / steps:,.1f} epochs"
     else:
-        batch, seconds = supposed_batch(cfg, meta, model)
-        print(f"{cfg.data_dir} is not there yet: supposing utterances of {USUAL_SECONDS:g} s and {USUAL_TEXT} text "
-              f"ids, a vocabulary of {meta['tokenizer']['vocab_size']:,}")  # fmt: skip
+        batch, seconds = supposed_batch(cfg, codec, model)
+        print(f"{cfg.data_dir} does not exist yet: supposing utterances of {USUAL_SECONDS:g} s and {USUAL_TEXT} text "
+              f"ids, a vocabulary of {vocabulary:,}")  # fmt: skip
     count, rows = batch[1].shape
     print(f"a micro-batch: {count} utterances of up to {rows} rows, {seconds:.1f} s of audio; a step: {per_step} such")
-    print(f"{cfg.max_iters:,} steps hear {cfg.max_iters * per_step * seconds / 3600:,.1f} hours of audio"
-          + (f", {cfg.max_iters / steps:,.1f} epochs" if files else ""))  # fmt: skip
+    print(f"{cfg.max_iters:,} steps hear {cfg.max_iters * per_step * seconds / 3600:,.1f} hours of audio{epochs}")
 
-    # memory
     activations = kept_by_autograd(model.to(dtype), [x.to(dtype) if x.is_floating_point() else x for x in batch])
     total = sum(parts.values())[2:].sum() + largest + activations
     print(f"memory of each GPU: {gigabytes(activations)} GB of activations and what is listed above, about "

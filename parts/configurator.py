@@ -5,6 +5,7 @@ Configurator: config files and --key=value flags become one checked namespace.
   from its source, never by importing it, so that `--help` costs nothing and one recipe can serve several scripts.
 - What a key may be is the type of its default, or its annotation, which may state a range and choices:
   `top_p: "0 < float <= 1" = 1.0`, `cap: "int | None >= 1" = None`, `mode: Literal["ar", "nar"] = "nar"`.
+- A key stands in one script. Another that has it too names it: `SHARED = {"sample.py": ["seed"]}`.
 - The keys of a family of models are fields of its config class in model.py, where their default is `fixed(...)` or
   `free(...)`; they are keys of train.py.
 - A config file is python, executed; every plain name it leaves behind is a key. Flags win over files, later over
@@ -31,7 +32,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("prepare.py", "train.py", "sample.py")  # a recipe may hold keys of any of these
-FAMILIES = {"train.py": "model.py"}  # whose config classes hold further keys of a script
+TRAINING, MODELS = "train.py", "model.py"  # the config classes of the second hold further keys of the first
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple, "dict": dict}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 SIGNS = {ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<"}
@@ -165,21 +166,46 @@ def key_nodes(tree):
 
 
 def read_defaults(script):
-    """{key: Key} of one script, in the order of its source, then those of the families of models that it trains."""
+    """{key: Key} of one script: its own in the order of its source, those it shares with others, then those of the
+    families of models that it trains."""
     script = Path(script)
+    keys, tree = own_keys(script)
+    for sibling, names in shared_keys(tree).items():
+        path = script.with_name(sibling)
+        theirs = family_keys(path) if sibling == MODELS else own_keys(path)[0]
+        keys |= {name: theirs[name] for name in names}
+    models = script.with_name(MODELS)
+    if script.name != TRAINING or not models.is_file():
+        return keys
+    return keys | {name: key for name, key in family_keys(models).items() if name not in keys}
+
+
+def own_keys(script):
+    """{key: Key} of the assignments at the top of a script, and the script as a syntax tree."""
     source = script.read_text(encoding="utf-8")
-    keys = read_keys(script, source, list(key_nodes(ast.parse(source))))
-    models = script.with_name(FAMILIES.get(script.name, "none"))
-    if models.is_file():
-        source = models.read_text(encoding="utf-8")
-        for family in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]:
-            nodes = [(node.target.id, node) for node in family.body if isinstance(node, ast.AnnAssign)]
-            nodes = [(name, node) for name, node in nodes if is_field(node.value) and name not in keys]
-            new = read_keys(models, source, nodes, family.lineno)
-            for name in list(new)[:1]:
-                new[name] = new[name]._replace(above=[f"{family.name} in {models.name}"])
-            keys |= new
+    tree = ast.parse(source)
+    return read_keys(script, source, list(key_nodes(tree))), tree
+
+
+def family_keys(models):
+    """{key: Key} of the fields of the config classes in model.py that are keys."""
+    source, keys = models.read_text(encoding="utf-8"), {}
+    for family in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]:
+        nodes = [(node.target.id, node) for node in family.body if isinstance(node, ast.AnnAssign)]
+        nodes = [(name, node) for name, node in nodes if is_field(node.value) and name not in keys]
+        new = read_keys(models, source, nodes, family.lineno)
+        for name in list(new)[:1]:
+            new[name] = new[name]._replace(above=[f"{family.name} in {models.name}"])
+        keys |= new
     return keys
+
+
+def shared_keys(tree):
+    """{script: names} of the keys that a script takes from others, by its assignment SHARED = {...}."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SHARED":
+            return ast.literal_eval(node.value)
+    return {}
 
 
 def read_keys(script, source, nodes, first_line=1):
@@ -261,6 +287,14 @@ def check_value(name, value, annotation):
     kind = kind_of(annotation)
     if wrong := fault(converted(value, kind), kind):
         raise ValueError(f"{name} = {show(value)} {wrong}")
+
+
+def check_recorded(script, values, where):
+    """Check {key: value} as a run recorded them; keys the script does not have are passed over. Raises ValueError with
+    one line that begins with `where`."""
+    for name, key in read_defaults(ROOT / script).items():
+        if name in values and (wrong := fault(converted(values[name], key.kind), key.kind)):
+            raise ValueError(f"{where}: {name} = {show(values[name])} {wrong}")
 
 
 def check_fields(config):

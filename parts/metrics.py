@@ -29,28 +29,45 @@ LINE = {"iter": int, **dict.fromkeys(("loss?", "val_loss?", "c0_accuracy?", "val
 # sums
 
 
-def add(totals, stats, device):
-    """Add stats {name: (sum, count)}, numbers or tensors () or (K,), to totals {name: (2,) or (2, K)} on the device."""
-    kind = torch.float32 if device.type == "mps" else torch.float64
-    for name, pair in stats.items():
-        pair = [x.to(kind) if torch.is_tensor(x) else torch.full((), x, dtype=kind, device=device) for x in pair]
-        pair = torch.stack(torch.broadcast_tensors(*pair))
-        totals[name] = totals[name] + pair if name in totals else pair
+class Window:
+    """Sums of the stats since the last log line: {name: (2,) or (2, K)}, sum and count. They stay on the device.
 
+    What is added belongs to the current step until `close_step`.
+    """
 
-def collect(totals, world=1):
-    """totals summed over the ranks, on the CPU: here the host waits for the device."""
-    if not totals:
-        return {}
-    flat = torch.cat([pair.flatten() for pair in totals.values()])
-    if world > 1:
-        dist.all_reduce(flat)
-    parts = flat.cpu().split([pair.numel() for pair in totals.values()])
-    return {name: part.view(pair.shape) for (name, pair), part in zip(totals.items(), parts, strict=True)}
+    def __init__(self, device):
+        self.device = device
+        self.totals, self.step = {}, {}
+
+    def add(self, stats):
+        """Add stats {name: (sum, count)}, numbers or tensors () or (K,)."""
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        for name, pair in stats.items():
+            pair = [x.to(kind) if torch.is_tensor(x) else torch.full((), x, dtype=kind, device=self.device)
+                    for x in pair]  # fmt: skip
+            pair = torch.stack(torch.broadcast_tensors(*pair))
+            self.step[name] = self.step[name] + pair if name in self.step else pair
+
+    def close_step(self, skipped=None):
+        """Count the step, unless `skipped`, a tensor (), is above 0."""
+        for name, pair in self.step.items():
+            pair = pair if skipped is None else torch.where(skipped > 0, 0, pair)
+            self.totals[name] = self.totals[name] + pair if name in self.totals else pair
+        self.step = {}
+
+    def collect(self, world=1):
+        """The totals over all ranks, on the CPU: the host waits for the device."""
+        if not self.totals:
+            return {}
+        flat = torch.cat([pair.flatten() for pair in self.totals.values()])
+        if world > 1:
+            dist.all_reduce(flat)
+        parts = flat.cpu().split([pair.numel() for pair in self.totals.values()])
+        return {name: part.view(pair.shape) for (name, pair), part in zip(self.totals.items(), parts, strict=True)}
 
 
 def means(totals):
-    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None is not finite, for which JSON has no word."""
+    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None in place of NaN and infinity, which JSON lacks."""
     def tidy(x):
         return [tidy(y) for y in x] if isinstance(x, list) else float(f"{x:.8g}") if math.isfinite(x) else None
 
@@ -58,7 +75,7 @@ def means(totals):
 
 
 def timing(totals, frame_rate, seconds, device):
-    """What depends on the machine: throughput of totals that took so many seconds, the most memory used so far."""
+    """What depends on the machine: throughput of `totals`, which took so many seconds, and the peak memory in GB."""
     memory = None
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**30
@@ -115,7 +132,7 @@ def write_metrics(path, lines):
 
 
 def summary(line):
-    """A line of metrics.jsonl for the eye."""
+    """One log line for the terminal."""
     shown = {key: math.nan if value is None else value for key, value in {**line, **line["timing"]}.items()}
     text = ("loss {loss:.3f} c0 {c0_accuracy:.3f} lr {lr:.1e} gnorm {grad_norm:.2f} {tokens_per_second:.0f} tok/s "
             "{audio_seconds_per_second:.0f} audio s/s pad {padding:.1%} {memory_gb:.1f} GB")  # fmt: skip
