@@ -3,16 +3,16 @@
     python sample.py --ckpt out/digits/best.pt --text "three one four"
     python sample.py --ckpt out/digits/best.pt --file lines.txt --out_dir spoken   spoken/000.wav, 001.wav, ...
     python sample.py config/digits.py --text "three one four"                      the recipe's out_dir/best.pt speaks
-    python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "what I say there" --text "my clone"
+    python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "its transcript" --text "my clone"
     python sample.py --ckpt out/a/best.pt,out/b/best.pt --file lines.txt --out_dir both   both/index.html: side by side
     python sample.py --ckpt out/x/best.pt --text "..." --out_dir - | aplay -f S16_LE -r 16000
 
-- Teacher forcing and cached generation are compared on an utterance kept in the checkpoint before a word is spoken.
-- The same seed and text give the same audio, whatever other lines stand beside it.
-- `Voice.frames` yields frames as they are made. Streaming decodes them block by block with context on both sides;
-  collecting them first is the special case. Streamed and whole audio come from the same codes.
-- A frame is K codes, which a codec decodes. XTTS-v2 has a vocoder instead: there it is the state (D,) that the code
-  came from, spoken in a timbre that is read off the reference recording.
+- Before it speaks, a checkpoint is checked: cached generation must equal teacher forcing on an utterance it holds.
+- The same seed and text give the same audio, whatever other lines are spoken beside it.
+- `Voice.frames` yields frames as the model makes them. Streaming decodes them block by block, with context on both
+  sides; without streaming all are decoded at once. Both ways decode the same codes.
+- A frame is K codes for a codec to decode. For XTTS-v2's vocoder it is the hidden state (D,) that predicted the code,
+  and the timbre comes from the reference recording.
 
 Letters in shapes: n text ids or samples, K codebooks, T frames, N samples.
 """
@@ -59,7 +59,7 @@ top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
 repetition_penalty: "float | None > 0" = None  # kani, xtts: makes codes spoken before less likely; 1: off
 seed: "0 <= int <= 4294967295" = 1337
-cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times what as much text took in training
+cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times the usual for the text
 stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
@@ -73,12 +73,12 @@ HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is 
 
 
 class Voice:
-    """A model with all it takes to speak: `frames` yields codes, `say` gives the wav, `stream` the wav in pieces.
+    """A model with all it needs to speak: `frames` yields codes, `say` returns the wav, `stream` yields it in pieces.
 
-    meta: the meta.json of the token folder the model was trained on. config: the training run's keys, for temperature
-    and the like where a call names none. references (speakers, R, M), timbres (speakers, E): for a model that reads a
-    voice off a recording and for its vocoder, the speakers' own. What is said has `sample_rate`. After an utterance,
-    `stopped` says whether the model ended it by itself; `timbre` (E,) is what a vocoder speaks it in.
+    meta: the meta.json of the token folder that the model was trained on. config: the keys of the training run, the
+    defaults of temperature and the like. references (speakers, R, M) and timbres (speakers, E): each speaker's own, for
+    a model that reads the voice from a recording and for its vocoder. The wav has `sample_rate`. After an utterance,
+    `stopped` tells whether the model ended it by itself, and `timbre` (E,) is that of the vocoder.
     """
 
     def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None):
@@ -94,8 +94,8 @@ class Voice:
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
-        """The voice of a checkpoint whose contract holds; `report` says how well. `changes`: fields of the model's
-        config to set otherwise, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
+        """The voice of a checkpoint, after its contract check, whose result is `report`. changes: fields of the model's
+        config to set, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
         check_settings(dtype=dtype)
         device, checkpoint = pick_device(device), load_checkpoint(path, needed=WHOLE)
         pack, meta = checkpoint["codec"], checkpoint["meta"]
@@ -108,9 +108,9 @@ class Voice:
             raise ValueError(f"{path}: {error}") from None
         if codec.fingerprint() != checkpoint["codec_fingerprint"]:
             raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
-                             f"learnt the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
+                             f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
         if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
-            raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model learnt from")
+            raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model was trained with")
         model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
         known = [checkpoint[key] for key in ("config", "references", "timbres")]
         voice = cls(model, codec.to(device), tokenizer, meta, *known)
@@ -144,7 +144,7 @@ class Voice:
     def adapt(self, path):
         """Speak with the adapter of another LoRA checkpoint on the same base from now on.
 
-        It is read once; going back to one that was read before costs nothing. Raises ValueError or FileNotFoundError.
+        Each file is read once; switching back costs nothing. Raises ValueError or FileNotFoundError.
         """
         if path not in self.adapted:
             checkpoint, name = load_checkpoint(path), f"adapter-{len(self.adapted)}"
@@ -158,15 +158,15 @@ class Voice:
         lora.use_adapter(self.model, self.adapted[path])
 
     def text_ids(self, text, speaker=""):
-        """Ids (n,) of a text as it stands in token files. Raises ValueError for a text that is empty or has characters
-        the tokenizer lacks, and for a speaker never heard."""
+        """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty or has characters
+        the tokenizer lacks, and for an unknown speaker."""
         words, speakers = normalise(text, self.meta["lowercase"]), self.meta["speakers"]
         if not words:
             raise ValueError("the text is empty")
         if speaker and speaker not in speakers:
-            near = difflib.get_close_matches(speaker, speakers, len(speakers), 0)[:12]  # the likest first
+            near = difflib.get_close_matches(speaker, speakers, len(speakers), 0)[:12]  # the most similar first
             more = f" and {len(speakers) - len(near)} more" if len(speakers) > len(near) else ""
-            raise ValueError(f"speaker {speaker!r} is not known, there are: {', '.join(near)}{more}")
+            raise ValueError(f"unknown speaker {speaker!r}; choose from {', '.join(near)}{more}")
         if unknown := self.tokenizer.unknown(words):
             some = " ".join(sorted(unknown)[:12])
             raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
@@ -174,28 +174,28 @@ class Voice:
         return np.array(self.tokenizer.encode(tagged))
 
     def listen(self, path):
-        """What is taken of a recording: its codes (T, K), or its features (R, M) to read a voice off and the timbre
-        (E,) for a vocoder, None where there is none."""
+        """What the model needs of a recording: its codes (T, K); or, for a model that reads the voice from it, its
+        features (R, M) and the timbre (E,) for a vocoder, None without a vocoder."""
         wav = read_audio(path, self.codec.sample_rate, most_seconds=MOST_REFERENCE)[None].to(self.device)
         if wav.shape[1] < LEAST_REFERENCE * self.codec.sample_rate:
-            raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to hear a voice in")
+            raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to clone a voice from")
         if not self.model.reference:
             return self.codec.encode(wav)[0].T.cpu().numpy()
         return self.codec.reference(wav)[0], self.codec.timbre(wav)[0] if self.vocoder else None
 
     def prompt(self, reference, reference_text, speaker=""):
-        """What `generate` takes beside the text: {"prompt": (ids, codes (T, K))} of a recording (its path, or what
-        `listen` says of it) and, where the model needs it, its transcript; {} where there is neither. A model that
-        reads a voice off a recording takes {"reference": (R, M)}, and has one of each speaker it was trained on; with a
-        vocoder {"latents": True} as well, and the "timbre" is for that.
+        """What `generate` takes beside the text.
 
+        reference: path of a recording, or what `listen` returned for it; reference_text: its transcript. Without both:
+        {}. With them: {"prompt": (ids, codes (T, K))}. A model that reads the voice from a recording takes
+        {"reference": (R, M)}, by default that of the speaker; with a vocoder also {"latents": True, "timbre": (E,)}.
         Raises ValueError where one is missing or cannot be read.
         """
         if isinstance(reference, str | os.PathLike):
             reference = self.listen(reference)
         if self.model.reference:
             if reference is None and (self.references is None or self.vocoder and self.timbres is None):
-                raise ValueError("the model reads the voice off a recording: give a reference")
+                raise ValueError("the model reads the voice from a recording: give a reference")
             own = self.meta["speakers"].index(speaker) if speaker else 0
             features, timbre = reference or (self.references[own], self.timbres[own] if self.vocoder else None)
             return {"reference": features, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
@@ -207,33 +207,31 @@ class Voice:
         return {"prompt": (self.text_ids(reference_text, speaker) if said else np.zeros(0, int), reference)}
 
     def need_room(self, ids, prompt):
-        """Raise ValueError where ids (n,) and what `prompt` gave leave the model no position to speak at."""
-        said, heard = prompt.get("prompt", ((), ()))
+        """Raise ValueError where ids (n,) and what `prompt` returned leave the model no position to speak at."""
+        words, codes = prompt.get("prompt", ((), ()))
         try:
-            rows = self.model.length(len(ids), 1, len(said), len(heard))
-        except ValueError:  # how XTTS says so, in words for who prepares data
+            rows = self.model.length(len(ids), 1, len(words), len(codes))
+        except ValueError:  # XTTS raises it itself, in words for those who prepare data
             rows = math.inf
         if rows > self.model.max_rows:
-            more = f", {len(said)} of the reference's text and {len(heard)} frames of it" if len(heard) else ""
+            more = f", {len(words)} of the reference's text and {len(codes)} frames of it" if len(codes) else ""
             raise ValueError(f"the text is too long: its {len(ids)} text ids{more} leave none of the model's "
                              f"{self.model.max_rows} positions: split it, or take a shorter reference")  # fmt: skip
 
     def cap(self, ids, cap_seconds=0.0):
-        """The most frames an utterance may have: `cap_seconds`, or three times what the training data takes on average
-        for as many text ids, and a second."""
+        """The largest number of frames of an utterance: `cap_seconds`, or 1 s plus three times the mean duration of so
+        many text ids in the training data."""
         train, rate = self.meta["splits"]["train"], self.codec.frame_rate
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
     def frames(self, text, speaker="", reference=None, reference_text="", temperature=None, top_k=None,
                top_p=None, repetition_penalty=None, seed=1337, cap_seconds=0.0):  # fmt: skip
-        """Speak a text: yields frames (K,) int64 as they are made, or states (D,) for a vocoder.
+        """Speak a text: yields frames (K,) int64 as the model makes them, or states (D,) for a vocoder.
 
-        reference: path of a recording of the voice to clone, or what `listen` makes of it; reference_text: its
+        reference: path of a recording of the voice to clone, or what `listen` returned for it; reference_text: its
         transcript. temperature, top_k, top_p, repetition_penalty: see model.sample_code. The random numbers depend on
-        seed and text alone. cap_seconds: see cap.
-
-        Raises ValueError for settings out of range, for a model whose logits are not finite, and what text_ids and
-        prompt raise.
+        seed and text only. cap_seconds: see cap. Raises ValueError for settings out of range, for logits that are not
+        finite, and as text_ids and prompt do.
         """
         given = dict(zip(DRAWS, (temperature, top_k, top_p, repetition_penalty), strict=True))
         draw = {key: self.draw[key] if value is None else value for key, value in given.items()}
@@ -246,7 +244,7 @@ class Voice:
         latest = []  # the logits of the last draw
 
         def choose(logits, seen=None):
-            if not latest:  # on a GPU to look is to wait, so not at each; NaN in the cache stays to the end
+            if not latest:  # looking waits for a GPU, so only at the first and the last: NaN stays in the cache
                 need_logits(logits)
             latest[:] = [logits]
             return draw_code(logits, seen)
@@ -257,7 +255,7 @@ class Voice:
             if latest:
                 need_logits(latest[0])
         except RuntimeError as error:
-            if "probability tensor" in str(error):  # how a draw from NaN ends
+            if "probability tensor" in str(error):  # torch's error for a draw from NaN
                 raise ValueError(DIVERGED) from None
             raise
         finally:
@@ -273,20 +271,20 @@ class Voice:
         return self.codec.decode(frames.mT)[0].float().cpu()
 
     def say(self, text, **how):
-        """The wav (N,) of a text at `sample_rate`, float32 on the CPU; `how` as for `frames`."""
+        """The wav (N,) of a text, float32 on the CPU; `how`: the settings of `frames`."""
         return self.decode(list(self.frames(text, **how)))
 
     def stream(self, text, **how):
-        """The wav of a text in pieces (n,) while it is generated; `how` as for `frames`."""
+        """Yields the wav of a text in pieces (n,) while it is generated; `how`: the settings of `frames`."""
         return self.join(self.frames(text, **how))
 
     def join(self, frames, block=0.4, context=0.4, ahead=0.15):
-        """Frames as they come -> pieces of wav (n,) as soon as they are certain; T frames' worth of samples in all.
+        """Decode frames while they come: yields pieces of wav (n,), together as long as the frames.
 
-        A causal decoder goes on from frame to frame, 80 ms at a time where frames are shorter. Any other needs
-        neighbours: each block of `block` seconds is decoded with `context` seconds before and `ahead` seconds after it.
-        Where two blocks meet, their phases may differ: the new one slides by up to 5 ms to where its waveform fits (as
-        in WSOLA, Verhelst and Roelands 1993), and is faded in over 10 ms.
+        A causal decoder continues from frame to frame, at least 80 ms at a time. Any other decoder needs neighbours:
+        each block of `block` seconds is decoded with `context` seconds before and `ahead` seconds after it. The phases
+        of two blocks may differ where they meet. So the new block slides by up to 5 ms to the best match (WSOLA,
+        Verhelst and Roelands 1993) and is faded in over 10 ms.
         """
         if getattr(self.codec, "streams", False) and not self.vocoder:
             frames, size = iter(frames), max(1, round(0.08 * self.codec.frame_rate))
@@ -309,7 +307,7 @@ class Voice:
             if tail is not None:
                 places = wav[at - reach : at + reach + fade].unfold(0, fade, 1)  # (2 * reach + 1, fade)
                 likeness = places @ tail / (places.norm(dim=1) * tail.norm() + 1e-6)
-                at += int(slides[(likeness - 1e-6 * slides.abs()).argmax()])  # in silence, stay
+                at += int(slides[(likeness - 1e-6 * slides.abs()).argmax()])  # in silence it stays
                 wav[at : at + fade] = up * wav[at : at + fade] + (1 - up) * tail
             stop = at + round(end * size) - round(done * size)
             yield wav[at:stop]
@@ -325,15 +323,15 @@ def need_logits(logits):
 
 
 def read_probe(probe, model):
-    """The utterance (text, codes and perhaps a reference) in a checkpoint that contract_check takes. Raises ValueError
-    where the model cannot have it."""
+    """The arguments of contract_check from a checkpoint's probe: text, codes, perhaps a reference. Raises ValueError
+    where the model cannot have such an utterance."""
     c = model.config
     text, codes = (np.asarray(probe.get(name)) for name in ("text", "codes"))
     sound = text.dtype.kind == codes.dtype.kind == "i" and text.ndim == 1 and codes.shape[1:] == (c.n_codebooks,)
     if not sound or not len(codes) or min(text.min(initial=0), codes.min()) < 0:
         raise ValueError("its probe is no utterance")
     if text.max(initial=0) >= c.text_vocab_size or codes.max() >= c.codebook_size:
-        raise ValueError("its probe has text ids or codes that the model has not")
+        raise ValueError("its probe has text ids or codes that the model lacks")
     if not model.reference:
         return {"text": text, "codes": codes}
     reference = probe.get("reference")
@@ -354,9 +352,9 @@ def pick_device(name):
 
 
 def slow_type(device, dtype):
-    """A warning where a CPU has to emulate products in `dtype`, a name such as "bfloat16"; "" elsewhere.
+    """A warning where a CPU emulates products in `dtype`, a name such as "bfloat16"; "" elsewhere.
 
-    What a product costs is measured in some milliseconds, as no name of a CPU says it.
+    The cost of a product is measured, in a few milliseconds, because the name of a CPU does not tell it.
     """
     if torch.device(device).type != "cpu" or dtype == "float32":
         return ""
@@ -376,19 +374,19 @@ def slow_type(device, dtype):
 
 
 def check_settings(**settings):
-    """Check values of keys of this script. Raises ValueError with one line."""
+    """Check values of this script's keys. Raises ValueError with one line."""
     for key, value in settings.items():
         configurator.check_value(key, value, globals()["__annotations__"][key])
 
 
 def read_lines(text, file):
-    """The utterances to speak. Raises ValueError where there are none, or one is empty."""
+    """The utterances to speak. Raises ValueError for none, or an empty one."""
     if bool(text) == bool(file):
         raise ValueError('give either --text="what to say" or --file=lines.txt')
     if text:
         return [text]
     try:
-        with open(file, encoding="utf-8-sig") as f:  # \n, \r\n and \r end a line; str.splitlines knows more
+        with open(file, encoding="utf-8-sig") as f:  # \n, \r\n and \r end a line; str.splitlines would split at more
             lines = f.read().rstrip().split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not text in UTF-8") from None
@@ -401,12 +399,12 @@ def read_lines(text, file):
 
 @contextlib.contextmanager
 def wav_file(path, rate, growing):
-    """A function that appends a piece (n,) to a 16-bit wav file. A growing one can be played after each piece and is
-    removed on an error, another gets its name when it is whole. "-" is standard output, without a header."""
+    """Yields a function that appends a piece (n,) to a 16-bit wav file. A `growing` file can be played after each piece
+    and is removed on an error; any other appears when it is whole. "-": standard output, without a header."""
     if path == "-":
         yield lambda piece: (sys.stdout.buffer.write(pcm(piece)), sys.stdout.buffer.flush())
         return
-    if not growing:  # the file is opened when there is all of it, so that a kill leaves none
+    if not growing:  # the file is opened last, so that a kill leaves none
         pieces = []
         yield pieces.append
         with whole(path) as raw, wave.open(raw) as out:
@@ -430,8 +428,8 @@ def pcm(wav):
 
 
 def speak(voice, line, path, stream, **how):
-    """Speak one line into `path`; `how` as for Voice.frames. Returns what there is to say about it, and the seconds it
-    took and lasts."""
+    """Speak one line into `path`; `how`: the settings of Voice.frames. Returns a line about it for the terminal, the
+    seconds it took, and its seconds of audio."""
     frames, samples, first, start = [], 0, 0.0, time.perf_counter()
 
     def counted():
@@ -445,18 +443,18 @@ def speak(voice, line, path, stream, **how):
             samples += len(piece)
             write(piece)
     took, seconds = time.perf_counter() - start, samples / voice.sample_rate
-    says = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
+    message = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
     if not frames:
-        says += "; warning: the model stopped at once"
+        message += "; warning: the model stopped at once"
     else:
-        says += f", real-time factor {took / seconds:.2f}, first audio after {first:.2f} s"
-        says += "" if voice.stopped else "; warning: cut off at the cap, it did not stop by itself"
-    return says, took, seconds
+        message += f", real-time factor {took / seconds:.2f}, first audio after {first:.2f} s"
+        message += "" if voice.stopped else "; warning: cut off at the cap, it did not stop by itself"
+    return message, took, seconds
 
 
 def get_ready(cfg, path, lines, out_dir):
-    """The voice of the checkpoint `path`, what it heard of the reference, and the prompt. What can be refused is
-    refused here, before a line is spoken: raises ValueError or OSError."""
+    """The voice of the checkpoint `path`, what it needs of the reference, and the prompt. All errors that can be found
+    before the first line is spoken are raised here: ValueError or OSError."""
     voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
     messages = sys.stderr if out_dir == "-" else sys.stdout
     if warning := slow_type(voice.device, cfg.dtype):
@@ -476,13 +474,13 @@ def get_ready(cfg, path, lines, out_dir):
     if out_dir != "-":
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
-            raise OSError(f"{out_dir}: no permission to write there")
+            raise OSError(f"{out_dir}: no permission to write")
     return voice, reference, prompt
 
 
 def read_out(cfg, path, lines, out_dir):
-    """All lines in the voice of the checkpoint `path`, into out_dir. Returns what a page that compares several says of
-    it: step, how many ended by themselves, real-time factor, and the wav files."""
+    """Speak all lines with the checkpoint `path` into out_dir. Returns its column of the page that compares several:
+    step, number of lines that ended by themselves, real-time factor, and the wav files."""
     piped = out_dir == "-"
     messages = sys.stderr if piped else sys.stdout
     voice, reference, prompt = get_ready(cfg, path, lines, out_dir)
@@ -498,32 +496,34 @@ def read_out(cfg, path, lines, out_dir):
     ended, took, seconds, spoken = 0, 0.0, 0.0, []
     for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):
         target = "-" if piped else os.path.join(out_dir, f"{i:03d}.wav")
-        says, *times = speak(voice, line, target, cfg.stream or piped, **how)
+        message, *times = speak(voice, line, target, cfg.stream or piped, **how)
         spoken.append(Path(target).relative_to(cfg.out_dir))
-        tqdm.write(says, file=messages)
-        ended, took, seconds = ended + bool(voice.stopped), took + times[0], seconds + times[1]
+        tqdm.write(message, file=messages)
+        ended += bool(voice.stopped)
+        took += times[0]
+        seconds += times[1]
     factor = f"{took / seconds:.2f}" if seconds else ""
     return [f"{voice.report['iter']:,}", f"{ended} of {len(lines)}", factor, *spoken]
 
 
 def find_checkpoints(ckpt, out_dir):
-    """The paths that `ckpt` names: one, or several with commas between; best.pt in out_dir where it names none.
-    Raises ValueError where that is not there, and FileNotFoundError for any other."""
+    """The paths that `ckpt` names, separated by commas; out_dir's best.pt if it is empty. Raises ValueError if that
+    does not exist, and FileNotFoundError for any other."""
     if not ckpt:
         path = os.path.join(out_dir, "best.pt")
         if not os.path.isfile(path):
-            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and there is no {path}")
+            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and {path} does not exist")
         return [path]
     paths = [ckpt] if os.path.isfile(ckpt) else ckpt.split(",")  # a path may have a comma in it
     for path in paths:
         if not os.path.isfile(path):
-            among = f", one of {len(paths)} between commas" if len(paths) > 1 else ""
+            among = f", one of {len(paths)} separated by commas" if len(paths) > 1 else ""
             raise FileNotFoundError(f"{path or repr(path)}: no such checkpoint{among}")
     return paths
 
 
 def idle_keys(cfg, voice):
-    """{key: why} of the keys that have no effect where this voice speaks."""
+    """{key: why} of the keys that have no effect on this voice."""
     c, idle = voice.model.config, {}
     known = {f.name: f.metadata.get("mode") for f in fields(c)}
     for key in ("rounds", "guidance"):
@@ -551,7 +551,7 @@ def main(cfg):
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
     losses = [lowest_loss(read_metrics(Path(path).with_name("metrics.jsonl"))) for path in paths]
     losses = ["" if loss is None else f"{loss:.3f}" for loss in losses]
-    for path, name in zip(paths, names, strict=True):  # all are read twice, so that the last is not refused after hours
+    for path, name in zip(paths, names, strict=True):  # twice, so that the last one is not refused after hours
         get_ready(cfg, path, lines, Path(cfg.out_dir) / name)
     columns = [read_out(cfg, path, lines, Path(cfg.out_dir) / name) for path, name in zip(paths, names, strict=True)]
     columns = [[step, loss, *rest] for loss, (step, *rest) in zip(losses, columns, strict=True)]
@@ -562,13 +562,14 @@ def main(cfg):
 
 
 def command(cfg):
-    """main, whose reader may go away (`| head`), and which a signal ends like an error: no half-written file stays."""
+    """main for the command line. A closed pipe (`| head`) ends it quietly; SIGTERM ends it as an error does, so that no
+    half-written file stays."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main(cfg)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
-"""Weights: checkpoints, published weights in and out, and what a run starts from.
+"""Weights: checkpoints, published weights in and out, where a run starts.
 
-    from_pretrained("weights/csm-1b")                                 the model of a checkpoint, or of published weights
+    from_pretrained("weights/csm-1b")                                 the model of a checkpoint or of published weights
     python train.py config/csm_1b.py --init_from=weights/csm-1b       continues their training
     python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x     writes a folder that transformers reads
 
@@ -263,7 +263,8 @@ def resumable(out_dir, say):
         if path != last:
             say(f"{first_fault or f'{last} does not exist'}: {path} takes its place")
         return checkpoint, path
-    raise first_fault or FileNotFoundError(f"{last} does not exist: init_from is scratch, resume or a checkpoint's path")
+    missing = f"{last} does not exist: init_from is scratch, resume or a checkpoint's path"
+    raise first_fault or FileNotFoundError(missing)
 
 
 def starting_point(cfg, codec, meta, say=print):
@@ -352,7 +353,7 @@ def fix_keys(checkpoint, path, cfg, given, resume):
 
 
 def freeze_parameters(model, patterns):
-    """Freeze the parameters whose names match. Raises ValueError for a pattern that matches none, or if all are frozen."""
+    """Freeze the parameters whose names match. Raises ValueError if a pattern matches none, or if all are frozen."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         try:

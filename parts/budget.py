@@ -10,7 +10,6 @@
 Letters in shapes: B batch, S rows, C columns.
 """
 
-import math
 import os
 from collections import Counter, defaultdict
 
@@ -48,7 +47,8 @@ def fullest_batch(batches, codec):
     lengths = batches._lengths(prompts)
     fullest = max(plan, key=lambda b: len(b) * lengths[b].max())
     frames = batches.files.index[:, 3].sum()
-    return batches.read(fullest, None if prompts is None else prompts[fullest]), frames / codec["frame_rate"] / len(plan)
+    batch = batches.read(fullest, None if prompts is None else prompts[fullest])
+    return batch, frames / codec["frame_rate"] / len(plan)
 
 
 class FlashAttention(TorchFunctionMode):
@@ -112,7 +112,8 @@ def weigh(model, cfg, dtype, world):
         copies = p.element_size() + 2 * (dtype != torch.float32 and p.ndim >= 2) + 4 * (cfg.ema > 0)
         parts[name.split(".")[0]] += n, trained, n * copies, gradient, trained * (8 - 4 * muon)
     if cfg.step_in_backward:  # gradients that are formed in chunks are complete at the same moment
-        largest = max(largest, 4 * sum(p.numel() for p in getattr(model, "chunked_parameters", lambda: [])() if p.requires_grad))
+        together = [p.numel() for p in getattr(model, "chunked_parameters", lambda: [])() if p.requires_grad]
+        largest = max(largest, 4 * sum(together))
     return parts, largest
 
 

@@ -67,7 +67,7 @@ class Window:
 
 
 def means(totals):
-    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None in place of NaN and infinity, which JSON lacks."""
+    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None for NaN and infinity, which JSON lacks."""
     def tidy(x):
         return [tidy(y) for y in x] if isinstance(x, list) else float(f"{x:.8g}") if math.isfinite(x) else None
 

@@ -13,17 +13,23 @@ CPU = torch.device("cpu")
 
 
 def test_pairs_add_up_and_are_divided_at_the_end():
-    totals = {}
-    metrics.add(totals, {"loss": (torch.tensor(6.0), 2), "by": (torch.tensor([1.0, 2.0]), torch.tensor([1, 4]))}, CPU)
-    metrics.add(totals, {"loss": (torch.tensor(1.0), 5), "by": (torch.tensor([3.0, 2.0]), torch.tensor([1, 4]))}, CPU)
-    assert metrics.means(metrics.collect(totals)) == {"loss": 1.0, "by": [2.0, 0.5]}
-    assert metrics.collect({}) == {}
+    window = metrics.Window(CPU)
+    assert window.collect() == {}
+    window.add({"loss": (torch.tensor(6.0), 2), "by": (torch.tensor([1.0, 2.0]), torch.tensor([1, 4]))})
+    window.add({"loss": (torch.tensor(1.0), 5), "by": (torch.tensor([3.0, 2.0]), torch.tensor([1, 4]))})
+    assert window.collect() == {}  # the step is not over
+    window.close_step(torch.tensor(0.0))
+    assert metrics.means(window.collect()) == {"loss": 1.0, "by": [2.0, 0.5]}
+    window.add({"loss": (torch.tensor(math.nan), 1)})
+    window.close_step(torch.tensor(1.0))  # skipped
+    assert metrics.means(window.collect()) == {"loss": 1.0, "by": [2.0, 0.5]}
 
 
 def test_what_is_not_finite_is_null():
-    totals = {}
-    metrics.add(totals, {"a": (math.nan, 1), "b": (1.0, 0), "c": (torch.tensor([0.0, 1.0]), 0)}, CPU)
-    assert json.dumps(metrics.means(metrics.collect(totals))) == '{"a": null, "b": null, "c": [null, null]}'
+    window = metrics.Window(CPU)
+    window.add({"a": (math.nan, 1), "b": (1.0, 0), "c": (torch.tensor([0.0, 1.0]), 0)})
+    window.close_step()
+    assert json.dumps(metrics.means(window.collect())) == '{"a": null, "b": null, "c": [null, null]}'
 
 
 def test_lines_are_read_back_up_to_an_iter(tmp_path):

@@ -194,10 +194,10 @@ def test_stopped_says_whether_the_model_ended_by_itself(voice):
 def test_speaker(voice):
     assert np.array_equal(voice.text_ids("one"), voice.text_ids("one", "slt"))
     assert codes(voice.frames("one two", speaker="awb")) != codes(voice.frames("one two"))
-    with pytest.raises(ValueError, match="speaker 'abw' is not known, there are: awb, slt"):
+    with pytest.raises(ValueError, match="unknown speaker 'abw'; choose from awb, slt"):
         voice.text_ids("one", "abw")
     voice.meta = {**voice.meta, "speakers": [f"reader{i}" for i in range(100)]}
-    with pytest.raises(ValueError, match="there are: reader42, .* and 88 more"):
+    with pytest.raises(ValueError, match="choose from reader42, .* and 88 more"):
         voice.text_ids("one", "reader_42")
 
 
@@ -491,7 +491,7 @@ def refused(out_dir, *argv):
         (["--file=hole.txt"], "hole.txt: line 2 is empty"),
         (["--file=latin.txt"], "latin.txt is not text in UTF-8"),
         (["--file=."], "Is a directory"),
-        (["--text=one", "--speaker=bob"], "speaker 'bob' is not known, there are: "),
+        (["--text=one", "--speaker=bob"], "unknown speaker 'bob'; choose from "),
         (["--text=one", "--reference=me.wav"], "cloning takes a recording and its transcript"),
         (["--text=one", "--reference=me.wav", "--reference_text= "], "cloning takes a recording and its transcript"),
         (["--text=one", "--reference_text=two"], "reference_text = 'two' has no effect: no reference is given"),
@@ -515,8 +515,8 @@ def refused(out_dir, *argv):
         (["--text=one", "--ckpt=."], "no such checkpoint"),
         (["--text=one", "--temprature=1"], "temperature"),
         (["--text=one", "--ckpt=*.pt"], "*.pt: no such checkpoint"),
-        (["--text=one", "--ckpt=cut.pt,none.pt"], "none.pt: no such checkpoint, one of 2 between commas"),
-        (["--text=one", "--ckpt=cut.pt,"], "'': no such checkpoint, one of 2 between commas"),
+        (["--text=one", "--ckpt=cut.pt,none.pt"], "none.pt: no such checkpoint, one of 2 separated by commas"),
+        (["--text=one", "--ckpt=cut.pt,"], "'': no such checkpoint, one of 2 separated by commas"),
         (["--text=one", "--repetition_penalty=-1"], "repetition_penalty = -1.0 must be > 0"),
         (["--text=one", "--whole_frames=True"], "--whole_frames: whole_frames is a key of train.py"),
         (["--text=one", "--guidance=2"], "--guidance: guidance = 2.0 has no effect: arch = 'csm' has no such key"),
@@ -657,7 +657,7 @@ def test_fields_of_another_kind_are_one_line(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"probe": {"text": torch.tensor([10**6]), "codes": torch.zeros(4, 3).long()}}, "codes that the model has not"),
+    ({"probe": {"text": torch.tensor([10**6]), "codes": torch.zeros(4, 3).long()}}, "codes that the model lacks"),
     ({"probe": {"text": torch.tensor([3]), "codes": torch.zeros(4, 2).long()}}, "its probe is no utterance"),
     ({"codec_fingerprint": "0"}, "the codec's fingerprint is"),
     ({"config": {"temperature": "x"}}, "config is damaged: temperature is 'x', not a number"),

@@ -848,7 +848,7 @@ def test_each_speaker_has_a_timbre_of_its_own(spoken):
     rates = [soundfile.info(spoken / "out/samples" / name).samplerate for name in samples]
     assert rates == [24000, 24000, 22050]
     voice.timbres = None
-    with pytest.raises(ValueError, match="reads the voice off a recording: give a reference"):
+    with pytest.raises(ValueError, match="reads the voice from a recording: give a reference"):
         voice.say("one two")
 
 
