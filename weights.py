@@ -1,18 +1,18 @@
 """Weights: checkpoints, published weights in and out, where a run starts.
 
-    from_pretrained("weights/csm-1b")                                 the model of a checkpoint or of published weights
-    python train.py config/csm_1b.py --init_from=weights/csm-1b       continues their training
-    python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x     writes a folder that transformers reads
+    from_pretrained("weights/csm-1b")                                the model of a checkpoint or of published weights
+    python train.py config/csm_1b.py --init_from=weights/csm-1b      continues their training
+    python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x    writes a folder that transformers reads
 
-- A checkpoint is one file with all that its model needs to speak or to go on. Checksums show damage when it is read.
-- What a published file holds is known by the names of its tensors, never by its own; every tensor is used, or left out for a
-  reason that is stated here, and the first that is missing, unknown or of another shape is named.
-- Sizes are read off the tensors' shapes. A config.json beside them says what shapes cannot, such as numbers of heads.
-- Nothing is made twice: tensors stay in the memory-mapped file until they are needed, and the model is built without
-  memory of its own. On a CPU, weights that need no change stay there; their pages are copied when training writes them.
+- A checkpoint is one file with all that its model needs to speak and to resume. Checksums reveal a damaged one.
+- The names of its tensors tell what a published file holds, not its own name. Every tensor is used, or ignored for a
+  reason stated here; the first one that is missing, unknown or of another shape is named.
+- Sizes come from the shapes of the tensors; config.json tells what shapes cannot, such as the number of heads.
+- Nothing is copied twice: tensors stay in the memory-mapped file until they are needed, and the model is built without
+  memory. On a CPU, weights that need no change stay mapped; training copies the pages that it writes.
 - A pickle runs no code: only tensors and plain containers are read from it.
 
-A family is a section below: for each way in which it is published a `Layout`, which is also put into LAYOUTS.
+Each family has a section below, with a `Layout` in LAYOUTS for each way in which it is published.
 """
 
 import json
@@ -53,16 +53,16 @@ out_dir = ""  # folder to write config.json and model.safetensors into
 class Layout:
     """One way in which a family's weights are published.
 
-    arch: the family, as in model.ARCHS.
-    mark: a key that no other layout has. What stands before it in a file, such as "model.", is taken from all keys.
-    source(name, config) -> keys, make: the published tensors that our tensor `name` is made of, and the function that
-    makes it of them. It need not care for device, type and memory layout, and has to work on the meta device.
+    arch: the family, a key of model.ARCHS.
+    mark: a key that no other layout has. A prefix before it in a file, such as "model.", is removed from all keys.
+    source(name, config) -> keys, make: the published tensors of which our tensor `name` is made, and the function that
+        makes it. It may ignore device, type and memory layout, and must work on the meta device.
     sizes(shapes, given) -> the fields of our config, as a dict. shapes: {key: shape}; given: config.json, or {}.
-    ignored: regular expression of the keys that are left out on purpose.
-    tied: {key: another}, names of one tensor, of which a file has one or both; `source` knows it by the second.
-    tables: names of our tensors with a row for each text id, of which a tokenizer may have more than the weights.
-    write_config(config) -> config.json, for a layout that `export` writes. `make` then has to be its own inverse.
-    note: what one has to know who uses such an export.
+    ignored: regular expression of the keys that are not used.
+    tied: {key: other key} of one tensor with two names; a file has one or both, `source` uses the second.
+    tables: names of our tensors with one row per text id; a tokenizer may have more ids than the weights.
+    write_config(config) -> config.json, for a layout that `export` writes. `make` must then be its own inverse.
+    note: what users of an export must know.
     """
 
     arch: str
@@ -77,7 +77,7 @@ class Layout:
 
 
 def translate(name, words):
-    """A name in others' words: {regular expression: replacement}, applied one after the other."""
+    """Translate a name by {regular expression: replacement}, applied one after the other."""
     for pattern, word in words.items():
         name = re.sub(pattern, word, name)
     return name
@@ -106,7 +106,7 @@ def is_evaluation(x):
     return isinstance(x, list | tuple) and len(x) == 3 and all(type(number) in (int, float) for number in x)
 
 
-# What a checkpoint holds, as `need` reads it. A field that is not needed by whom reads it may be missing
+# The fields of a checkpoint, as `need` checks them. Those that a reader does not need may be missing
 FIELDS = {
     "arch?": str, "model_config?": is_named, "config?": is_named, "iter?": int, "model?": dict, "ema?": dict,
     "base?": str, "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": is_named},
@@ -124,27 +124,27 @@ WHOLE = ("arch", "model_config", "config", "iter", "model", "meta", "codec", "co
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict as a checkpoint under a partial name, then rename it, so that `path` is always a whole one.
+    """Write a dict as a checkpoint under a partial name, then rename it, so that the file at `path` is always whole.
 
-    Raises OSError where it cannot be written; the older one at `path` then stays.
+    Raises OSError if that fails; an older file at `path` then stays.
     """
     try:
         with whole(path) as f:
             torch.save({"format": FORMAT, **checkpoint}, f)
-    except RuntimeError as e:  # how torch's zip writer reports a full disk, in words that do not say so
+    except RuntimeError as e:  # torch's zip writer reports a full disk so, without naming it
         raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason(e)})") from None
 
 
 class Checkpoint(dict):
-    """What `load_checkpoint` gives: a dict whose `path` is for messages."""
+    """The dict that `load_checkpoint` returns; its `path` is for messages."""
 
 
 def load_checkpoint(path, device="cpu", needed=()):
-    """A checkpoint as a dict with all FIELDS, None where it has none, that knows its path. No code in it is run.
+    """Read a checkpoint: a dict with all FIELDS, None for those it lacks. No code in the file is run.
 
-    needed: the fields that must be there; WHOLE are those without which it neither speaks nor goes on. The checksums
-    of the file's records are compared, about 1 s for each GB. Raises FileNotFoundError, or ValueError for a file that
-    is truncated, damaged, not a checkpoint, not one of ours, or has fields that are missing or of other types.
+    needed: the fields it must have; without those in WHOLE it can neither speak nor resume. The file's checksums are
+    compared, which takes about 1 s per GB. Raises FileNotFoundError, and ValueError for a file that is truncated,
+    damaged, not a checkpoint, not one of ours, or has fields that are missing or of other types.
     """
     if not os.path.isfile(path):
         found = f", it is {what_is(path)}" if os.path.isdir(path) else ""
@@ -157,7 +157,7 @@ def load_checkpoint(path, device="cpu", needed=()):
         raise ValueError(f"{path} is damaged: it does not have the checksums it was written with; take another copy")
     try:
         checkpoint = unpickle(path, device)
-    except Exception:  # torch.load fails in many ways on files of other kinds
+    except Exception:  # torch.load raises many kinds of errors for other files
         raise ValueError(f"{path} is not a checkpoint: it cannot be read without running code") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
@@ -170,11 +170,11 @@ def load_checkpoint(path, device="cpu", needed=()):
 
 
 def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
-    """The model of a checkpoint, in eval mode, with its averaged weights where it has them.
+    """The model of a checkpoint in eval mode, with the averaged weights if it has them.
 
-    `changes`: fields of its config to set otherwise, such as the rounds of demasking; None leaves them. Raises
-    ValueError for an unknown architecture, a field that it does not have, sizes that cannot be, or weights that do not
-    fit or are not finite; FileNotFoundError for an adapter whose base is not there.
+    changes: fields of its config to set, such as the rounds of demasking; None leaves them. Raises ValueError for an
+    unknown family, an unknown field, impossible sizes, or weights that do not fit or are not finite; and
+    FileNotFoundError for an adapter whose base is missing.
     """
     where = getattr(checkpoint, "path", "the checkpoint")
     if missing := [key for key in ("arch", "model_config", "model") if checkpoint.get(key) is None]:
@@ -185,12 +185,10 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
         return model.to(dtype=dtype).eval()
     arch = checkpoint["arch"]
     if arch not in ARCHS:
-        raise ValueError(f"{where} is of architecture {arch!r:.60}, this code has {', '.join(ARCHS)}")
+        raise ValueError(f"{where} is of the unknown family {arch!r:.60}; this code has {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
-    names, changes = {f.name for f in fields(config) if f.init}, {k: v for k, v in changes.items() if v is not None}
-    if foreign := [k for k in changes if k not in names]:
-        raise ValueError(f"{foreign[0]} = {changes[foreign[0]]!r}: architecture {arch!r} has no such setting")
-    given = {**checkpoint["model_config"], **changes}
+    names = {f.name for f in fields(config) if f.init}
+    given = {**checkpoint["model_config"], **known_fields(arch, changes)}
     try:
         model = model(config(**{k: v for k, v in given.items() if k in names}))
     except UNBUILT as error:
@@ -199,9 +197,17 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
     return model.to(device=device, dtype=dtype).eval()
 
 
+def known_fields(arch, changes):
+    """The changes that are not None. Raises ValueError for one that is no field of the family's config."""
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if foreign := changes.keys() - {f.name for f in fields(ARCHS[arch][1]) if f.init}:
+        name = min(foreign)
+        raise ValueError(f"{name} = {changes[name]!r}: the family {arch!r} has no such setting")
+    return changes
+
+
 def load_base(adapter, base, device, **changes):
-    """The model that an adapter is added to. Raises FileNotFoundError, and ValueError for a base that is no whole
-    model."""
+    """The model that an adapter is added to. Raises FileNotFoundError, and ValueError for a base that is an adapter."""
     if not os.path.exists(base):
         raise FileNotFoundError(f"{adapter} is an adapter on {base}, which does not exist: put the base back")
     if is_published(base):
@@ -213,20 +219,19 @@ def load_base(adapter, base, device, **changes):
 
 
 def from_pretrained(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a checkpoint, or of a file or folder as its authors published it, in eval mode.
+    """The model of a checkpoint, or of a published file or folder, in eval mode.
 
-    `changes`: fields of its config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError for
-    what is damaged, unknown or does not fit.
+    changes: fields of its config to set; None leaves them. Raises FileNotFoundError, and ValueError for a file that is
+    damaged, unknown or does not fit.
     """
-
     if is_published(path):
         return load(path, device, dtype, **changes)
     return load_model(load_checkpoint(path), device, dtype, **changes)
 
 
 def load_weights(model, state, where="the checkpoint"):
-    """load_state_dict, but its ValueError is one line: the first tensor missing, left over, of another shape or kind,
-    or with numbers that are not finite."""
+    """load_state_dict with a ValueError of one line, which names the first tensor that is missing, unknown, of another
+    shape or type, or not finite."""
     need_tensors(state, model.state_dict(), where)
     model.load_state_dict(state)
 
@@ -399,23 +404,23 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
 
 
 def load(path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a published file (.safetensors or .sft, .index.json of its shards, .pt, .pth, .bin) or folder, in
-    eval mode.
+    """The model of a published file (.safetensors, .sft, .index.json of shards, .pt, .pth, .bin) or folder, in eval
+    mode.
 
-    Of several files in a folder safetensors count before pickles, and whole ones before shards. changes: fields of its
-    config to set otherwise; None leaves them. Raises FileNotFoundError, and ValueError with one line: for files that
-    are damaged, unknown or several, tensors that are missing, unknown or of another shape, and sizes nobody says.
+    A folder's safetensors come before its pickles, and whole files before shards. changes: fields of its config to set;
+    None leaves them. Raises FileNotFoundError, and ValueError for files that are damaged, unknown or ambiguous, tensors
+    that are missing, unknown or of another shape, and sizes that neither shapes nor config.json tell.
     """
     return assemble(*find(path), device, dtype, **changes)
 
 
 def start(path, arch, meta, habits, say=print):
-    """What model.build gives, but with published sizes and weights. meta: a token folder's meta.json, which says how a
-    text begins and ends; habits: fields of the config that are not sizes, as far as the family has them; say: told of a
-    vocabulary that grows with the tokenizer's.
+    """A model to train further, with published sizes and weights.
 
-    Raises what `load` raises, and ValueError where the weights are of another family, codec or reference than asked
-    for, or have fewer text ids than the tokenizer; or more, if their vocabulary is one that grows.
+    meta: a token folder's meta.json, which tells how a text begins and ends; habits: {field of the config: value} that
+    is no size, unknown ones are ignored; say(line): is told when the vocabulary grows to the tokenizer's. Raises what
+    `load` raises, and ValueError where the weights are of another family, codec or reference, or their text ids do not
+    fit the tokenizer's.
     """
     layout, *found = find(path)
     if layout.arch != arch:
@@ -437,14 +442,14 @@ def start(path, arch, meta, habits, say=print):
                          f"tokenizer of these weights{', or one that extends it' if layout.tables else ''}")
     if more <= 0:
         return model
-    say(f"{path}: {more:,} text ids more than its {c.text_vocab_size:,}, which begin as the mean of the others and a "
-        "little noise")  # fmt: skip
+    say(f"{path}: {more:,} new text ids beside its {c.text_vocab_size:,}; their embeddings start at the mean of the "
+        "others plus a little noise")  # fmt: skip
     return grow(model, layout.tables, most)
 
 
 def grow(model, tables, size):
-    """A model with `size` text ids from one that has fewer. What its tables lack are rows of their mean, with which an
-    id is at first as likely as others are on average (Hewitt 2021), and a hundredth of their deviation."""
+    """A model with `size` text ids from one that has fewer. New rows are the mean of the old ones, which makes a new id
+    as likely as the others on average (Hewitt 2021), plus a hundredth of their standard deviation as noise."""
     state = model.state_dict()
     for name in tables:
         old = state[name]
@@ -457,7 +462,7 @@ def grow(model, tables, size):
 
 
 def is_published(path):
-    """Whether a file or folder is anything but a checkpoint of train.py's. Raises FileNotFoundError, ValueError."""
+    """Whether a file or folder is anything but a checkpoint of train.py. Raises FileNotFoundError, ValueError."""
     if os.path.isdir(path) or is_index(path) or is_safetensors(path):
         return True
     content = read_pickle(path)
@@ -465,19 +470,20 @@ def is_published(path):
 
 
 def find(path):
-    """Layout, tensors {key: tensor}, config.json and path of a file, or of the file in a folder that counts."""
+    """Layout, tensors {key: tensor}, config.json and path of a file, or of the first choice in a folder."""
     for group in candidates(path) if os.path.isdir(path) else [[path]]:
         found = [known for file in group if (known := recognise(file))]
         if len(found) > 1:
             raise ValueError(f"{path} holds several models: {', '.join(file for *_, file in found)}; name one of them")
         if found:
             return found[0]
-    raise ValueError(f"{path} holds no weights of a layout known here: there is "
+    raise ValueError(f"{path} holds no weights of a known layout: "
                      f"{', '.join(f'{layout.arch} with {layout.mark}' for layout in LAYOUTS)}")  # fmt: skip
 
 
 def candidates(folder):
-    """A folder's files that may hold weights, [[path]]: first those to prefer; shards stand behind their index."""
+    """A folder's files that may hold weights, in groups [[path]], the preferred group first; an index stands for its
+    shards."""
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if is_index(name)]
     shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
@@ -488,7 +494,7 @@ def candidates(folder):
 
 
 def recognise(path):
-    """What `find` gives, of one file; None where no layout has its mark among the keys."""
+    """What `find` returns, for one file; None if its keys contain the mark of no layout."""
     tensors, inside = read(path)
     for layout in LAYOUTS:
         for key in tensors:
@@ -501,9 +507,9 @@ def recognise(path):
 
 
 class WithoutMemory(TorchFunctionMode):
-    """Where this is on, torch.empty, of which parameters are made, gives tensors that have a shape and no memory.
+    """Inside this, torch.empty, which makes parameters, gives tensors with a shape and no memory.
 
-    Buffers are computed as ever: rotary tables and the like are in no file.
+    Buffers are computed as usual: rotary tables and the like are in no file.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -512,26 +518,23 @@ class WithoutMemory(TorchFunctionMode):
 
 
 def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a layout's tensors, in eval mode; arguments and errors as `find` and `load` have them."""
+    """The model of a layout's tensors, in eval mode; arguments and errors as in `find` and `load`."""
     model, its_config = ARCHS[layout.arch]
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if foreign := changes.keys() - {f.name for f in fields(its_config) if f.init}:
-        name = min(foreign)
-        raise ValueError(f"{name} = {changes[name]!r}: architecture {layout.arch!r} has no such setting")
+    changes = known_fields(layout.arch, changes)
     tensors = dict(tensors)
     try:
         for twin, key in layout.tied.items():
             if twin in tensors:
                 tensor = tensors.pop(twin)
                 if not torch.equal(tensors.setdefault(key, tensor), tensor):
-                    raise ValueError(f"{twin} and {key} differ, but here they are one")
+                    raise ValueError(f"{twin} and {key} differ, but the family {layout.arch!r} ties them")
         sizes = layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
         config = its_config(**{**sizes, **changes})
         with WithoutMemory():
             model = model(config)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}") from None
-    except UNBUILT as error:  # shapes or a config.json that cannot be
+    except UNBUILT as error:  # impossible shapes, or a damaged config.json
         raise ValueError(f"{path}: {reason(error)}") from None
     own = model.state_dict()
     plan = {name: layout.source(name, config) for name in own}
@@ -549,7 +552,7 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
 
 
 def check(plan, own, tensors, layout, path):
-    """Raise ValueError where the tensors are not exactly those that the plan {our name: (keys, make)} makes ours of."""
+    """Raise ValueError if the tensors are not exactly those in the plan {our name: (keys, make)}."""
     for name, (keys, make) in plan.items():
         for key in keys:
             if key not in tensors:
@@ -633,7 +636,7 @@ def read_pickle(path):
     """What torch.save wrote, without running code from it: classes that are none of torch's become Inert."""
     try:
         return unpickle(path, inert="")
-    except Exception:  # torch.load fails in many ways on files of other kinds
+    except Exception:  # torch.load raises many kinds of errors for other files
         raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code (it is "
                          f"{what_is(path)})") from None  # fmt: skip
 
@@ -671,29 +674,30 @@ def read_index(path):
 
 
 def export(model, folder):
-    """Write config.json and model.safetensors, from which transformers' from_pretrained makes the same model, without
-    codec and tokenizer. Returns the layout's note.
+    """Write config.json and model.safetensors for transformers' from_pretrained, without codec and tokenizer. Returns
+    the layout's note.
 
-    Each is written under a partial name and renamed. Raises OSError, and ValueError for a family without such a layout
-    or a model that transformers has no words for.
+    Each file is written under a partial name and renamed. Raises OSError, and ValueError for a family without such a
+    layout, or for a model that transformers' config cannot express.
     """
     safetensors = safetensors_package()
     config = model.config
     layouts = [layout for layout in LAYOUTS if layout.arch == config.arch and layout.write_config]
     if not layouts:
-        raise ValueError(f"the family {config.arch!r} has no layout in which it is exported")
+        raise ValueError(f"the family {config.arch!r} cannot be exported; choose from "
+                         f"{', '.join(sorted({layout.arch for layout in LAYOUTS if layout.write_config}))}")
     layout, state = layouts[0], model.state_dict()
     with WithoutMemory():
         plain = type(model)(config).state_dict()
     if further := state.keys() - plain.keys():
-        raise ValueError(f"{min(further)} has no place among published weights: merge adapters first")
+        raise ValueError(f"{min(further)} is no published tensor: merge adapters first")
     written = {**layout.write_config(config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     tensors = {}
     for name, tensor in state.items():
         (key,), make = layout.source(name, config)
         tensors[key] = make(tensor).cpu().contiguous()
     for twin, key in layout.tied.items():
-        tensors[twin] = tensors[key].clone()  # a file may not name one memory twice
+        tensors[twin] = tensors[key].clone()  # safetensors refuses two names for one memory
 
     os.makedirs(folder, exist_ok=True)
     weights = os.path.join(folder, "model.safetensors")
@@ -708,7 +712,8 @@ def export(model, folder):
 
 def main(cfg):
     if cfg.command != "export" or not cfg.ckpt or not cfg.out_dir:
-        raise ValueError("what to write, and where? python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x")
+        raise ValueError("give what to export, and where to: python weights.py export --ckpt=out/x/best.pt "
+                         "--out_dir=hub/x")  # fmt: skip
     model = from_pretrained(cfg.ckpt)
     for name in lora.adapters(model):
         lora.merge(model, name)
@@ -759,8 +764,8 @@ def csm_transformers(name, config):
 
 
 def csm_sizes(words, shapes, given):
-    """Fields of CSMConfig. How many heads there are and how positions turn stands in config.json, in transformers'
-    words; without it both are those of the preset that has the same sizes otherwise. Released weights stop at zeros."""
+    """Fields of CSMConfig. Number of heads and rotary positions come from config.json, in transformers' names; without
+    it from the preset with the same other sizes. Released weights stop at a frame of zeros."""
 
     def rows(name):
         return shapes[translate(name, words)][0]
@@ -771,15 +776,15 @@ def csm_sizes(words, shapes, given):
         width, inner = rows(f"{part}.norm.weight"), rows(f"{part}.layers.0.mlp.up_proj.weight")
         sizes = dict(n_layer=len(layers), d_model=width, d_ff=inner)
         preset = [preset for preset in PRESETS.values() if sizes.items() <= preset.items()] or [{}]
-        said = {ours: given[theirs] for ours, theirs in LLAMA.items() if given.get(theirs) is not None}
-        said = {"rope_scaling": LLAMA3_ROPE, **preset[0], **said, **llama_rope(given), **sizes}
-        q, k, heads = rows(f"{attn}.q_proj.weight"), rows(f"{attn}.k_proj.weight"), said.get("n_head")
+        known = {ours: given[theirs] for ours, theirs in LLAMA.items() if given.get(theirs) is not None}
+        known = {"rope_scaling": LLAMA3_ROPE, **preset[0], **known, **llama_rope(given), **sizes}
+        q, k, heads = rows(f"{attn}.q_proj.weight"), rows(f"{attn}.k_proj.weight"), known.get("n_head")
         if not heads:
-            raise ValueError(f"nothing says how many heads the {part} of width {width} has: a config.json beside the "
-                             "weights has to (num_attention_heads, also inside depth_decoder_config)")  # fmt: skip
+            raise ValueError(f"the number of heads of the {part} of width {width} is unknown: put a config.json with "
+                             "num_attention_heads (also inside depth_decoder_config) beside the weights")  # fmt: skip
         if q % heads or k % (q // heads):
             raise ValueError(f"the {part} cannot have {heads} heads: its queries have width {q}, its keys {k}")
-        return {**said, "head_dim": q // heads, "n_kv_head": k // (q // heads)}
+        return {**known, "head_dim": q // heads, "n_kv_head": k // (q // heads)}
 
     text_vocab_size = rows("text_embedding.weight")
     text_bos, text_eos = ENDS.get(text_vocab_size, (-1, -1))
@@ -792,36 +797,37 @@ def csm_sizes(words, shapes, given):
 
 
 def llama_rope(given):
-    """What config.json says of rope_theta and rope_scaling, in the newer words of transformers or in the older ones."""
+    """rope_theta and rope_scaling of a config.json, in the newer or the older names of transformers."""
     rope = given.get("rope_parameters") or given.get("rope_scaling", {})
     if rope == {}:
         return {}
     rope = rope or {"rope_type": "default"}
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type = {kind!r} in config.json: it is default or llama3")
+        raise ValueError(f"rope_type = {kind!r} in config.json; choose from default, llama3")
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     return {**theta, "rope_scaling": tuple(rope[word] for word in ROPE) if kind == "llama3" else None}
 
 
 def csm_config(c):
-    """config.json for transformers' CsmForConditionalGeneration. It has no word for a stop class, nor for the ends of a
-    text: these stand under "parlando"."""
+    """config.json for transformers' CsmForConditionalGeneration. Stop class and text marks, which it does not know,
+    stand under "parlando"."""
 
     def stack(s, positions):
         known = {key: getattr(s, key) for key in (*LLAMA, "rope_scaling", "dropout", "recompute")}
         if transformer_config(known) != s or not s.rope_theta:
-            raise ValueError("transformers' CSM is made of plain Llamas, this one has other layers")
-        said = {theirs: getattr(s, ours) for ours, theirs in LLAMA.items()}
-        said |= {"max_position_embeddings": positions, "rope_scaling": None}
-        if s.rope_scaling:  # the original context has to be below the positions: scaled down, it means the same
+            raise ValueError("transformers' CSM has plain Llama layers, this model has others")
+        config = {theirs: getattr(s, ours) for ours, theirs in LLAMA.items()}
+        config |= {"max_position_embeddings": positions, "rope_scaling": None}
+        if s.rope_scaling:
+            # transformers wants the original context below the positions: halved with its factors it means the same
             factor, low, high, original = s.rope_scaling
             less = original
             while less > positions / 2:
                 less //= 2
             numbers = factor, low * less / original, high * less / original, less
-            said["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, numbers, strict=True))}
-        return {**said, "num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
+            config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, numbers, strict=True))}
+        return {**config, "num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
 
     audio, audio_eos = AUDIO_IDS.get(c.text_vocab_size, (None, None))
     return {
@@ -842,8 +848,9 @@ CSM_TRANSFORMERS = Layout(
     ignored=r"^codec_model\.",  # Mimi, which codec.py reads
     tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
     write_config=csm_config,
-    note="codec_model is not there and comes out random: put MimiModel.from_pretrained('kyutai/mimi') in its place; "
-         "generate stops at a frame of zeros, not at the stop class of models trained here",
+    note="it holds no codec_model, which transformers initialises at random: replace it by "
+         "MimiModel.from_pretrained('kyutai/mimi'); generate stops at a frame of zeros, not at the stop class of "
+         "models trained here",
 )  # fmt: skip
 
 
@@ -866,8 +873,8 @@ def kani_lfm2(name, config):
 
 
 def kani_sizes(shapes, given):
-    """Fields of KaniConfig. Kinds of layers are read off the keys and widths off the shapes: config.json has words of
-    several ages for them. Text ids and codes are those of the released models, where it does not name others."""
+    """Fields of KaniConfig. Kinds of layers come from the keys and widths from the shapes, for which the names in
+    config.json changed over time. Text ids and codes are those of the released models unless config.json says so."""
     if second := {"audio_step", "tokens_per_frame"} & given.keys():
         raise ValueError(f"config.json has {min(second)}: these are weights of KaniTTS-2, where all tokens of a frame "
                          "share one position; here each has its own, as in KaniTTS-1")  # fmt: skip
@@ -893,12 +900,11 @@ def kani_sizes(shapes, given):
 
 
 def kani_config(c):
-    """config.json for transformers' Lfm2ForCausalLM. It has no words for what our tokens mean: these stand under
-    "parlando"."""
+    """config.json for transformers' Lfm2ForCausalLM. The meaning of our tokens stands under "parlando"."""
     s = c.backbone
     known = {key: getattr(s, key) for key in (*LFM2_SIZES, "layers", "dropout", "recompute")}
     if transformer_config({**known, "qk_norm": True}) != s or not s.rope_theta:
-        raise ValueError("transformers' LFM2 has the layers of the released ones, this model has others")
+        raise ValueError("transformers' LFM2 has the layers of the released models, this model has others")
     return {
         "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": c.vocab_size,
         **{theirs: getattr(s, ours) for ours, theirs in LFM2_SIZES.items()},
@@ -917,7 +923,7 @@ KANI_LFM2 = Layout(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# XTTS-v2: model.pth, or what its training script writes. Codec, vocoder and speaker encoder are codec.py's affair
+# XTTS-v2: model.pth, or a checkpoint of its training script. codec.py reads codec, vocoder and speaker encoder
 
 XTTS = {
     "^text_positions": "text_pos_embedding.emb", "^code_positions": "mel_pos_embedding.emb", "^code_": "mel_",
@@ -953,19 +959,18 @@ def xtts(name, config):
 
 
 def xtts_sizes(shapes, given):
-    """Fields of XTTSConfig. Numbers of heads and the marks of a text stand in config.json, if anywhere; without it they
-    are XTTS-v2's."""
-    said = given.get("model_args") or {}
+    """Fields of XTTSConfig. Number of heads and text marks come from config.json, without it from XTTS-v2."""
+    args = given.get("model_args") or {}
 
     def count(stem):
         return len({key.removeprefix(stem).split(".")[0] for key in shapes if key.startswith(stem)})
 
-    (ids, width), heads = shapes["text_embedding.weight"], said.get("gpt_n_heads")
+    (ids, width), heads = shapes["text_embedding.weight"], args.get("gpt_n_heads")
     heads = heads or width // 64
     stack = dict(n_layer=count("gpt.h."), n_head=heads, n_kv_head=heads, d_model=width)
     return {
         "text_vocab_size": ids, "codebook_size": shapes["mel_embedding.weight"][0] - 2,
-        "text_bos": said.get("gpt_start_text_token") or 261, "text_eos": said.get("gpt_stop_text_token") or 0,
+        "text_bos": args.get("gpt_start_text_token") or 261, "text_eos": args.get("gpt_stop_text_token") or 0,
         "backbone": {**PRESETS["gpt2-xtts"], **stack, "d_ff": shapes["gpt.h.0.mlp.c_fc.weight"][1]},
         "reference_bands": shapes["conditioning_encoder.init.weight"][1],
         "text_positions": shapes["text_pos_embedding.emb.weight"][0],
@@ -986,8 +991,8 @@ XTTS_V2 = Layout(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# VALL-E v2: fp32.sft or fp32.pth. Text as it is written, other tasks than speech and tones are left out: the author's
-# own speech comes from phonemes, without a mark of the task or tone
+# VALL-E v2: fp32.sft or fp32.pth. Tensors for written text, tones and other tasks than speech are ignored: the author
+# speaks from phonemes, without a mark for task or tone
 
 VALLE = {
     "^prompt_encoder": "proms_emb", "^frame_encoder": "resps_emb", r"emb\.mlp": "emb.proj", "places$": "pos_embedding",
@@ -1014,26 +1019,27 @@ def valle(name, config):
 
 
 def valle_sizes(shapes, given):
-    """Fields of VallEConfig. The number of heads stands in the config inside the file, if anywhere; without it each is
-    64 wide, as in all models that have a name. How it was trained and speaks is the author's way."""
-    said, size = given.get("experimental") or {}, given.get("size")
-    if said.get("unified_position_ids"):
-        raise ValueError("its positions run through all parts: here they begin anew in each (unified_position_ids)")
+    """Fields of VallEConfig. The number of heads comes from the config inside the file; without it heads are 64 wide,
+    as in all published models. How it trains and speaks is the author's choice."""
+    trained, size = given.get("experimental") or {}, given.get("size")
+    if trained.get("unified_position_ids"):
+        raise ValueError("its positions run through all parts (unified_position_ids), here they begin anew in each")
     K = sum(bool(re.fullmatch(r"resps_emb\.embs\.\d+\.weight", key)) for key in shapes)
     V, D = shapes["proms_emb.embs.0.weight"]
     heads = (size.get("heads") if isinstance(size, dict) else None) or D // 64
     layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
     stack = dict(n_layer=len(layers), n_head=heads, n_kv_head=heads, d_model=D)
-    weights, ratio = said.get("audio_level_loss_factors", "auto"), said.get("masking_ratio")
+    weights, ratio = trained.get("audio_level_loss_factors", "auto"), trained.get("masking_ratio")
     if weights == "auto":
         weights = "normal" if V == 1000 else "decreasing"
     return {
         "text_vocab_size": shapes["phn_emb.weight"][0], "n_codebooks": K, "codebook_size": V, "text_bos": 1,
         "text_eos": 2, "languages": shapes["langs_emb.weight"][0], "level_weights": weights,
         "backbone": {**PRESETS["valle-60M"], **stack, "d_ff": shapes["model.layers.0.mlp.up_proj.weight"][0]},
-        "segmented_mask": bool(said.get("use_segmented_attention_mask")), "stretched_text": False,
-        "mask_ratio": ratio if isinstance(ratio, float) else 0.8, "text_dropout": said.get("cfg_cond_dropout_p", 0.02),
-        "random_level": not said.get("resp_parallel_training", True), "gray_length": False, "whole_frames": False,
+        "segmented_mask": bool(trained.get("use_segmented_attention_mask")), "stretched_text": False,
+        "mask_ratio": ratio if isinstance(ratio, float) else 0.8,
+        "text_dropout": trained.get("cfg_cond_dropout_p", 0.02),
+        "random_level": not trained.get("resp_parallel_training", True), "gray_length": False, "whole_frames": False,
         "guidance": 2.5, "top_sigma": 1.0,
     }  # fmt: skip
 
