@@ -67,9 +67,9 @@ from parts.metrics import (
     write_metrics,
 )
 from parts.optim import Muon
-from parts.tensors import UNBUILT, fault, reason
+from parts.tensors import UNBUILT, fault, pick_device, reason
 from parts.text import wording
-from sample import Voice, pick_device, slow_type
+from sample import Voice, slow_type
 from weights import WHOLE, is_published, load_checkpoint, load_weights, save_checkpoint, start
 
 # from where to where
