@@ -63,6 +63,17 @@ def map_chunks(pool, function, items, *args, chunk=8):
         raise OSError("a worker process was killed, perhaps for lack of memory: try fewer --workers") from None
 
 
+def put_back(order, things):
+    """Things that come in this order of their indices, in the order of the indices."""
+    waiting = {}
+    n = 0
+    for i, thing in zip(order, things, strict=True):
+        waiting[i] = thing
+        while n in waiting:
+            yield waiting.pop(n)
+            n += 1
+
+
 # -----------------------------------------------------------------------------
 # a stream of items, made ahead
 

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from test_prepare import RATE, config, contents, make_set, run, words, write_csv
+from test_prepare import RATE, config, contents, listened, make_set, run, words, write_csv
 from test_train import run as train_on
 
 import prepare
@@ -201,7 +201,7 @@ def test_a_name_as_another_system_spells_it(tmp_path):
         soundfile.write(tmp_path / "wavs" / f"{name}.wav", np.full(RATE, 0.5), RATE)
     names = ["wavs\\a.wav", "cafe\u0301.wav", "wavs\\caf\u00e9s", "b.wav"]
     write_csv(tmp_path / "m.csv", [(name, "one two three", "ann") for name in names])
-    got = prepare.locate(read_source(str(tmp_path / "m.csv")))
+    got = prepare.check_each(read_source(str(tmp_path / "m.csv")), prepare.find)
     assert [(u.id, u.reason) for u in got] == [
         ("a", ""), ("cafe\u0301", ""), ("caf\u00e9s", ""), ("b", "missing file")]  # fmt: skip
 
@@ -526,8 +526,7 @@ def test_a_table_may_name_recordings_too(mixed, tmp_path):
     folder, rows = mixed
     rows = [{**row, "audio": {"bytes": None, "path": str(folder / "wavs" / row["audio"]["path"])}} for row in rows]
     parquet([*rows, {**rows[0], "audio": None}], tmp_path / "x.parquet")
-    utterances = prepare.locate(list(load(read_source(str(tmp_path / "x.parquet")))))
-    prepare.examine([u for u in utterances if not u.reason], vars(config()))
+    utterances = listened(list(load(read_source(str(tmp_path / "x.parquet")))))
     assert [u.reason for u in utterances] == [
         "unreadable file" if i == 5 else "missing file" if i == 16 else "" for i in range(17)]  # fmt: skip
 
