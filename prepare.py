@@ -31,7 +31,8 @@ from data import TIMBRES, TokenWriter, npy, read_meta
 from parts import configurator
 from parts.files import locked, partial_name
 from parts.report import judge, report, show, table
-from parts.sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings, utterance_id
+from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
+from parts.tables import EXTENSIONS
 from parts.tensors import pick_device
 from parts.text import HuggingFace, SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording
 from parts.workers import map_chunks, put_back, start_pool

@@ -19,8 +19,9 @@ from test_train import run as train_on
 import prepare
 from codec import PUBLISHED, load_codec, resample
 from data import TokenFiles
-from parts import configurator, sources
-from parts.sources import load, read_rows, read_source, read_sources, utterance_id
+from parts import configurator, tables
+from parts.sources import load, read_source, read_sources, utterance_id
+from parts.tables import read_rows
 from parts.text import load_tokenizer
 from sample import Voice
 
@@ -664,12 +665,12 @@ def test_encodings(tmp_path):
 
 
 def test_what_unpacks_to_more_than_a_row_can_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FILE", 2**20)
-    big = b" " * (sources.ROW + 1)
+    monkeypatch.setattr(tables, "FILE", 2**20)
+    big = b" " * (tables.ROW + 1)
     for name, text in (("table", b"audio,text\n"), ("list", b'[{"text": "a"}]'), ("line", b'{"a": 1}')):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text + big))
         assert f"larger than {16 if name == 'line' else 1} MB" in read_error(tmp_path / f"{name}.gz")
-    for kind, size in (("json", sources.ROW), ("txt", sources.ROW), ("wav", sources.LIMITS["wav"])):
+    for kind, size in (("json", tables.ROW), ("txt", tables.ROW), ("wav", tables.LIMITS["wav"])):
         with tarfile.open(tmp_path / "x.tar", "w") as tar:
             member = tarfile.TarInfo(f"x.{kind}")
             member.size = size + 1
@@ -680,8 +681,8 @@ def test_what_unpacks_to_more_than_a_row_can_be(tmp_path, monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(sources, "split", no_memory)
-    assert "needs more memory than there is" in read_error(tmp_path / "m.csv")
+    monkeypatch.setattr(tables, "split", no_memory)
+    assert "needs more memory than this machine has" in read_error(tmp_path / "m.csv")
 
 
 def test_what_macos_adds_to_a_tar(tmp_path):
