@@ -171,8 +171,8 @@ def train_tokenizer(texts, vocab_size, symbols=()):
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=size, character_coverage=1.0,
-            byte_fallback=True, user_defined_symbols=symbols, normalization_rule_name="identity", add_dummy_prefix=False,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+            byte_fallback=True, user_defined_symbols=symbols, normalization_rule_name="identity",
+            add_dummy_prefix=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
         )  # fmt: skip
         return out.getvalue()
 
