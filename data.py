@@ -211,8 +211,8 @@ class TokenFiles:
     """One split of a token folder. Its index is memory-mapped; text, codes and features are read as they are needed.
 
     meta: the folder's meta.json. index: (utterances, len(INDEX_COLUMNS)) int64. Raises ValueError for a folder that is
-    not finished, of another version, or damaged: a file has another size than meta.json gives it, or the index points
-    to text, frames or speakers that do not exist.
+    not finished, of another version, or damaged: a file does not have the size that follows from meta.json, or the
+    index points to text, frames or speakers that do not exist.
     """
 
     def __init__(self, folder, split):
@@ -396,13 +396,13 @@ class Batches:
             raise ValueError(f"{files.folder}: the {files.split} split is empty")
         lengths = self._lengths()
         worst = int(lengths.argmax())
-        for most, limit, key in (
+        for limit, words, key in (
             (self.max_tokens, f"more than max_tokens = {self.max_tokens}", "max_tokens"),
             (self.max_rows, f"the model has {self.max_rows} positions", "max_positions of its backbone"),
         ):
-            if lengths[worst] > most:
+            if lengths[worst] > limit:
                 raise ValueError(f"utterance {files.name(worst)} of {files.folder} needs {lengths[worst]} rows, "
-                                 f"{limit}: raise {key}, or leave it out with prepare.py's max_seconds")
+                                 f"{words}: raise {key}, or leave it out with prepare.py's max_seconds")
 
     def _lengths(self, prompts=None):
         """Rows of every utterance (n,), with those of its prompt where `prompts` (n,) gives it one; -1: no prompt."""
@@ -458,15 +458,15 @@ class Batches:
         lengths = self._lengths(prompts)
         return 1 - lengths.sum() / sum(len(b) * int(lengths[b].max()) for b in batches)
 
-    def targets(self, most=16):
-        """Share of the frames in the first batches (at most `most`) of an epoch that are targets. The others are in the
-        stretch that is the reference, or the layout leaves them out."""
+    def targets(self, n_batches=16):
+        """Share of the frames in the first batches of an epoch that are targets. The others are in the stretch that is
+        the reference, or the layout leaves them out."""
         batches, prompts = self.plan(0)
         some = batches[0][0]
         stops = int((self.layout(self.files.text(some), self.files.codes(some)[:0])[1] == AUDIO).sum())
         rows_per_frame = int(self.length(1, 2) - self.length(1, 1))
         targets = frames = 0
-        for b in batches[:most]:
+        for b in batches[:n_batches]:
             segment = self.read(b, prompts[b])[1]
             targets += int((segment == AUDIO).sum()) - stops * len(b)
             frames += int(self.files.index[b, FRAMES].sum())

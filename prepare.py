@@ -5,7 +5,7 @@ Audio and transcripts -> token files, the folder that train.py reads.
     python prepare.py --sources=my/metadata.csv --data_dir=my/tokens
 
 - It reads metadata of the common kinds, tables and shards that hold recordings, and codes that somebody has encoded
-  already: see parts/sources.py.
+  already: parts/tables.py lists them.
 - First the doctor listens to every utterance. The screen and report.json name each one that is not used, and why. If
   more than a share `max_bad` of a set is at fault, the set is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
@@ -49,7 +49,7 @@ sources: str | dict | list = "data/digits"  # one source or a list of them
 data_dir = "data/digits/tokens"  # token folder to write
 overwrite = True  # replace an existing token folder when the new one is complete
 # codec
-codec = "mel"  # name of the codec
+codec = "mel"  # name of the codec: mel, or a published one such as mimi, encodec, dac, nanocodec, xtts
 codec_path = ""  # its tables or weights; empty: fit it on the training split (mel), or search the hub's cache folder
 codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codebook_size": 256, "frame_rate": 12.5}
 fit_seconds: "float > 0" = 3600.0  # seconds of audio to fit the codec on
@@ -471,12 +471,12 @@ def features(utterances, name, path):
     """From each recording the features (R, M) that a model takes a voice from, and the timbre (E,) for the codec's
     vocoder, None where it has none."""
     codec = worker_codec(name, path)
-    heard = []
+    voices = []
     for wav in read(utterances, codec.sample_rate):
         wav = torch.from_numpy(wav)[None]
         timbre = codec.timbre(wav)[0].numpy() if hasattr(codec, "timbre") else None
-        heard.append((codec.reference(wav)[0].numpy().astype(np.float16), timbre))
-    return heard
+        voices.append((codec.reference(wav)[0].numpy().astype(np.float16), timbre))
+    return voices
 
 
 def longest_first(utterances, window=256):
@@ -542,14 +542,14 @@ def check(cfg, folder, codec):
     if cfg.language and wording(cfg.text_format, language="a") == wording(cfg.text_format, language="b"):
         raise ValueError(f"language = {cfg.language!r:.60}: text_format = {cfg.text_format!r:.60} has no {{language}}")
     if not cfg.sources or not cfg.data_dir:
-        raise ValueError("what to read and where to write? --sources=my/metadata.csv --data_dir=my/tokens")
+        raise ValueError("name what to read and where to write: --sources=my/metadata.csv --data_dir=my/tokens")
     if cfg.references and not hasattr(codec, "reference"):
         raise ValueError(f"references = True: the codec {codec.name} has no features to take a voice from")
     if cfg.extend_vocab and not cfg.tokenizer:
-        raise ValueError(f"extend_vocab = {cfg.extend_vocab}: there is no tokenizer to extend, name its tokenizer.json")
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab} needs a tokenizer to extend: --tokenizer=its/tokenizer.json")
     present = os.listdir(folder) if os.path.isdir(folder) else ["a file"] * os.path.lexists(folder)
     if present and not {"meta.json", "train.index.npy"} <= set(present):
-        raise ValueError(f"data_dir {folder} is no token folder, and would be replaced by one: choose another")
+        raise ValueError(f"data_dir {folder} is not a token folder, and a run would replace it: choose another")
     if present and not cfg.overwrite:
         raise ValueError(f"data_dir {folder} holds token files already: --overwrite replaces them")
     partial = partial_name(folder)
@@ -596,11 +596,11 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings):
     out.file("codec.pt", packed.getvalue())
     out.file(tokenizer.file, tokenizer.model)
     codes = get_codes(cfg, pool, used, codec, out.partial)
-    heard = itertools.repeat((None, None), len(used))
+    voices = itertools.repeat((None, None), len(used))
     if cfg.references:
-        heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
+        voices = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
     timbres = [[] for _ in speakers]
-    for u, c, (reference, timbre) in zip(used, codes, heard, strict=True):
+    for u, c, (reference, timbre) in zip(used, codes, voices, strict=True):
         speaker = speakers.index(u.speaker)
         text = tokenizer.encode(tagged(u, cfg))
         out.add("val" if u.id in val else "train", u.id, text, c, speaker, reference)

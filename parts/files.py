@@ -27,7 +27,7 @@ def partial_name(path):
 
 @contextlib.contextmanager
 def naming(path, *aliases):
-    """Put `path` into the system's errors that name no file, such as those of a full disk, or one of the aliases."""
+    """Make the system's errors name `path` where they name no file, as on a full disk, or one of the aliases."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def sync(file):
 
 
 def sync_folder(folder):
-    """Return when the names in a folder are on the disk: they, too, can be lost with the power. Windows does this."""
+    """Return when the names in a folder are on the disk: else a loss of power may undo a rename. Not on Windows."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -79,7 +79,7 @@ def whole(path, mode="wb", **options):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Lock a folder, made where it is missing: no other process that asks for the lock gets it.
+    """Lock a folder, and make it where it is missing: no other process then gets its lock.
 
     The lock belongs to the system: it ends with the process, however that ends, and leaves no file behind. Raises
     ValueError, one line, where another process has it. On file systems without locks everybody gets it.

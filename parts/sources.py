@@ -89,8 +89,8 @@ def own_part(path, others):
 
 
 def read_source(source, lowercase=False):
-    """One source -> its utterances in the order of its files, those it does not want with their reason.
-    Raises ValueError or FileNotFoundError, one line, where it cannot be read or makes no sense."""
+    """One source -> its utterances in the order of its files. A row that does not pass the filter, or is beyond the
+    cap, has that as its reason. Raises ValueError or FileNotFoundError, one line, for a wrong or unreadable source."""
     path, speaker, tests, cap, prefix = check_source(source)
     utterances = []
     passed = []
@@ -123,11 +123,10 @@ def check_source(source):
     wanted = source.get("filter", {})
     speaker = source.get("speaker") or ""
     if not isinstance(path, str) or set(source) - KEYS:
-        raise ValueError(f"source {source!r:.100}: takes a path and, if need be, speaker, filter, cap, name")
+        raise ValueError(f"source {source!r:.100}: has a path and may have speaker, filter, cap, name, nothing else")
     if not isinstance(wanted, dict) or not (cap is None or type(cap) is int and cap > 0):
-        raise ValueError(
-            f"source {source!r:.100}: filter is a dict {{column: regular expression}}, cap a number above 0"
-        )
+        raise ValueError(f"source {source!r:.100}: filter is a dict {{column: regular expression}}, cap a number above "
+                         "0")  # fmt: skip
     if not isinstance(speaker, str | int):
         raise ValueError(f"source {source!r:.100}: speaker is a text, not {speaker!r:.60}")
     try:

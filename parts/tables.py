@@ -77,9 +77,9 @@ def has_columns(columns):
     return bool(set(columns) & {*COLUMNS["audio"], *COLUMNS["codes"]} and set(columns) & set(COLUMNS["text"]))
 
 
-def need_room(size, most, where):
-    if size > most:
-        raise ValueError(f"{where}: larger than {most // 2**20:,} MB, the limit for its kind")
+def need_room(size, limit, where):
+    if size > limit:
+        raise ValueError(f"{where}: larger than {limit // 2**20:,} MB, the limit for its kind")
 
 
 def parse(text, where, read=json.loads, kind="JSON"):
@@ -110,7 +110,7 @@ def read_text(path, head):
             first = file.read(4096)
             file.seek(0)
             if "\0" in first:
-                raise ValueError(f"{path}: neither parquet nor a tar, and not a text file, as it holds zeros")
+                raise ValueError(f"{path}: neither parquet nor a tar, and not a text file, as it contains zero bytes")
             reader = {"[": read_list, "{": read_lines}.get(first.lstrip()[:1], read_table)
             yield from reader(file, path)
     except UnicodeDecodeError as error:

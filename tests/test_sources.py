@@ -661,7 +661,7 @@ def test_encodings(tmp_path):
     path.write_bytes(table.encode("utf-16")[:-1])
     assert "not a text file in UTF-16 (truncated data)" in read_error(path)
     path.write_bytes(b"a\0,\0")
-    assert "not a text file, as it holds zeros" in read_error(path)
+    assert "not a text file, as it contains zero bytes" in read_error(path)
 
 
 def test_what_unpacks_to_more_than_a_row_can_be(tmp_path, monkeypatch):
