@@ -546,7 +546,7 @@ def check(cfg, folder, codec):
     if cfg.references and not hasattr(codec, "reference"):
         raise ValueError(f"references = True: the codec {codec.name} has no features to take a voice from")
     if cfg.extend_vocab and not cfg.tokenizer:
-        raise ValueError(f"extend_vocab = {cfg.extend_vocab} needs a tokenizer to extend: --tokenizer=its/tokenizer.json")
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab} needs a tokenizer to extend: --tokenizer=x/tokenizer.json")
     present = os.listdir(folder) if os.path.isdir(folder) else ["a file"] * os.path.lexists(folder)
     if present and not {"meta.json", "train.index.npy"} <= set(present):
         raise ValueError(f"data_dir {folder} is not a token folder, and a run would replace it: choose another")
