@@ -212,7 +212,8 @@ def test_lora_refuses(tokens, base, tmp_path, flags, message):
 # going on after a stop
 
 KILLED = """
-import os, signal, sys, train, configurator
+import os, signal, sys, train
+from parts import configurator
 stream = train.Batches.__iter__
 def killed(self):
     for n, batch in enumerate(stream(self)):
