@@ -51,7 +51,8 @@ from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross
 from parts import configurator
 from parts.metrics import lowest_loss, read_metrics
 from parts.sources import Utterance
-from sample import Voice, pick_device
+from parts.tensors import pick_device
+from sample import Voice
 
 name = "data"  # what to measure: data, codec, sample, families, loss, train
 raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt

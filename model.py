@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parts.configurator import check_fields
+from parts.segment import AUDIO, PAD, PROMPT, TEXT
 from parts.tensors import fault
 
 try:
@@ -42,7 +43,6 @@ try:
 except ImportError:  # no Triton for this machine: the kernel's PyTorch twin does its work
     triton = None
 
-PAD, TEXT, PROMPT, AUDIO = 0, 1, 2, 3  # what `segment` says of a row; only AUDIO rows are ever a target
 IGNORE = -100
 
 # ---------------------------------------------------------------------------------------------------------------------

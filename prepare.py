@@ -4,14 +4,14 @@ Audio and transcripts -> token files, the folder that train.py reads.
     python prepare.py config/digits.py
     python prepare.py --sources=my/metadata.csv --data_dir=my/tokens
 
-- Metadata of any common kind, tables and shards that hold the recordings, or codes that somebody made of them already:
-  see parts/sources.py.
-- The doctor: every utterance is listened to before anything is computed, and each one that is not used is named with
-  its reason, on the screen and in report.json. A set with more than a share `max_bad` of such ones is refused.
+- It reads metadata of the common kinds, tables and shards that hold recordings, and codes that somebody has encoded
+  already: parts/tables.py lists them.
+- First the doctor listens to every utterance. The screen and report.json name each one that is not used, and why. If
+  more than a share `max_bad` of a set is at fault, the set is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
-- All cores work, each on one utterance at a time, so that the files do not depend on how many cores there are; a codec
-  with network weights encodes on a GPU in batches of like length, while the cores read ahead.
-- The folder gets its name when it is whole. After a kill the next run starts over.
+- All cores work, each on one utterance at a time, so the files do not depend on the number of cores. A codec with
+  network weights encodes on a GPU in batches of similar length, while the cores read ahead.
+- The folder gets its name when it is complete. After a kill the next run starts over.
 """
 
 import contextlib
@@ -19,13 +19,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 
 import numpy as np
@@ -33,59 +27,63 @@ import torch
 from tqdm import tqdm
 
 from codec import CODECS, PUBLISHED, audio_header, load_codec, read_audio
-from data import TIMBRES, TokenWriter, read_meta
+from data import TIMBRES, TokenWriter, npy, read_meta
 from parts import configurator
-from parts.files import locked, whole
-from parts.sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings, utterance_id
+from parts.files import locked, partial_name
+from parts.report import judge, report, show, table
+from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
+from parts.tables import EXTENSIONS
+from parts.tensors import pick_device
 from parts.text import HuggingFace, SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording
+from parts.workers import map_chunks, put_back, start_pool
 
-# from where to where
+# input and output
 # A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a
-# folder of the one or the others, or a dict with the path and any of these:
-# {"path": "x/metadata.csv", "speaker": "anna", "filter": {"accent": "us|england"}, "cap": 1000, "name": "x"}.
-# speaker: who speaks, whatever a column says, "speaker" where nothing says it; filter: for each column a regular
-# expression that has to match the whole field; cap: how many utterances at most; name: put before the ids.
+# folder of these, or a dict, in which all but the path may be left out:
+# {"path": "x/metadata.csv", "speaker": "anna", "filter": {"accent": "us|england"}, "cap": 1000, "name": "x"}
+# - speaker: who speaks in all of it; without it the speaker column says so, or all is one voice named "speaker".
+# - filter: {column: regular expression}; keeps the rows where each expression matches the whole field.
+# - cap: keep at most so many utterances.
+# - name: put before the ids.
 sources: str | dict | list = "data/digits"  # one source or a list of them
 data_dir = "data/digits/tokens"  # token folder to write
-overwrite = True  # replace an existing token folder, once the new one is whole
+overwrite = True  # replace an existing token folder when the new one is complete
 # codec
-codec = "mel"  # which codec
-codec_path = ""  # its tables or weights; empty: fit it on the training split (mel only)
+codec = "mel"  # name of the codec: mel, or a published one such as mimi, encodec, dac, nanocodec, xtts
+codec_path = ""  # its tables or weights; empty: fit it on the training split (mel), or search the hub's cache folder
 codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codebook_size": 256, "frame_rate": 12.5}
-fit_seconds: "float > 0" = 3600.0  # how much audio the fit listens to
-references = False  # write the features of the recordings too, for models that read a voice off them (XTTS)
+fit_seconds: "float > 0" = 3600.0  # seconds of audio to fit the codec on
+references = False  # also write features of the recordings, for models that take a voice from a recording (XTTS)
 # text
-tokenizer = ""  # a sentencepiece .model, a tokenizer.json, XTTS's vocab.json; empty: train one on the training split
-extend_vocab: "0 <= int <= 1000000" = 0  # further pieces for a tokenizer.json, learnt where it meets a new script
-vocab_size: "1 <= int <= 1000000" = 1024  # of the tokenizer trained here; fewer where the texts do not support so many
-lowercase = False  # lower-case the text
+tokenizer = ""  # a sentencepiece .model, a tokenizer.json or XTTS's vocab.json; empty: train one on the training split
+extend_vocab: "0 <= int <= 1000000" = 0  # pieces to add to a tokenizer.json for a script that it does not know
+vocab_size: "1 <= int <= 1000000" = 1024  # of the tokenizer trained here; smaller if the texts support fewer pieces
+lowercase = False  # convert the text to lower case
 text_format = "[{speaker}]{text}"  # what the model reads: {text}, {speaker}, {language}; XTTS: "[en]{text}"
-language = ""  # what stands for {language}
+language = ""  # the value of {language} in text_format
 # split
-heldout = ""  # file with the ids of the val split, one a line; empty: a share val_fraction by hash of the id
-val_fraction: "0 <= float <= 1" = 0.02  # share of the utterances held out; 0: no val split
-# what the doctor lets pass
-min_seconds: "float >= 0" = 0.3  # shorter is too short
-max_seconds: "float > 0" = 30.0  # longer is too long
-min_level = -50.0  # dB of full scale that the loudest 20 ms have to reach, else it is silence
-max_clipped: "0 <= float <= 1" = 0.01  # share of samples at full scale, above which it is clipping
-min_chars_per_second: "float >= 0" = 1.0  # slower than anybody reads: audio and text do not belong together
-max_chars_per_second: "float > 0" = 40.0  # faster than anybody reads
-max_text_tokens: "int >= 0" = 0  # more is too much text; 0: no limit
-max_bad: "0 <= float <= 1" = 0.1  # share of the utterances that may be at fault, else the set is refused; 1: never
-trim_silence: "float >= 0" = 0.0  # seconds of silence to keep at each end; 0: all
+heldout = ""  # file with the ids of the val split, one a line; empty: hold out a share val_fraction, by hash of the id
+val_fraction: "0 <= float <= 1" = 0.02  # share of the utterances to hold out; 0: no val split
+# what the doctor accepts
+min_seconds: "float >= 0" = 0.3  # shortest utterance
+max_seconds: "float > 0" = 30.0  # longest utterance
+min_level = -50.0  # loudness of the loudest 20 ms, in dB of full scale; below it the utterance is silence
+max_clipped: "0 <= float <= 1" = 0.01  # share of samples at full scale; above it the utterance is clipped
+min_chars_per_second: "float >= 0" = 1.0  # slowest speech; below it audio and text do not belong together
+max_chars_per_second: "float > 0" = 40.0  # fastest speech
+max_text_tokens: "int >= 0" = 0  # longest text, in tokens; 0: no limit
+max_bad: "0 <= float <= 1" = 0.1  # share of the utterances that may be at fault before the set is refused; 1: all
+trim_silence: "float >= 0" = 0.0  # seconds of silence to keep at each end; 0: keep all
 # the run
 workers: "0 <= int <= 1024" = 0  # processes; 0: one for each core
 device = "auto"  # where codecs with network weights encode: cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
-batch_seconds: "float > 0" = 240.0  # audio in a batch there
-seed: "0 <= int <= 4294967295" = 1337  # of the codec's fit
-max_tokens: "int >= 1" = 8192  # train.py's batch: only to say how many steps an epoch will take
+batch_seconds: "float > 0" = 240.0  # seconds of audio in a batch on that device
+seed: "0 <= int <= 4294967295" = 1337  # seed of the codec's fit
+max_tokens: "int >= 1" = 8192  # batch size of train.py, only to report the number of steps in an epoch
 
-FOLDERS = ["", "wavs", "clips", "audio"]  # where the audio lies, seen from its metadata
-NOT_WANTED = ("filtered out", "beyond the cap")  # what the sources' own keys leave out
-BY_CHOICE = (*NOT_WANTED, "too long", "too short", "too much text")  # reasons that are no fault of an utterance
-QUIET = 40.0  # dB below the loudest 20 ms: from there on it is silence at an end
-LONG_SILENCE = 1.0  # seconds of it that are worth a word
+FOLDERS = ["", "wavs", "clips", "audio"]  # where recordings may be, relative to their metadata
+ENDINGS = ["", *(f".{kind}" for extension in EXTENSIONS for kind in (extension, extension.upper()))]
+QUIET = 40.0  # dB below the loudest 20 ms; what is quieter at an end is silence
 
 
 # -----------------------------------------------------------------------------
@@ -93,8 +91,8 @@ LONG_SILENCE = 1.0  # seconds of it that are worth a word
 
 
 def read_heldout(path, utterances):
-    """The ids listed in the file `path`, written as in the sources or as in reports, or None where there is no file.
-    Raises ValueError, before anything is trained on by mistake, where one of them is of no utterance."""
+    """The ids listed in the file `path`, written as in the sources or as in reports; None without a path. Raises
+    ValueError where one of them belongs to no utterance, so that it is not trained on by mistake."""
     if not path:
         return None
     try:
@@ -102,14 +100,17 @@ def read_heldout(path, utterances):
             names = list(dict.fromkeys(name for line in file if (name := line.strip())))
     except UnicodeDecodeError:
         raise ValueError(f"heldout = {path} is not text in UTF-8") from None
-    ids, folders = {u.id for u in utterances}, {os.path.dirname(u.source): u.source for u in utterances}
-    places = [path, *folders.values()]
-    found = {n: next((i for i in (n, *(utterance_id(n, place) for place in places)) if i in ids), None) for n in names}
+    ids = {u.id for u in utterances}
+    folders = {os.path.dirname(u.source): u.source for u in utterances}
+    found = {}
+    for name in names:
+        spelled = [name, *(utterance_id(name, place) for place in (path, *folders.values()))]
+        found[name] = next((i for i in spelled if i in ids), None)
     if unknown := [name for name in names if found[name] is None]:
         some = ", ".join(f"{name!r:.60}" for name in unknown[:3])
         more = " and others" if len(unknown) > 3 else ""
-        raise ValueError(f"heldout = {path}: {len(unknown)} of its {len(names)} ids are of no utterance: {some}{more}; "
-                         f"an id is {utterances[0].id!r:.60}, for example")  # fmt: skip
+        raise ValueError(f"heldout = {path}: {len(unknown)} of its {len(names)} ids belong to no utterance: "
+                         f"{some}{more}; an id is {utterances[0].id!r:.60}, for example")  # fmt: skip
     return set(found.values())
 
 
@@ -121,83 +122,124 @@ def divide(utterances, cfg, listed):
 
 
 def held_out(utterances, listed, val_fraction):
-    """The ids of the val split: those `listed`, where that is not None, else those that hash below val_fraction.
-    Raises ValueError where that leaves a split empty, but for the val split of a val_fraction of 0."""
+    """The ids of the val split: those `listed`, or where that is None those with a hash below val_fraction. Raises
+    ValueError where a split would be empty; only a val_fraction of 0 asks for an empty val split."""
     if listed is not None:
         val = {u.id for u in utterances if u.id in listed}
-        advice = f"none of the {len(listed)} ids of heldout is of an utterance that can be used"
+        advice = f"no utterance that can be used has one of the {len(listed)} ids of heldout"
     else:
         val = {u.id for u in utterances if fraction(u.id) < val_fraction}
         enough = math.ceil(1000 * min(fraction(u.id) for u in utterances) + 1e-6) / 1000
-        advice = f"val_fraction = {val_fraction} holds out none of {len(utterances)}; --val_fraction=0 does without"
+        advice = f"val_fraction = {val_fraction} holds out none of {len(utterances)}; --val_fraction=0 makes none"
         if any(fraction(u.id) >= enough for u in utterances):
             advice += f", --val_fraction={enough} would hold out one"
     if not val and (val_fraction or listed is not None):
         raise ValueError(f"the val split is empty: {advice}")
     if len(val) == len(utterances):
-        raise ValueError(f"the train split is empty: all of the {len(val)} usable utterances are held out")
+        raise ValueError(f"the train split is empty: all {len(val)} usable utterances are held out")
     return val
 
 
 def tell_split(utterances, cfg, listed):
-    """What one may want to know about the split, as lines."""
+    """Lines about the split for the screen: ids of heldout that cannot be used, speakers without training data."""
     used, train, val = divide(utterances, cfg, listed)
     if lost := (listed or set()) - {u.id for u in used}:
         some = ", ".join(f"{u.id} ({u.reason})" for u in utterances if u.id in lost and u.reason)
         yield f"{len(lost)} of the {len(listed)} ids of heldout cannot be used: {some:.200}"
     if strange := sorted({u.speaker for u in used if u.id in val} - {u.speaker for u in train}):
-        some = ", ".join(strange[:5])
-        yield f"{len(strange)} speakers of the val split are not in the train split: {some:.200}"
-
-
-# -----------------------------------------------------------------------------
-# the worker processes
-
-
-def start_pool(n):
-    n = n or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["torch", "soundfile"])  # imported once, not by each worker
-    return ProcessPoolExecutor(n, context, start_worker)
-
-
-def start_worker():
-    """One thread each; leave Ctrl-C to the parent, and do not outlive a parent that is killed."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def in_order(what, pool, function, utterances, *args, chunk=8, order=None):
-    """function(some of the utterances, *args) -> list, called in the pool; yields the results one by one in their
-    order, or in another, given as indices, behind a progress bar. A bounded number of calls is under way, so a long
-    list costs no memory."""
-    rest, waiting = load(utterances), deque()
-    if order:
-        rest = put_back(np.argsort(order).tolist(), rest)
-    try:
-        with tqdm(desc=what.ljust(14), total=len(utterances), unit=" utt", disable=None) as bar:
-            while True:
-                while len(waiting) < 4 * pool._max_workers and (some := list(itertools.islice(rest, chunk))):
-                    waiting.append(pool.submit(function, some, *args))
-                if not waiting:
-                    return
-                for result in waiting.popleft().result():
-                    yield result
-                    bar.update()
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
+        yield f"{len(strange)} speakers of the val split are not in the train split: {', '.join(strange[:5]):.200}"
 
 
 # -----------------------------------------------------------------------------
 # the doctor
+
+
+class Unfit(Exception):
+    """Raised by a check of an utterance that cannot be used: Unfit(reason, detail)."""
+
+
+def check_each(utterances, check, *args):
+    """Call check(utterance, *args) for each that has no reason yet; what it raises as Unfit becomes its reason. Returns
+    the utterances."""
+    for u in utterances:
+        if not u.reason:
+            try:
+                check(u, *args)
+            except Unfit as why:
+                u.reason, u.detail = why.args
+    return utterances
+
+
+def check_in_pool(utterances, which, what, pool, check, *args, chunk=8):
+    """check_each in the pool, for the utterances without a reason for which which(u) holds."""
+    places = [i for i, u in enumerate(utterances) if not u.reason and which(u)]
+    checked = in_order(what, pool, check_each, [utterances[i] for i in places], check, *args, chunk=chunk)
+    for i, u in zip(places, checked, strict=True):
+        utterances[i] = u
+
+
+def in_order(what, pool, function, utterances, *args, chunk=8, order=None):
+    """function(some of the utterances, *args) -> list, called in the pool behind a progress bar: an iterable of the
+    results, in the order of the utterances or in another one, given as indices."""
+    given = load(utterances)
+    if order:
+        given = put_back(np.argsort(order).tolist(), given)
+    results = map_chunks(pool, function, given, *args, chunk=chunk)
+    return tqdm(results, what.ljust(14), len(utterances), unit=" utt", disable=None)
+
+
+def diagnose(utterances, cfg, pool, codec, given, listed, report_path):
+    """Give a reason to every utterance that cannot be used; returns the tokenizer: the one given, extended or trained.
+    Raises ValueError as soon as the set has to be refused, if possible before hours of listening."""
+    tokenizer = None if cfg.extend_vocab else given
+    look_over(utterances, cfg, pool, tokenizer, codec)
+    judge(utterances, cfg, report_path)
+    train = divide(utterances, cfg, listed)[1]
+    if tokenizer is None:
+        need_pieces(cfg, train, given)
+    check_in_pool(utterances, lambda u: not u.codes, "listening", pool, examine, vars(cfg))
+    judge(utterances, cfg, report_path)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(cfg, divide(utterances, cfg, listed)[1], given)
+        proofread(utterances, cfg, tokenizer)
+        judge(utterances, cfg, report_path)
+    return tokenizer
+
+
+def look_over(utterances, cfg, pool, tokenizer, codec):
+    """The checks that need no listening. They set the path of each recording. tokenizer: None if it comes later."""
+    check_each(utterances, check_id, set())
+    if tokenizer:
+        proofread(utterances, cfg, tokenizer)
+    check_each([u for u in utterances if u.codes], check_codes, codec, vars(cfg))
+    check_in_pool(utterances, lambda u: not u.codes and u.row < 0, "finding files", pool, find, chunk=256)
+
+
+def check_id(u, seen):
+    """Raise Unfit for an id that was seen before, or cannot be a line of a text file."""
+    if u.id in seen:
+        raise Unfit("duplicate id", "")
+    seen.add(u.id)
+    if any(c in u.id for c in "\r\n") or u.id.encode(errors="replace").decode() != u.id:
+        raise Unfit("bad row", f"its id {u.id!r:.60} cannot be written to a line of a text file")
+
+
+def check_codes(u, codec, limits):
+    """Raise Unfit where the codes of an utterance cannot be the codec's. Sets its `seconds`. Residual codebooks may be
+    more than the codec is to have, because the first ones are a coarser code by themselves."""
+    frames, books, low, high = u.codes
+    u.seconds = frames / codec.frame_rate
+    least = most = codec.n_codebooks
+    if codec.residual:
+        most = max(least, PUBLISHED.get(codec.name, {"n_codebooks": least})["n_codebooks"])
+    if not least <= books <= most:
+        wanted = least if least == most else f"{least} to {most}"
+        raise Unfit("bad codes", f"{frames} frames of {books} codebooks, and {codec.name} has {wanted}")
+    if not 0 <= low <= high < codec.codebook_size:
+        wrong = low if low < 0 else high
+        raise Unfit("bad codes", f"{wrong} is among them, and those of {codec.name} are 0 to {codec.codebook_size - 1}")
+    check_length(u, limits)
+    check_speed(u, limits)
 
 
 def recording(u):
@@ -209,55 +251,53 @@ def recording(u):
     return held
 
 
-def examine(utterances, limits):
-    """Listen to utterances: the same, with their length, and a reason where one is unfit."""
-    for u in utterances:
-        u.reason, u.detail = (u.row >= 0 and find(u)) or listen(u, limits)
-        u.content = None
-    return utterances
-
-
-def locate(utterances):
-    """The utterances with the paths of their recordings, and a reason where one has none."""
-    for u in utterances:
-        u.reason, u.detail = find(u) or ("", "")
-    return utterances
-
-
 def find(u):
-    """Set `audio` to the path of the recording, where that is a file; returns what is wrong if there is none."""
-    places = [os.path.join(os.path.dirname(u.source), sub, name) for name in spellings(u.audio) for sub in FOLDERS]
-    endings = ["", *(f".{e}" for extension in EXTENSIONS for e in (extension, extension.upper()))]
-    path = u.audio if u.content else next((p + e for p in places for e in endings if os.path.isfile(p + e)), None)
+    """Set `audio` to the path of the recording. Raises Unfit where no such file exists."""
+    if u.content:
+        return
+    folder = os.path.dirname(u.source)
+    places = [os.path.join(folder, sub, name) for name in spellings(u.audio) for sub in FOLDERS]
+    path = next(filter(os.path.isfile, (place + ending for place in places for ending in ENDINGS)), None)
     if path is None:
-        return "missing file", f"{places[0]:.200}"
+        raise Unfit("missing file", f"{places[0]:.200}")
     u.audio = path
 
 
+def examine(u, limits):
+    """Listen to an utterance; a table may hold its recording or only name a file. Raises Unfit."""
+    try:
+        if u.row >= 0:
+            find(u)
+        listen(u, limits)
+    finally:
+        u.content = None  # the recording does not travel back to the parent
+
+
 def listen(u, limits):
-    """What is wrong with a recording, as (reason, detail), or two empty strings. Sets its `seconds`, the `silence` at
-    its ends and, where that is to be trimmed, `start` and `end`."""
+    """Raise Unfit for a recording that cannot be used. Sets its `seconds`, the `silence` at its ends and, where that is
+    trimmed, `start` and `end`."""
     source = recording(u)
     try:
         header = audio_header(source)
         u.seconds = max(0.0, (header.seconds if u.end is None else min(u.end, header.seconds)) - u.start)
-        unfit = misfit(u, limits)
-        if unfit[0] in ("too long", "too short", "empty audio") and not header.lacks:  # before hours of it are read
-            return unfit
+        if not header.lacks:
+            check_length(u, limits)  # before hours of audio are read
         wav = read_audio(source, header.rate, u.start, u.end).numpy()
     except (ValueError, OSError) as error:
-        says = " ".join(str(error).split())
-        return "NaN" if "NaN or infinite" in says else "unreadable file", says
-    step = min(len(wav), max(1, header.rate // 50))
+        words = " ".join(str(error).split())
+        raise Unfit("NaN" if "NaN or infinite" in words else "unreadable file", words) from None
+    step = min(len(wav), max(1, header.rate // 50))  # 20 ms
     power = np.square(wav[: len(wav) // step * step].reshape(-1, step)).mean(1)
-    level, clipped = 10 * math.log10(power.max() + 1e-20), (np.abs(wav) >= 0.99).mean()
+    level = 10 * math.log10(power.max() + 1e-20)
+    clipped = (np.abs(wav) >= 0.99).mean()
     if level < limits["min_level"]:
-        return "silence", f"{level:.0f} dB at its loudest"
+        raise Unfit("silence", f"{level:.0f} dB at its loudest")
     if clipped > limits["max_clipped"]:
-        return "clipping", f"{clipped:.1%} of its samples"
+        raise Unfit("clipping", f"{clipped:.1%} of its samples")
     loud = np.flatnonzero(power >= power.max() * 10 ** (-QUIET / 10))
     trim(u, loud[0] * step / header.rate, (len(wav) - (loud[-1] + 1) * step) / header.rate, limits["trim_silence"])
-    return misfit(u, limits)
+    check_length(u, limits)
+    check_speed(u, limits)
 
 
 def trim(u, before, after, keep):
@@ -266,188 +306,63 @@ def trim(u, before, after, keep):
         u.end = u.start + u.seconds - max(0.0, after - keep)
         u.start += max(0.0, before - keep)
         u.seconds = u.end - u.start
-        before, after = min(before, keep), min(after, keep)
+        before = min(before, keep)
+        after = min(after, keep)
     u.silence = float(max(before, after))
 
 
-def misfit(u, limits):
-    """What the length of an utterance says against it, as (reason, detail), or two empty strings."""
-    if u.seconds < 1e-4:  # which is a sample or two
-        return "empty audio", f"nothing after {u.start:g} s"
+def check_length(u, limits):
+    """Raise Unfit for an utterance that is too long or too short."""
+    if u.seconds < 1e-4:  # a sample or two
+        raise Unfit("empty audio", f"nothing after {u.start:g} s")
     if u.seconds > limits["max_seconds"]:
-        return "too long", f"{u.seconds:.1f} s"
+        raise Unfit("too long", f"{u.seconds:.1f} s")
     if u.seconds < limits["min_seconds"]:
-        return "too short", f"{u.seconds:.2f} s"
+        raise Unfit("too short", f"{u.seconds:.2f} s")
+
+
+def check_speed(u, limits):
+    """Raise Unfit where nobody speaks so fast or so slowly: text and audio do not belong together."""
     speed = len(u.text) / u.seconds
     if not limits["min_chars_per_second"] <= speed <= limits["max_chars_per_second"]:
-        return "impossible speed", f"{speed:.1f} characters a second"
-    return "", ""
-
-
-def compare(u, codec):
-    """What says that the codes of an utterance are not the codec's, as (reason, detail), or None. Sets its `seconds`.
-    Residual codebooks may be more than the codec is to have, as the first of them say the most; others may not."""
-    frames, books, low, high = u.codes
-    u.seconds = frames / codec.frame_rate
-    least = most = codec.n_codebooks
-    if codec.residual:
-        most = max(least, PUBLISHED.get(codec.name, {"n_codebooks": least})["n_codebooks"])
-    if not least <= books <= most:
-        wanted = least if least == most else f"{least} to {most}"
-        return "bad codes", f"{frames} frames of {books} codebooks, and {codec.name} has {wanted}"
-    if not 0 <= low <= high < codec.codebook_size:
-        wrong = low if low < 0 else high
-        return "bad codes", f"{wrong} is among them, and those of {codec.name} are 0 to {codec.codebook_size - 1}"
-
-
-def look_over(utterances, cfg, pool, tokenizer, codec):
-    """Give each utterance the path of its recording, or the reason that can be told without listening to it.
-    `tokenizer` may be None yet."""
-    seen = set()
-    for u in utterances:
-        if not u.reason:
-            u.reason = "duplicate id" if u.id in seen else ""
-            seen.add(u.id)
-        if not u.reason and not sound_id(u.id):
-            u.reason, u.detail = "bad row", f"its id {u.id!r:.60} cannot be written to a line of a text file"
-    if tokenizer:
-        proofread(utterances, cfg, tokenizer)
-    for u in utterances:
-        if u.codes and not u.reason:
-            u.reason, u.detail = compare(u, codec) or misfit(u, vars(cfg))
-    outside = [i for i, u in enumerate(utterances) if not u.codes and u.row < 0 and not u.reason]
-    update(utterances, outside, "finding files", pool, locate, chunk=256)
-
-
-def sound_id(name):
-    return not any(c in name for c in "\r\n") and name.encode(errors="replace").decode() == name
-
-
-def diagnose(utterances, cfg, pool):
-    """Listen to the utterances: each gets its length, or the reason why it cannot be used."""
-    recorded = [i for i, u in enumerate(utterances) if not u.codes and not u.reason]
-    update(utterances, recorded, "listening", pool, examine, vars(cfg))
-
-
-def update(utterances, which, what, pool, function, *args, chunk=8):
-    """Replace the utterances of the indices `which` by what in_order makes of them."""
-    made = in_order(what, pool, function, [utterances[i] for i in which], *args, chunk=chunk)
-    for i, u in zip(which, made, strict=True):
-        utterances[i] = u
+        raise Unfit("impossible speed", f"{speed:.1f} characters a second")
 
 
 def proofread(utterances, cfg, tokenizer):
-    """Give each utterance a reason whose text the tokenizer does not know, or makes too much or an early end of."""
+    """Check the texts of all utterances against the tokenizer."""
     strange = tokenizer.unknown("".join({character for u in utterances for character in u.text}))
-    for u in utterances:
-        if u.reason:
-            continue
-        ids = tokenizer.encode(said(u, cfg))
-        unknown = strange.intersection(u.text)
-        if unknown or tokenizer.unk_id in ids:  # the second where a speaker's tag is what it does not know
-            unknown = unknown or tokenizer.unknown(said(u, cfg))
-            u.reason, u.detail = "unknown characters", " ".join(sorted(unknown))
-        elif ends := {tokenizer.bos_id, tokenizer.eos_id}.intersection(ids):
-            u.reason, u.detail = "begin or end in text", tokenizer.decode(sorted(ends))
-        elif 0 < cfg.max_text_tokens < len(ids):
-            u.reason, u.detail = "too much text", f"{len(ids)} tokens"
+    check_each(utterances, check_text, cfg, tokenizer, strange)
 
 
-def report(utterances):
-    """The findings: what is used, and each utterance that is not, with its reason."""
-    used, speakers = [u for u in utterances if not u.reason], defaultdict(lambda: {"utterances": 0, "hours": 0.0})
-    for u in used:
-        speakers[u.speaker]["utterances"] += 1
-        speakers[u.speaker]["hours"] += u.seconds / 3600
-    longest = max((u.seconds for u in used), default=1.0)
-    width = next(w for w in (m * 10.0**e for e in range(-2, 9) for m in (1, 2, 5)) if longest / w <= 12)
-    bins = Counter(int(u.seconds / width) for u in used)
-    return {
-        "utterances": len(utterances),
-        "used": len(used),
-        "hours": sum(u.seconds for u in used) / 3600,
-        "speakers": dict(sorted(speakers.items(), key=lambda s: (-s[1]["hours"], s[0]))),
-        "durations": [{"from": round(b * width, 2), "to": round((b + 1) * width, 2), "utterances": bins[b]}
-                      for b in range(min(bins, default=0), max(bins, default=-1) + 1)],
-        "reasons": dict(Counter(u.reason for u in utterances if u.reason).most_common()),
-        "silent_ends": sum(u.silence > LONG_SILENCE for u in used),
-        "not_used": [{k: getattr(u, k) for k in ("id", "source", "reason", "detail")} for u in utterances if u.reason],
-    }  # fmt: skip
-
-
-def show(findings):
-    """The findings as a page of text."""
-    lines = [f"\n{findings['used']:,} of {findings['utterances']:,} utterances are used, {findings['hours']:.2f} hours"]
-    if findings["reasons"]:
-        lines.append("\n  not used            utterances  for example")
-    for reason, n in findings["reasons"].items():
-        some = [f"{x['id']} {x['detail']}".rstrip() for x in findings["not_used"] if x["reason"] == reason]
-        lines.append(f"  {reason:20}{n:10,}  {', '.join(some[:3]):.80}")
-    if findings["silent_ends"]:
-        some = f"{findings['silent_ends']:,} utterances have more than {LONG_SILENCE:g} s of silence at an end"
-        lines.append(f"\n  {some}; --trim_silence=0.3 would leave 0.3 s")
-    lines.append("\n  duration            utterances")
-    most = max(b["utterances"] for b in findings["durations"])
-    for b in findings["durations"]:
-        span = f"{b['from']:g} to {b['to']:g} s"
-        lines.append(f"  {span:20}{b['utterances']:10,}  {'#' * math.ceil(40 * b['utterances'] / most)}")
-    lines.append("\n  speaker             utterances     hours")
-    for i, (name, s) in enumerate(findings["speakers"].items()):
-        if i < 20:
-            lines.append(f"  {name:20.20}{s['utterances']:10,}{s['hours']:10.2f}")
-    if (more := len(findings["speakers"]) - 20) > 0:
-        lines.append(f"  and {more:,} more")
-    return "\n".join(lines)
-
-
-def judge(utterances, cfg, report_path):
-    """Raise ValueError where too many utterances are at fault, or all of a speaker are, or none is left. The report
-    then says which."""
-    judged = [u for u in utterances if u.reason not in BY_CHOICE]
-    bad = [u for u in judged if u.reason]
-    if len(bad) == len(judged):
-        bad = [u for u in utterances if u.reason not in NOT_WANTED] or utterances
-        problem, limit = f"{len(bad)} of {len(bad)} utterances cannot be used", "none is left"
-    elif len(bad) > cfg.max_bad * len(judged):
-        problem = f"{len(bad)} of {len(judged)} utterances cannot be used"
-        limit = f"max_bad = {cfg.max_bad} allows fewer"
-    elif cfg.max_bad < 1 and (lost := lost_speaker(utterances)):
-        problem = f"speaker {lost[0].speaker!r:.60} is lost, all of {len(lost)} utterances cannot be used"
-        bad, limit = lost, "leave the speaker out by a filter, or let it go with --max_bad=1"
-    else:
-        return
-    with whole(report_path, "w") as file:
-        json.dump(report(utterances), file, indent=1, ensure_ascii=False)
-    counts = ", ".join(f"{n} {reason}" for reason, n in Counter(u.reason for u in bad).most_common(4))
-    example = f"for example {bad[0].id:.60}: {bad[0].reason} {bad[0].detail:.120}".rstrip()
-    raise ValueError(f"{problem} ({counts}), {limit}; {example}; see {report_path}")
-
-
-def lost_speaker(utterances):
-    """The utterances of a speaker of whom none is left, because all that were wanted are at fault; else None."""
-    of_speaker = defaultdict(list)
-    for u in utterances:
-        if u.reason not in NOT_WANTED:
-            of_speaker[u.speaker].append(u)
-    faulty = (us for us in of_speaker.values() if all(u.reason and u.reason not in BY_CHOICE for u in us))
-    return next(faulty, None)
+def check_text(u, cfg, tokenizer, strange):
+    """Raise Unfit for a text with characters that the tokenizer does not know (`strange` are those of all texts), with
+    a token that would end it early, or with too many tokens."""
+    ids = tokenizer.encode(tagged(u, cfg))
+    unknown = strange.intersection(u.text)
+    if unknown or tokenizer.unk_id in ids:  # the second where it does not know the tag of a speaker
+        raise Unfit("unknown characters", " ".join(sorted(unknown or tokenizer.unknown(tagged(u, cfg)))))
+    if ends := {tokenizer.bos_id, tokenizer.eos_id}.intersection(ids):
+        raise Unfit("begin or end in text", tokenizer.decode(sorted(ends)))
+    if 0 < cfg.max_text_tokens < len(ids):
+        raise Unfit("too much text", f"{len(ids)} tokens")
 
 
 # -----------------------------------------------------------------------------
-# text and codes
+# text
 
 
-def said(u, cfg):
+def tagged(u, cfg):
+    """The text of an utterance as the model reads it, with its speaker's tag."""
     return wording(cfg.text_format, u.speaker, u.text, cfg.language)
 
 
 def read_tokenizer(cfg):
-    """The tokenizer given, its kind told by its content."""
+    """The tokenizer that cfg names; the content of the file tells its kind. Raises ValueError."""
     with open(cfg.tokenizer, "rb") as file:
         model = file.read()
     kind = HuggingFace.kind if model.lstrip()[:1] == b"{" else SentencePiece.kind
     if cfg.extend_vocab and kind != HuggingFace.kind:
-        raise ValueError(f"extend_vocab = {cfg.extend_vocab}: {cfg.tokenizer} is no tokenizer.json, as it takes")
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab} extends a tokenizer.json: {cfg.tokenizer} is not one")
     try:
         return load_tokenizer(kind, model)
     except ValueError as error:
@@ -455,13 +370,14 @@ def read_tokenizer(cfg):
 
 
 def find_tags(cfg, utterances):
-    """What text_format puts around the texts, each speaker's tag for example."""
+    """What text_format puts around the texts, such as the tag of each speaker."""
     around = {wording(cfg.text_format, name, "\0", cfg.language) for name in {u.speaker for u in utterances}}
     return sorted({part.strip() for both in around for part in both.split("\0")} - {""})
 
 
 def need_pieces(cfg, train, given):
-    """Refuse, before hours of listening, a vocabulary too small for the texts, or one that cannot grow by them."""
+    """Raise ValueError, before hours of listening, for a vocabulary that is too small for the texts, or that cannot be
+    extended by them."""
     characters = set().union(*(u.text for u in train))
     least = 259 + len(find_tags(cfg, train)) + len(characters)  # 256 bytes, <unk>, <s>, </s>
     if given is None and cfg.vocab_size < least:
@@ -472,16 +388,21 @@ def need_pieces(cfg, train, given):
 
 
 def make_tokenizer(cfg, train, given=None):
-    """A tokenizer trained on the training texts, or one given and extended by them, in which what text_format puts
-    around a text, such as each speaker's tag, is one token."""
+    """A tokenizer trained on the texts of the training split, or the one given, extended by them. What text_format puts
+    around a text, such as the tag of a speaker, is one token."""
     tags = find_tags(cfg, train)
     if given is None:
-        model = train_tokenizer([said(u, cfg) for u in train], cfg.vocab_size, tags)
+        model = train_tokenizer([tagged(u, cfg) for u in train], cfg.vocab_size, tags)
         return load_tokenizer(SentencePiece.kind, model)
     tokenizer = load_tokenizer(given.kind, extend_tokenizer(given, [u.text for u in train], cfg.extend_vocab, tags))
     new = given.unknown("".join({character for u in train for character in u.text}))
-    print(f"{cfg.tokenizer}: {tokenizer.vocab_size - given.vocab_size} pieces more; new to it: {' '.join(sorted(new))}")
+    added = tokenizer.vocab_size - given.vocab_size
+    print(f"{cfg.tokenizer}: {added} pieces added, for the new characters {' '.join(sorted(new))}")
     return tokenizer
+
+
+# -----------------------------------------------------------------------------
+# codes
 
 
 def open_codec(cfg):
@@ -496,32 +417,43 @@ def open_codec(cfg):
         return CODECS[cfg.codec].unseen(**cfg.codec_args), error
 
 
-def need_sound(utterances, cfg, codec, missing):
-    """Refuse what needs recordings where there are codes, and what needs the codec where there are recordings."""
+def check_codec(utterances, cfg, codec, missing):
+    """Raise what forbids to go on: codes where recordings are needed, recordings where the codec's weights are
+    missing, a device that does not work."""
     coded = next((u.source for u in utterances if u.codes), None)
     if coded and cfg.references:
-        raise ValueError(f"references = True: {coded} has codes, and no recordings to hear a voice in")
+        raise ValueError(f"references = True: {coded} has codes, and no recordings to take a voice from")
     if coded and not codec.fitted:
         raise ValueError(f"{coded} has codes: which {cfg.codec} made them? Name its tables with codec_path")
     if missing and any(not u.codes and not u.reason for u in utterances):
         raise missing
     if missing:
         print(f"the codes are taken as they are; for training, fetch the codec ({missing})")
+    if any(not u.codes for u in utterances):
+        encode_device(codec, cfg.device)
+
+
+def encode_device(codec, name):
+    """Where to encode: codecs with network weights on the device of that name, the others on the cores. Raises
+    ValueError for a device that does not work."""
+    return torch.device(pick_device(name) if list(codec.parameters()) else "cpu")
 
 
 def fit_codec(codec, cfg, train, pool):
     """Fit a codec that needs it on `fit_seconds` of the training split."""
-    seconds, heard = 0.0, {}
+    seconds = 0.0
+    chosen = {}
     for u in sorted(train, key=lambda u: fraction(f"{cfg.seed} {u.id}")):  # drawn from everywhere in the set
         if seconds < cfg.fit_seconds:
-            heard[u.id] = u
+            chosen[u.id] = u
             seconds += u.seconds
-    heard |= {u.id: u for u in load([u for u in train if u.id in heard])}  # in the order of the sources
-    wavs = in_order(f"fitting {cfg.codec}", pool, read, list(heard.values()), codec.sample_rate)
+    chosen |= {u.id: u for u in load([u for u in train if u.id in chosen])}  # loaded in the order of the sources
+    wavs = in_order(f"fitting {cfg.codec}", pool, read, list(chosen.values()), codec.sample_rate)
     codec.fit(map(torch.from_numpy, wavs), seed=cfg.seed)
 
 
 def read(utterances, sample_rate):
+    """The recordings (N,) of utterances, float32."""
     return [read_audio(recording(u), sample_rate, u.start, u.end).numpy() for u in utterances]
 
 
@@ -536,37 +468,41 @@ def encode(utterances, name, path):
 
 
 def features(utterances, name, path):
-    """What the codec lets a model read of each recording's voice: (T * r, M), and its vocoder, if any: (E,)."""
-    codec, heard = worker_codec(name, path), []
+    """From each recording the features (R, M) that a model takes a voice from, and the timbre (E,) for the codec's
+    vocoder, None where it has none."""
+    codec = worker_codec(name, path)
+    voices = []
     for wav in read(utterances, codec.sample_rate):
         wav = torch.from_numpy(wav)[None]
         timbre = codec.timbre(wav)[0].numpy() if hasattr(codec, "timbre") else None
-        heard.append((codec.reference(wav)[0].numpy().astype(np.float16), timbre))
-    return heard
+        voices.append((codec.reference(wav)[0].numpy().astype(np.float16), timbre))
+    return voices
 
 
 def longest_first(utterances, window=256):
     """The order to encode in: by length, so that batches hold little padding and no core ends with a long one alone;
-    in windows, so that few wait for their turn."""
+    in windows, so that few results wait for their turn."""
     n = len(utterances)
     windows = [range(first, min(first + window, n)) for first in range(0, n, window)]
-    return [i for these in windows for i in sorted(these, key=lambda i: -utterances[i].seconds)]
+    return [i for places in windows for i in sorted(places, key=lambda i: -utterances[i].seconds)]
 
 
-def put_back(order, things):
-    """Things that come in this order of their indices, in the order of the indices."""
-    waiting, n = {}, 0
-    for i, thing in zip(order, things, strict=True):
-        waiting[i] = thing
-        while n in waiting:
-            yield waiting.pop(n)
-            n += 1
+def get_codes(cfg, pool, used, codec, folder):
+    """Codes (T, K) of each utterance: those that its source holds, or those that the codec in `folder` makes."""
+    recorded = [u for u in used if not u.codes]
+    coded = [u for u in used if u.codes]
+    held = load(tqdm(coded, "reading codes ", unit=" utt", disable=None if coded else True))
+    made = iter(())
+    if recorded:
+        made = encode_all(codec, recorded, pool, encode_device(codec, cfg.device), folder, cfg.batch_seconds)
+    return (next(held).content[:, : codec.n_codebooks] if u.codes else next(made) for u in used)
 
 
 def encode_all(codec, utterances, pool, device, folder, batch_seconds):
     """Codes (T, K) of each utterance, in order. `folder` holds the codec: on a CPU each core encodes with its own, one
     utterance at a time; on another `device` it encodes batches, which the cores read ahead."""
-    order, what = longest_first(utterances), f"encoding {codec.name}"
+    order = longest_first(utterances)
+    what = f"encoding {codec.name}"
     if device.type == "cpu":
         chunk = 1 if list(codec.parameters()) else 8
         return put_back(order, in_order(what, pool, encode, utterances, codec.name, folder, chunk=chunk, order=order))
@@ -575,7 +511,7 @@ def encode_all(codec, utterances, pool, device, folder, batch_seconds):
 
 
 def batches(wavs, most):
-    """The recordings (N,), in lists that padding makes no more than so many samples, or one recording."""
+    """The recordings (N,) in lists of at most so many samples, with padding, or of one longer recording."""
     batch = []
     for wav in wavs:
         if batch and (len(batch) + 1) * max(len(wav), *map(len, batch)) > most:
@@ -595,164 +531,120 @@ def encode_batches(codec, wavs, device, batch_seconds):
         yield from (c[:, : codec.frames(n)].T for c, n in zip(codes, lengths, strict=True))
 
 
-def encode_device(codec, name):
-    """Where to encode: codecs with network weights on the device asked for, the others on the cores."""
-    if not list(codec.parameters()):
-        return torch.device("cpu")
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} cannot be used: {(str(error).splitlines() or ['?'])[0]}") from None
-    return device
-
-
 # -----------------------------------------------------------------------------
 # the run
 
 
 def check(cfg, folder, codec):
-    """Refuse, before hours of work, settings that cannot be meant and a folder that cannot be written."""
+    """Raise ValueError, before hours of work, for settings that contradict and a folder that cannot be written."""
     cfg.language = normalise(cfg.language)
-    wording(cfg.text_format, language=cfg.language)  # refuses what is no text_format
+    wording(cfg.text_format, language=cfg.language)  # raises for a wrong text_format
     if cfg.language and wording(cfg.text_format, language="a") == wording(cfg.text_format, language="b"):
         raise ValueError(f"language = {cfg.language!r:.60}: text_format = {cfg.text_format!r:.60} has no {{language}}")
     if not cfg.sources or not cfg.data_dir:
-        raise ValueError("what to read and where to write? --sources=my/metadata.csv --data_dir=my/tokens")
+        raise ValueError("name what to read and where to write: --sources=my/metadata.csv --data_dir=my/tokens")
     if cfg.references and not hasattr(codec, "reference"):
-        raise ValueError(f"references = True: the codec {codec.name} has no features to read a voice off")
+        raise ValueError(f"references = True: the codec {codec.name} has no features to take a voice from")
     if cfg.extend_vocab and not cfg.tokenizer:
-        raise ValueError(f"extend_vocab = {cfg.extend_vocab}: there is no tokenizer to extend, name its tokenizer.json")
+        raise ValueError(f"extend_vocab = {cfg.extend_vocab} needs a tokenizer to extend: --tokenizer=x/tokenizer.json")
     present = os.listdir(folder) if os.path.isdir(folder) else ["a file"] * os.path.lexists(folder)
     if present and not {"meta.json", "train.index.npy"} <= set(present):
-        raise ValueError(f"data_dir {folder} is no token folder, and would be replaced by one: choose another")
+        raise ValueError(f"data_dir {folder} is not a token folder, and a run would replace it: choose another")
     if present and not cfg.overwrite:
         raise ValueError(f"data_dir {folder} holds token files already: --overwrite replaces them")
-    with locked(folder + ".partial"), contextlib.suppress(OSError):  # of leftovers, which stay until there are others
-        os.rmdir(folder + ".partial")
+    partial = partial_name(folder)
+    with locked(partial), contextlib.suppress(OSError):  # what a kill left in it stays until TokenWriter empties it
+        os.rmdir(partial)
 
 
 def idle_keys(cfg, codec):
     """{key: why} of the keys that have no effect with this codec and these settings."""
     idle = {}
-    if getattr(codec, "fitted", True):
+    if codec.fitted:
         idle["fit_seconds"] = f"the codec {codec.name} is not fitted here"
     if not list(codec.parameters()):
         idle["batch_seconds"] = f"the codec {codec.name} encodes without batches"
     if cfg.heldout:
         idle["val_fraction"] = f"heldout = {cfg.heldout!r:.60} names the val split"
-    if cfg.tokenizer and cfg.given.get("vocab_size") not in cfg.files:  # a recipe may say it for dry runs
+    if cfg.tokenizer and cfg.given.get("vocab_size") not in cfg.files:  # a recipe may have it for dry runs
         idle["vocab_size"] = f"tokenizer = {cfg.tokenizer!r:.60} has a vocabulary of its own"
     return idle
 
 
-def main(cfg):
-    folder = os.path.realpath(cfg.data_dir)
-    codec, missing = open_codec(cfg)
-    configurator.refuse_idle(cfg, idle_keys(cfg, codec))
-    check(cfg, folder, codec)
-    given, utterances, nameless = read_tokenizer(cfg) if cfg.tokenizer else None, [], []
-    tokenizer = None if cfg.extend_vocab else given
+def read_utterances(cfg):
+    """The utterances of all sources, each source with a line for the screen."""
+    utterances = []
+    nameless = []
     for found in read_sources(cfg.sources, cfg.lowercase):
         files = len({u.source for u in found})
         print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
         utterances += found
-        nameless += [found[0].source] if any(u.speaker == SOMEBODY for u in found) else []
+        if any(u.speaker == SOMEBODY for u in found):
+            nameless.append(found[0].source)
     if len(nameless) > 1:
-        print(f"one voice, as no speaker is named: {', '.join(nameless):.300}; a source's speaker tells them apart")
-    need_sound(utterances, cfg, codec, missing)
-    listed, problems = read_heldout(cfg.heldout, utterances), folder + ".report.json"
-    if any(not u.codes for u in utterances):
-        encode_device(codec, cfg.device)  # refuses one that cannot be used
-    pool = start_pool(cfg.workers)
-    try:
-        with TokenWriter(folder, references=cfg.references) as out:
-            look_over(utterances, cfg, pool, tokenizer, codec)
-            judge(utterances, cfg, problems)  # what can be refused is refused before hours of listening
-            train = divide(utterances, cfg, listed)[1]
-            if tokenizer is None:
-                need_pieces(cfg, train, given)
-            diagnose(utterances, cfg, pool)
-            judge(utterances, cfg, problems)
-            if tokenizer is None:
-                tokenizer = make_tokenizer(cfg, divide(utterances, cfg, listed)[1], given)
-                proofread(utterances, cfg, tokenizer)
-                judge(utterances, cfg, problems)
-            findings = report(utterances)
-            print(show(findings))
-            used, train, val = divide(utterances, cfg, listed)
-            for line in tell_split(utterances, cfg, listed):
-                print(line)
-            if not getattr(codec, "fitted", True):
-                fit_codec(codec, cfg, train, pool)
-            write(cfg, out, pool, used, val, tokenizer, codec, findings)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if os.path.exists(problems):
-        os.remove(problems)
-    print(show_cost(cfg, folder, findings["cost"]))
-
-
-def get_codes(cfg, pool, used, codec, folder):
-    """Codes (T, K) of each utterance: those that its source holds, or what the codec in `folder` makes of it."""
-    recorded, coded = [u for u in used if not u.codes], [u for u in used if u.codes]
-    held = load(tqdm(coded, "reading codes ", unit=" utt", disable=None if coded else True))
-    made = iter(())
-    if recorded:
-        made = encode_all(codec, recorded, pool, encode_device(codec, cfg.device), folder, cfg.batch_seconds)
-    return (next(held).content[:, : codec.n_codebooks] if u.codes else next(made) for u in used)
+        print(f"without speaker names, all counted as one voice: {', '.join(nameless):.300}; to tell them apart, give "
+              "each source a speaker")  # fmt: skip
+    return utterances
 
 
 def write(cfg, out, pool, used, val, tokenizer, codec, findings):
     """Encode everything into the token folder `out`, in the order of the metadata."""
-    speakers = list(findings["speakers"])  # most heard first
+    speakers = list(findings["speakers"])  # the one with the most hours first
     out.text_dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    torch.save(codec.pack(), packed := io.BytesIO())
-    out.file("codec.pt", packed.getvalue())  # torch.save itself has no plain error for a full disk
+    packed = io.BytesIO()  # torch.save itself has no plain error for a full disk
+    torch.save(codec.pack(), packed)
+    out.file("codec.pt", packed.getvalue())
     out.file(tokenizer.file, tokenizer.model)
     codes = get_codes(cfg, pool, used, codec, out.partial)
-    heard, timbres = itertools.repeat((None, None), len(used)), [[] for _ in speakers]
+    voices = itertools.repeat((None, None), len(used))
     if cfg.references:
-        heard = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
-    for u, c, (reference, timbre) in zip(used, codes, heard, strict=True):
-        split, text = "val" if u.id in val else "train", tokenizer.encode(said(u, cfg))
-        out.add(split, u.id, text, c, speakers.index(u.speaker), reference)
+        voices = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
+    timbres = [[] for _ in speakers]
+    for u, c, (reference, timbre) in zip(used, codes, voices, strict=True):
+        speaker = speakers.index(u.speaker)
+        text = tokenizer.encode(tagged(u, cfg))
+        out.add("val" if u.id in val else "train", u.id, text, c, speaker, reference)
         if timbre is not None:
-            timbres[speakers.index(u.speaker)].append(timbre)
-    if any(timbres):  # of each speaker the mean, as XTTS takes it of several recordings
-        np.save(packed := io.BytesIO(), np.stack([np.mean(of_one, 0) for of_one in timbres]))
-        out.file(TIMBRES, packed.getvalue())
+            timbres[speaker].append(timbre)
+    if any(timbres):  # XTTS, too, takes the mean of several recordings
+        out.file(TIMBRES, npy(np.stack([np.mean(of_one, 0) for of_one in timbres])))
     rows = sum(out.ends["train"])
     findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
     out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())
-    more = {}
-    if cfg.references:
-        silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
-        more = {"reference": {"rows_per_frame": len(silence), "silence": silence[0].tolist()}}
+    out.finish(describe(cfg, codec, tokenizer, speakers))
+
+
+def describe(cfg, codec, tokenizer, speakers):
+    """The fields of meta.json that say how the token files were made."""
     of_codec = ("name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
     of_place = ("data_dir", "overwrite", "workers", "max_tokens")  # keys that change nothing in the files
-    out.finish({
-        "codec": {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}, **more},
+    about = {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}}
+    if cfg.references:
+        silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
+        about["reference"] = {"rows_per_frame": len(silence), "silence": silence[0].tolist()}
+    return {
+        "codec": about,
         "tokenizer": tokenizer.describe(),
         "text_format": cfg.text_format,
         "language": cfg.language,
         "lowercase": cfg.lowercase,
         "speakers": speakers,
         "made_by": {"torch": torch.__version__, **{k: v for k, v in vars(cfg).items() if k not in of_place}},
-    })  # fmt: skip
+    }
 
 
 def show_cost(cfg, folder, cost):
-    """What was written, and what it will cost to train on, as text."""
+    """What was written, and what an epoch of it costs, as text."""
     meta = read_meta(folder)
-    codec, pieces = meta["codec"], meta["tokenizer"]["vocab_size"]
+    codec = meta["codec"]
+    pieces = meta["tokenizer"]["vocab_size"]
     bits = codec["n_codebooks"] * math.log2(codec["codebook_size"]) * codec["frame_rate"]
     fewer = ", all that the texts support" if not cfg.tokenizer and pieces < cfg.vocab_size else ""
     size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
-    row = "  {:20}{utterances:10,}{frames:10,}{text_tokens:14,}"
-    splits = [row.format(split, **counts) for split, counts in meta["splits"].items()]
     return "\n".join([
-        "\n  split               utterances    frames   text tokens", *splits,
+        *table("split", "    frames   text tokens", [
+            (split, n["utterances"], f"{n['frames']:10,}{n['text_tokens']:14,}") for split, n in meta["splits"].items()
+        ]),
         f"\n  codec      {codec['name']}: {codec['n_codebooks']} codebooks of {codec['codebook_size']}, "
         f"{codec['frame_rate']:g} frames/s, {bits:,.0f} bit/s",
         f"  tokenizer  {pieces:,} pieces{fewer}",
@@ -760,6 +652,33 @@ def show_cost(cfg, folder, cost):
         f"{cost['max_tokens']:,}",
         f"  disk       {size:.1f} MB in {cfg.data_dir}",
     ])  # fmt: skip
+
+
+def main(cfg):
+    folder = os.path.realpath(cfg.data_dir)
+    codec, missing = open_codec(cfg)
+    configurator.refuse_idle(cfg, idle_keys(cfg, codec))
+    check(cfg, folder, codec)
+    given = read_tokenizer(cfg) if cfg.tokenizer else None
+    utterances = read_utterances(cfg)
+    check_codec(utterances, cfg, codec, missing)
+    listed = read_heldout(cfg.heldout, utterances)
+    problems = folder + ".report.json"
+    pool = start_pool(cfg.workers)
+    try:
+        with TokenWriter(folder, references=cfg.references) as out:
+            tokenizer = diagnose(utterances, cfg, pool, codec, given, listed, problems)
+            findings = report(utterances)
+            print(show(findings), *tell_split(utterances, cfg, listed), sep="\n")
+            used, train, val = divide(utterances, cfg, listed)
+            if not codec.fitted:
+                fit_codec(codec, cfg, train, pool)
+            write(cfg, out, pool, used, val, tokenizer, codec, findings)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if os.path.exists(problems):
+        os.remove(problems)
+    print(show_cost(cfg, folder, findings["cost"]))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from model import contract_check, sampler
 from parts import configurator, lora
 from parts.files import NUMBER, need, whole
 from parts.metrics import lowest_loss, read_metrics
-from parts.tensors import UNBUILT, fault, reason
+from parts.tensors import UNBUILT, fault, pick_device, reason
 from parts.text import load_tokenizer, normalise, wording
 from weights import WHOLE, load_checkpoint, load_model
 
@@ -338,17 +338,6 @@ def read_probe(probe, model):
     if words := fault(reference):
         raise ValueError(f"the reference of its probe {words}")
     return {"text": text, "codes": codes, "reference": reference}
-
-
-def pick_device(name):
-    """A device by name, or the best there is for "auto". Raises ValueError for one this machine lacks."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} is not to be had here: {reason(error)}") from None
-    return name
 
 
 def slow_type(device, dtype):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from codec import PUBLISHED, UNKNOWN, load_codec, write_audio
 from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
 from evaluate import evaluate
-from model import ARCHS, PAD, build, contract_check
+from model import ARCHS, build, contract_check
 from parts import budget, configurator, lora
 from parts.files import whole
 from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
@@ -60,9 +60,10 @@ from parts.metrics import (
     write_metrics,
 )
 from parts.optim import Average, Optimizer, get_lr
-from parts.tensors import reason
+from parts.segment import PAD
+from parts.tensors import pick_device, reason
 from parts.text import wording
-from sample import DRAWS, Voice, pick_device, slow_type
+from sample import DRAWS, Voice, slow_type
 from weights import family_keys, load_weights, prepare_weights, save_checkpoint, starting_point
 
 # from where to where

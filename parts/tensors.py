@@ -1,4 +1,5 @@
-"""Tensors out of files that others wrote: no code is run, damage is noticed, and only finite numbers get in."""
+"""Tensors out of files that others wrote: no code is run, damage is noticed, and only finite numbers get in. Also the
+device that they go to."""
 
 import math
 import os
@@ -78,6 +79,18 @@ def unpickle(file, device="cpu", inert=None):
 def reason(error):
     """The first line of an error, which may have none, short enough for a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def pick_device(name):
+    """The name of a device that works; "auto": a GPU if this machine has one. Raises ValueError for a device that it
+    lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {name!r} is not available: {reason(error)}") from None
+    return name
 
 
 def fault(tensor, like=None):

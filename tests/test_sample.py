@@ -502,7 +502,7 @@ def refused(out_dir, *argv):
         (["--text=one", "--top_p=0"], "top_p = 0.0 must be > 0 and <= 1"),
         (["--text=one", "--cap_seconds=-1"], "cap_seconds = -1.0 must be >= 0"),
         (["--text=one", "--dtype=int8"], "dtype = 'int8' must be float32, bfloat16 or float16"),
-        (["--text=one", "--device=toaster"], "device = 'toaster' is not to be had here"),
+        (["--text=one", "--device=toaster"], "device = 'toaster' is not available"),
         (["--text=one", "--codec_path=other"], "fingerprint"),
         (["--text=one", "--codec_path=hole.txt"], "hole.txt: not a codec table"),
         (["--text=" + "one two three " * 100], "positions"),

@@ -13,14 +13,15 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from test_prepare import RATE, config, contents, make_set, run, words, write_csv
+from test_prepare import RATE, config, contents, listened, make_set, run, words, write_csv
 from test_train import run as train_on
 
 import prepare
 from codec import PUBLISHED, load_codec, resample
 from data import TokenFiles
-from parts import configurator, sources
-from parts.sources import load, read_rows, read_source, read_sources, utterance_id
+from parts import configurator, tables
+from parts.sources import load, read_source, read_sources, utterance_id
+from parts.tables import read_rows
 from parts.text import load_tokenizer
 from sample import Voice
 
@@ -201,7 +202,7 @@ def test_a_name_as_another_system_spells_it(tmp_path):
         soundfile.write(tmp_path / "wavs" / f"{name}.wav", np.full(RATE, 0.5), RATE)
     names = ["wavs\\a.wav", "cafe\u0301.wav", "wavs\\caf\u00e9s", "b.wav"]
     write_csv(tmp_path / "m.csv", [(name, "one two three", "ann") for name in names])
-    got = prepare.locate(read_source(str(tmp_path / "m.csv")))
+    got = prepare.check_each(read_source(str(tmp_path / "m.csv")), prepare.find)
     assert [(u.id, u.reason) for u in got] == [
         ("a", ""), ("cafe\u0301", ""), ("caf\u00e9s", ""), ("b", "missing file")]  # fmt: skip
 
@@ -526,8 +527,7 @@ def test_a_table_may_name_recordings_too(mixed, tmp_path):
     folder, rows = mixed
     rows = [{**row, "audio": {"bytes": None, "path": str(folder / "wavs" / row["audio"]["path"])}} for row in rows]
     parquet([*rows, {**rows[0], "audio": None}], tmp_path / "x.parquet")
-    utterances = prepare.locate(list(load(read_source(str(tmp_path / "x.parquet")))))
-    prepare.examine([u for u in utterances if not u.reason], vars(config()))
+    utterances = listened(list(load(read_source(str(tmp_path / "x.parquet")))))
     assert [u.reason for u in utterances] == [
         "unreadable file" if i == 5 else "missing file" if i == 16 else "" for i in range(17)]  # fmt: skip
 
@@ -661,16 +661,16 @@ def test_encodings(tmp_path):
     path.write_bytes(table.encode("utf-16")[:-1])
     assert "not a text file in UTF-16 (truncated data)" in read_error(path)
     path.write_bytes(b"a\0,\0")
-    assert "not a text file, as it holds zeros" in read_error(path)
+    assert "not a text file, as it contains zero bytes" in read_error(path)
 
 
 def test_what_unpacks_to_more_than_a_row_can_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FILE", 2**20)
-    big = b" " * (sources.ROW + 1)
+    monkeypatch.setattr(tables, "FILE", 2**20)
+    big = b" " * (tables.ROW + 1)
     for name, text in (("table", b"audio,text\n"), ("list", b'[{"text": "a"}]'), ("line", b'{"a": 1}')):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text + big))
         assert f"larger than {16 if name == 'line' else 1} MB" in read_error(tmp_path / f"{name}.gz")
-    for kind, size in (("json", sources.ROW), ("txt", sources.ROW), ("wav", sources.LIMITS["wav"])):
+    for kind, size in (("json", tables.ROW), ("txt", tables.ROW), ("wav", tables.LIMITS["wav"])):
         with tarfile.open(tmp_path / "x.tar", "w") as tar:
             member = tarfile.TarInfo(f"x.{kind}")
             member.size = size + 1
@@ -681,8 +681,8 @@ def test_what_unpacks_to_more_than_a_row_can_be(tmp_path, monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(sources, "split", no_memory)
-    assert "needs more memory than there is" in read_error(tmp_path / "m.csv")
+    monkeypatch.setattr(tables, "split", no_memory)
+    assert "needs more memory than this machine has" in read_error(tmp_path / "m.csv")
 
 
 def test_what_macos_adds_to_a_tar(tmp_path):

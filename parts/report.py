@@ -1,0 +1,103 @@
+"""What the doctor of prepare.py found: a verdict on the data set, and a report as a dict and as text."""
+
+import itertools
+import json
+import math
+from collections import Counter, defaultdict
+
+from parts.files import whole
+
+NOT_WANTED = ("filtered out", "beyond the cap")  # reasons that come from the keys of a source
+BY_CHOICE = (*NOT_WANTED, "too long", "too short", "too much text")  # reasons that are no fault of an utterance
+LONG_SILENCE = 1.0  # seconds of silence at an end that the report mentions
+
+
+def judge(utterances, cfg, report_path):
+    """Raise ValueError where too many utterances are at fault, all of a speaker are, or none is left; the file
+    report_path then lists them."""
+    judged = [u for u in utterances if u.reason not in BY_CHOICE]
+    bad = [u for u in judged if u.reason]
+    if len(bad) == len(judged):
+        bad = [u for u in utterances if u.reason not in NOT_WANTED] or utterances
+        problem = f"{len(bad)} of {len(bad)} utterances cannot be used"
+        limit = "none is left"
+    elif len(bad) > cfg.max_bad * len(judged):
+        problem = f"{len(bad)} of {len(judged)} utterances cannot be used"
+        limit = f"max_bad = {cfg.max_bad} allows fewer"
+    elif cfg.max_bad < 1 and (lost := lost_speaker(utterances)):
+        problem = f"speaker {lost[0].speaker!r:.60} is lost, all of {len(lost)} utterances cannot be used"
+        limit = "leave the speaker out with a filter, or allow the loss with --max_bad=1"
+        bad = lost
+    else:
+        return
+    with whole(report_path, "w") as file:
+        json.dump(report(utterances), file, indent=1, ensure_ascii=False)
+    counts = ", ".join(f"{n} {reason}" for reason, n in Counter(u.reason for u in bad).most_common(4))
+    example = f"for example {bad[0].id:.60}: {bad[0].reason} {bad[0].detail:.120}".rstrip()
+    raise ValueError(f"{problem} ({counts}), {limit}; {example}; see {report_path}")
+
+
+def lost_speaker(utterances):
+    """The utterances of a speaker who has none left, because all that were wanted are at fault; else None."""
+    of_speaker = defaultdict(list)
+    for u in utterances:
+        if u.reason not in NOT_WANTED:
+            of_speaker[u.speaker].append(u)
+    faulty = (us for us in of_speaker.values() if all(u.reason and u.reason not in BY_CHOICE for u in us))
+    return next(faulty, None)
+
+
+def report(utterances):
+    """The findings as a dict: what is used, and each utterance that is not, with its reason."""
+    used = [u for u in utterances if not u.reason]
+    speakers = defaultdict(lambda: {"utterances": 0, "hours": 0.0})
+    for u in used:
+        speakers[u.speaker]["utterances"] += 1
+        speakers[u.speaker]["hours"] += u.seconds / 3600
+    longest = max((u.seconds for u in used), default=1.0)
+    widths = (m * 10.0**e for e in range(-2, 9) for m in (1, 2, 5))
+    width = next(w for w in widths if longest / w <= 12)
+    bins = Counter(int(u.seconds / width) for u in used)
+    return {
+        "utterances": len(utterances),
+        "used": len(used),
+        "hours": sum(u.seconds for u in used) / 3600,
+        "speakers": dict(sorted(speakers.items(), key=lambda s: (-s[1]["hours"], s[0]))),
+        "durations": [{"from": round(b * width, 2), "to": round((b + 1) * width, 2), "utterances": bins[b]}
+                      for b in range(min(bins, default=0), max(bins, default=-1) + 1)],
+        "reasons": dict(Counter(u.reason for u in utterances if u.reason).most_common()),
+        "silent_ends": sum(u.silence > LONG_SILENCE for u in used),
+        "not_used": [{k: getattr(u, k) for k in ("id", "source", "reason", "detail")} for u in utterances if u.reason],
+    }  # fmt: skip
+
+
+def show(findings):
+    """The findings as a page of text."""
+    durations, speakers = findings["durations"], findings["speakers"]
+    lines = [f"\n{findings['used']:,} of {findings['utterances']:,} utterances are used, {findings['hours']:.2f} hours"]
+    if findings["reasons"]:
+        examples = defaultdict(list)
+        for x in findings["not_used"]:
+            examples[x["reason"]].append(f"{x['id']} {x['detail']}".rstrip())
+        lines += table("not used", "  for example", [
+            (reason, n, f"  {', '.join(examples[reason][:3]):.80}") for reason, n in findings["reasons"].items()
+        ])  # fmt: skip
+    if findings["silent_ends"]:
+        some = f"{findings['silent_ends']:,} utterances have more than {LONG_SILENCE:g} s of silence at an end"
+        lines.append(f"\n  {some}; --trim_silence=0.3 would leave 0.3 s")
+    most = max(b["utterances"] for b in durations)
+    lines += table("duration", "", [
+        (f"{b['from']:g} to {b['to']:g} s", b["utterances"], f"  {'#' * math.ceil(40 * b['utterances'] / most)}")
+        for b in durations
+    ])  # fmt: skip
+    lines += table("speaker", "     hours", [
+        (name, s["utterances"], f"{s['hours']:10.2f}") for name, s in itertools.islice(speakers.items(), 20)
+    ])  # fmt: skip
+    if len(speakers) > 20:
+        lines.append(f"  and {len(speakers) - 20:,} more")
+    return "\n".join(lines)
+
+
+def table(name, more, rows):
+    """A heading and rows (name, number of utterances, further columns) as lines of text."""
+    return [f"\n  {name:20}utterances{more}", *(f"  {name:20.20}{n:10,}{rest}" for name, n, rest in rows)]
