@@ -46,7 +46,6 @@ from parts.workers import map_chunks, put_back, start_pool
 # - cap: keep at most so many utterances.
 # - name: put before the ids.
 sources: str | dict | list = "data/digits"  # one source or a list of them
-data_dir = "data/digits/tokens"  # token folder to write
 overwrite = True  # replace an existing token folder when the new one is complete
 # codec
 codec = "mel"  # name of the codec: mel, or a published one such as mimi, encodec, dac, nanocodec, xtts
@@ -76,11 +75,9 @@ max_bad: "0 <= float <= 1" = 0.1  # share of the utterances that may be at fault
 trim_silence: "float >= 0" = 0.0  # seconds of silence to keep at each end; 0: keep all
 # the run
 workers: "0 <= int <= 1024" = 0  # processes; 0: one for each core
-device = "auto"  # where codecs with network weights encode: cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
 batch_seconds: "float > 0" = 240.0  # seconds of audio in a batch on that device
-seed: "0 <= int <= 4294967295" = 1337  # seed of the codec's fit
-max_tokens: "int >= 1" = 8192  # batch size of train.py, only to report the number of steps in an epoch
 
+SHARED = {"train.py": ["data_dir", "max_tokens"], "sample.py": ["device", "seed"]}
 FOLDERS = ["", "wavs", "clips", "audio"]  # where recordings may be, relative to their metadata
 ENDINGS = ["", *(f".{kind}" for extension in EXTENSIONS for kind in (extension, extension.upper()))]
 QUIET = 40.0  # dB below the loudest 20 ms; what is quieter at an end is silence
