@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import CODECS, PUBLISHED, audio_header, load_codec, read_audio
+from codec import CODECS, PUBLISHED, audio_header, load_codec, published_sizes, read_audio
 from data import TIMBRES, TokenWriter, read_meta
 from parts import configurator
 from parts.files import locked, whole
@@ -242,7 +242,7 @@ def listen(u, limits):
         header = audio_header(source)
         u.seconds = max(0.0, (header.seconds if u.end is None else min(u.end, header.seconds)) - u.start)
         unfit = misfit(u, limits)
-        if unfit[0] in ("too long", "too short", "empty audio") and not header.lacks:  # before hours of it are read
+        if unfit[0] in ("too long", "too short", "empty audio") and not header.missing:  # before hours of it are read
             return unfit
         wav = read_audio(source, header.rate, u.start, u.end).numpy()
     except (ValueError, OSError) as error:
@@ -290,8 +290,8 @@ def compare(u, codec):
     frames, books, low, high = u.codes
     u.seconds = frames / codec.frame_rate
     least = most = codec.n_codebooks
-    if codec.residual:
-        most = max(least, PUBLISHED.get(codec.name, {"n_codebooks": least})["n_codebooks"])
+    if codec.residual and codec.name in PUBLISHED:
+        most = max(least, published_sizes(codec.name)["n_codebooks"])
     if not least <= books <= most:
         wanted = least if least == most else f"{least} to {most}"
         return "bad codes", f"{frames} frames of {books} codebooks, and {codec.name} has {wanted}"
@@ -493,7 +493,7 @@ def open_codec(cfg):
     except FileNotFoundError as error:
         if cfg.codec_path or cfg.codec not in PUBLISHED:
             raise
-        return CODECS[cfg.codec].unseen(**cfg.codec_args), error
+        return CODECS[cfg.codec].without_weights(**cfg.codec_args), error
 
 
 def need_sound(utterances, cfg, codec, missing):

@@ -40,7 +40,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from codec import PUBLISHED, UNKNOWN, load_codec, write_audio
+from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes, write_audio
 from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
 from evaluate import evaluate
 from model import ARCHS, PAD, build, contract_check
@@ -50,7 +50,6 @@ from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
 from parts.metrics import (
     Window,
     append_metrics,
-    draw,
     means,
     other_loggers,
     overfitting,
@@ -60,6 +59,7 @@ from parts.metrics import (
     write_metrics,
 )
 from parts.optim import Average, Optimizer, get_lr
+from parts.page import draw
 from parts.tensors import reason
 from parts.text import wording
 from sample import DRAWS, Voice, pick_device, slow_type
@@ -515,7 +515,7 @@ def what_changed(cfg, old, step):
 def supposed_meta(recipe):
     """The meta.json that prepare.py would write for a recipe, as far as a model's sizes need it."""
     if recipe.codec in PUBLISHED:
-        codec = dict(PUBLISHED[recipe.codec])
+        codec = dict(published_sizes(recipe.codec))
     else:
         made = load_codec(recipe.codec, **recipe.codec_args)
         codec = {key: getattr(made, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import codec as codec_file
 from bench import recognise, word_errors
-from codec import Mel, kmeans, load_codec, quantise, read_audio, resample, squares, write_audio
+from codec import Mel, kmeans, load_codec, quantise, read_audio, resample, squared_distances, write_audio
+from parts import page
 
 ROOT = Path(__file__).resolve().parent.parent
 LJSPEECH = Path(os.environ.get("PARLANDO_LJSPEECH", ROOT.parent / "shared" / "ljspeech24"))
@@ -74,7 +75,7 @@ def test_shapes_and_rates(rate, asked, given, steps):
 
 
 def test_nothing_is_heard_of_a_decoder(capfd):
-    with codec_file.hushed():
+    with codec_file.silent_stderr():
         os.write(2, b"from below Python")
     os.write(2, b"afterwards")
     assert capfd.readouterr().err == "afterwards"
@@ -192,8 +193,8 @@ def test_kmeans_finds_clusters_and_fills_every_entry():
     centres = torch.randn(8, 5, generator=generator) * 10
     x = (centres + 0.01 * torch.randn(100, 8, 5, generator=generator)).flatten(0, 1)
     codebook = kmeans(x, 32, generator)
-    assert (x - codebook[squares(x, codebook).argmin(1)]).square().sum(1).max() < 0.01
-    assert len(squares(x, codebook).argmin(1).unique()) > 16
+    assert (x - codebook[squared_distances(x, codebook).argmin(1)]).square().sum(1).max() < 0.01
+    assert len(squared_distances(x, codebook).argmin(1).unique()) > 16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -458,8 +459,8 @@ def test_headers_that_promise_too_much_are_refused_unread(tmp_path, monkeypatch)
     path = tmp_path / "x.wav"
     soundfile.write(path, voice(2).numpy(), 16000)
     monkeypatch.setattr(codec_file, "read_frames", None)
-    with pytest.raises(ValueError, match="x.wav: 2 s long, at most 1.5 s are read"):
-        read_audio(path, 16000, most_seconds=1.5)
+    with pytest.raises(ValueError, match="x.wav: 2 s long, longer than the limit of 1.5 s"):
+        read_audio(path, 16000, max_seconds=1.5)
     content = bytearray(path.read_bytes())
     content[24:28] = (655_351).to_bytes(4, "little")
     path.write_bytes(content)
@@ -514,7 +515,7 @@ def test_a_full_disk_names_the_file(codec, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     for write in (lambda: write_audio(tmp_path / "x.wav", torch.zeros(9), 16000), lambda: codec.save(tmp_path),
-                  lambda: codec_file.write_page(tmp_path / "x.html", "", "", [], [])):  # fmt: skip
+                  lambda: page.write_page(tmp_path / "x.html", "", "", [], [])):  # fmt: skip
         with pytest.raises(OSError, match="No space left") as error:
             write()
         assert str(error.value.filename).startswith(str(tmp_path)) and os.listdir(tmp_path) == []

@@ -19,10 +19,21 @@ from ties import check_same, ties
 
 import bench
 import codec as codecs
-from codec import CODECS, FSQ, PUBLISHED, Flow, Network, load_codec, read_audio, resample, squares
+from codec import (
+    CODECS,
+    FSQ,
+    PUBLISHED,
+    NeuralCodec,
+    StreamState,
+    load_codec,
+    published_sizes,
+    read_audio,
+    resample,
+    squared_distances,
+)
 from sample import Voice
 
-NAMES = [name for name in CODECS if name != "mel"]
+NAMES = PUBLISHED
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +71,7 @@ def scramble(model, latents, seed=0, encoder_bias=0.1):
             if name.endswith(("embed_sum", "embed", "codebook.weight")):
                 drawn = rest[torch.randint(len(rest), (len(x),), generator=generator)]
                 x.copy_(drawn + rest.std(0) * torch.randn(x.shape, generator=generator))
-                rest = rest - x[squares(rest, x).argmin(1)]
+                rest = rest - x[squared_distances(rest, x).argmin(1)]
     return model.eval()
 
 
@@ -252,11 +263,14 @@ def test_dac_equals_transformers(tmp_path, rate, books, strides, full):
 
 
 def test_published_sizes():
-    for name, sizes in PUBLISHED.items():
-        with torch.device("meta"):
-            codec = CODECS[name]()
-        for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size"):
-            assert getattr(codec, key) == sizes[key]
+    keys = ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")
+    assert {name: tuple(published_sizes(name)[key] for key in keys) for name in PUBLISHED} == {
+        "mimi": (24000, 12.5, 32, 2048), "encodec": (24000, 75.0, 8, 1024), "dac": (44100, 44100 / 512, 9, 1024),
+        "nanocodec": (22050, 12.5, 4, 4032), "audiocodec44k": (44100, 44100 / 512, 8, 1000),
+        "xtts": (22050, 22050 / 1024, 1, 1024),
+    }  # fmt: skip
+    assert [name for name in PUBLISHED if "reference" in published_sizes(name)] == ["xtts"]
+    assert published_sizes("xtts")["reference"] == {"rows_per_frame": 4, "silence": [0.0] * 80}
 
 
 # -----------------------------------------------------------------------------
@@ -364,7 +378,7 @@ def test_nemo_golden(loaded, name, file):
         wav = g["in.audio"][row : row + 1, : lengths[row]]
         check_same(codec, wav, codec.encode(wav), codes)
         assert (codec.decode(codes) - audio).abs().max() < 1e-5
-    latents = codec.encoder(codec.whole(wav, Flow())[:, None], Flow())
+    latents = codec.encoder(codec.pad_to_frame(wav, StreamState())[:, None], StreamState())
     assert (latents - g["row1.encoded"]).abs().max() < 1e-5
     fsq = FSQ({"nanocodec": (9, 8, 8, 7), "audiocodec44k": (8, 5, 5, 5)}[name])
     assert torch.equal(fsq.encode(g["fsq.in"]), g["fsq.indices"])
@@ -376,10 +390,10 @@ def test_nemo_golden(loaded, name, file):
 def test_xtts_golden(loaded):
     codec, dvae, vocoder, speaker, mels = loaded["xtts"], *(
         golden(f"xtts_{part}") for part in ("dvae", "hifigan", "speaker_encoder", "mels"))  # fmt: skip
-    x = codec.encoder(dvae["in.mel"], Flow())
+    x = codec.encoder(dvae["in.mel"], StreamState())
     assert (x - dvae["out.encoded"]).abs().max() < 1e-5
     assert torch.equal(codec.quantizer.encode(x)[:, 0], dvae["out.codes"])
-    bands = codec.decoder(codec.quantizer.decode(dvae["out.codes"][:, None]), Flow())
+    bands = codec.decoder(codec.quantizer.decode(dvae["out.codes"][:, None]), StreamState())
     assert (bands - dvae["out.decoded"]).abs().max() < 1e-4
     wav = codec.vocode(vocoder["in.latents"], vocoder["in.speaker"][..., 0])
     assert (wav - vocoder["out.audio"][:, 0]).abs().max() < 1e-5
@@ -401,7 +415,7 @@ def test_xtts_from_recordings(loaded):
     assert rows.shape == (1, 4 * codec.frames(9000), 80)
     assert (rows[:, :30] - golden("xtts_mels")["out.style_mel"][..., :30].transpose(1, 2)).abs().max() < 1e-4
     mel = golden("xtts_mels")["out.dvae_mel"]
-    check_same(codec, wav, codec.encode(wav), codec.quantizer.encode(codec.encoder(mel, Flow()))[..., :9])
+    check_same(codec, wav, codec.encode(wav), codec.quantizer.encode(codec.encoder(mel, StreamState()))[..., :9])
     voice = codec.timbre(torch.cat([wav, noise(1, 9000)]))
     assert voice.shape == (2, 24) and torch.allclose(voice.norm(dim=1), torch.ones(2))
     assert (voice[0] - voice[1]).norm() > 0.01
@@ -413,7 +427,7 @@ def test_xtts_codes_are_heard_where_they_are(loaded, monkeypatch):
     codec = loaded["xtts"]
 
     class Click(torch.nn.Module):
-        def forward(self, x, flow):
+        def forward(self, x, state):
             mel = torch.full((1, 80, 40), -11.0)
             mel[:, 20:24, 20:24] = 4.0
             return mel / codec.mel_stats[:, None]
@@ -476,8 +490,8 @@ def test_pieces_are_the_whole(codec, monkeypatch):
     batch = torch.stack([torch.nn.functional.pad(speech(n, i), (0, max(lengths) - n)) for i, n in enumerate(lengths)])
     codes = codec.encode(batch, lengths)
     wav = codec.decode(codes)
-    monkeypatch.setattr(Network, "at_once", 30 / codec.frame_rate)
-    monkeypatch.setattr(type(codec), "at_once", 30 / codec.frame_rate)
+    monkeypatch.setattr(NeuralCodec, "piece_seconds", 30 / codec.frame_rate)
+    monkeypatch.setattr(type(codec), "piece_seconds", 30 / codec.frame_rate)
     assert len(list(codec.pieces(61, batch, 0))) == 7
     for i, (n, row) in enumerate(zip(lengths, codec.encode(batch, lengths), strict=True)):
         check_same(codec, speech(n, i)[None], row[None, :, : codec.frames(n)], codes[i : i + 1, :, : codec.frames(n)])
@@ -489,7 +503,7 @@ def reach(network, x, at, scale):
     """How many frames to each side of frame `at`, whose input changes, the output of a network does."""
     changed = x.clone()
     changed[..., at] += 1
-    hit = (network(x, Flow()) != network(changed, Flow())).any(1)[0].nonzero()[:, 0]
+    hit = (network(x, StreamState()) != network(changed, StreamState())).any(1)[0].nonzero()[:, 0]
     return at[0] // scale[0] - hit.min() // scale[1], hit.max() // scale[1] - at[0] // scale[0]
 
 
@@ -508,7 +522,7 @@ def test_pieces_are_given_what_they_look_at(make):
     wav = noise(1, 1, frames * size).double()
     before, after = reach(codec.encoder, wav, torch.arange(30 * size, 31 * size), (size, 1))
     assert 0 < max(before, after) <= codec.encoder_context <= max(before, after) + 3
-    x = codec.encoder(wav, Flow())
+    x = codec.encoder(wav, StreamState())
     before, after = reach(codec.decoder, x, torch.tensor([30]), (1, size))
     assert before <= codec.decoder_context and (codec.streams or after <= codec.decoder_context <= after + 9)
 
@@ -517,7 +531,7 @@ def test_pieces_are_given_what_they_look_at(make):
 def test_long_files_take_little_memory(codec, monkeypatch):
     """In pieces of a second, a quarter of a minute takes much less than at once, both ways."""
     def extra(seconds, work, x):
-        monkeypatch.setattr(type(codec), "at_once", seconds)
+        monkeypatch.setattr(type(codec), "piece_seconds", seconds)
         before = bench.forget_peak("cpu")
         if before is None:
             pytest.skip("this system does not tell a process's peak")
@@ -669,24 +683,24 @@ def test_what_is_missing_is_named(published, tmp_path):
     path = tmp_path / "model.safetensors"
     lacking = "decoder.layers.15.conv.bias"
     save_file({name: x for name, x in flat.items() if name != lacking}, path)
-    refused(r"not the weights of encodec, they lack decoder.15.bias", "encodec", path)
+    refused(r"safetensors \(for the codec encodec\) lacks decoder.15.bias", "encodec", path)
     save_file({**flat, "more": torch.zeros(1)}, path)
-    refused("not the weights of encodec, they have more", "encodec", path)
+    refused(r"\(for the codec encodec\) holds more, which", "encodec", path)
     save_file({name: x for name, x in flat.items() if "layers.3.codebook" not in name}, path)
     refused("lack quantizer.3.embed", "encodec", path)
     save_file({**flat, lacking: torch.zeros(7)}, path)
     refused("dac_24khz model.safetensors`", "dac", tmp_path / "nowhere", FileNotFoundError, sample_rate=24000)
     refused("has strides = .2, 4, 5, 8., not .2, 4.", "encodec", published["encodec"], strides=[2, 4])
     refused("has n_codebooks = 2, not 4", "nanocodec", published["nanocodec"], n_codebooks=4)
-    refused("not weights of the sizes of encodec, .*decoder.15.bias", "encodec", path)
+    refused(r"\(for the codec encodec\): decoder.15.bias has shape \(7,\), not \(1,\)", "encodec", path)
     refused("not the weights of mimi", "mimi", published["encodec"])
     refused("not the weights of dac", "dac", published["mimi"])
-    refused("not the weights of audiocodec44k|not weights of the sizes", "audiocodec44k", published["nanocodec"])
+    refused(r"nano.nemo \(for the codec audiocodec44k\)", "audiocodec44k", published["nanocodec"])
     refused("has no option 'bandwidth'", "encodec", None, bandwidth=6)
     path.write_bytes(b"no weights at all")
-    refused("model.safetensors: not readable as weights", "encodec", path)
+    refused("model.safetensors is truncated, or no file of weights .* a text", "encodec", path)
     path.write_bytes((published["encodec"] / "model.safetensors").read_bytes()[:5000])
-    refused("model.safetensors: not readable as weights", "encodec", path)
+    refused("model.safetensors is truncated or damaged", "encodec", path)
 
 
 class Stranger:
@@ -713,12 +727,12 @@ def test_pickles_run_no_code(published, tmp_path):
         archive.addfile(info, io.BytesIO(packed.getvalue()))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"x": Evil(mark)}, protocol=2))
     for name, file in (("dac", "weights.pth"), ("nanocodec", "evil.nemo"), ("dac", "plain.pth")):
-        with pytest.raises(ValueError, match=f"{file}: not readable as weights") as info:
+        with pytest.raises(ValueError, match=f"{file} is truncated, or no file of weights that can be read") as info:
             load_codec(name, tmp_path / file)
         assert "\n" not in str(info.value)
     assert not mark.exists()
     torch.save({"x": torch.zeros(1), "evil": Stranger()}, tmp_path / "strange.pth")
-    with pytest.raises(ValueError, match="strange.pth: not readable as weights"):
+    with pytest.raises(ValueError, match="strange.pth is truncated, or no file of weights that can be read"):
         load_codec("dac", tmp_path / "strange.pth")
 
 
@@ -731,10 +745,10 @@ def test_archives_are_not_unpacked(loaded, tmp_path, monkeypatch):
         link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret")
         archive.addfile(link)
     assert load_codec("nanocodec", tmp_path / "a.nemo").fingerprint() == loaded["nanocodec"].fingerprint()
-    with pytest.raises(ValueError, match="b.nemo: .*no model_weights.ckpt"):
+    with pytest.raises(ValueError, match="b.nemo is no NeMo archive of a model: no model_weights.ckpt"):
         load_codec("nanocodec", tmp_path / "b.nemo")
     (tmp_path / "c.nemo").write_text("no archive")
-    with pytest.raises(ValueError, match="c.nemo: not readable"):
+    with pytest.raises(ValueError, match="c.nemo is truncated, or no NeMo archive"):
         load_codec("nanocodec", tmp_path / "c.nemo")
     assert sorted(os.listdir(tmp_path)) == ["a.nemo", "b.nemo", "c.nemo", "secret"]
 
