@@ -32,9 +32,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import CODECS, PUBLISHED, audio_header, load_codec, published_sizes, read_audio
+from codec import CODECS, PUBLISHED, load_codec, published_sizes
 from data import TIMBRES, TokenWriter, read_meta
 from parts import configurator
+from parts.audio import audio_header, read_audio
 from parts.files import locked, whole
 from parts.sources import EXTENSIONS, SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 from parts.text import HuggingFace, SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording

@@ -36,10 +36,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import load_codec, read_audio
+from codec import load_codec
 from data import MODEL_META
 from model import contract_check, sampler
 from parts import configurator, lora
+from parts.audio import read_audio
 from parts.files import NUMBER, need, whole
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page

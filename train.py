@@ -40,11 +40,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes, write_audio
+from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes
 from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
 from evaluate import evaluate
 from model import ARCHS, PAD, build, contract_check
 from parts import budget, configurator, lora
+from parts.audio import write_audio
 from parts.files import whole
 from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
 from parts.metrics import (

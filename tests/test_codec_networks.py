@@ -27,10 +27,9 @@ from codec import (
     StreamState,
     load_codec,
     published_sizes,
-    read_audio,
-    resample,
     squared_distances,
 )
+from parts.audio import read_audio, resample
 from sample import Voice
 
 NAMES = PUBLISHED

@@ -1,6 +1,9 @@
+import errno
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+import pytest
 
 from parts import page
 
@@ -27,3 +30,13 @@ def test_a_table_shows_texts_as_they_are_and_plays_recordings(tmp_path):
     text = (tmp_path / "x.html").read_text()
     assert "<h1>a &amp; b</h1>" in text and "<p>&lt;i&gt;</p>" in text and "<tr><th><th>c\n" in text
     assert '<tr><td>&lt;d&gt;<td><audio controls src="e%20f/g.wav"></audio>\n' in text
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        page.write_page(tmp_path / "x.html", "", "", [], [])
+    assert error.value.filename == str(tmp_path / "x.html") and os.listdir(tmp_path) == []

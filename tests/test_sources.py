@@ -17,9 +17,10 @@ from test_prepare import RATE, config, contents, make_set, run, words, write_csv
 from test_train import run as train_on
 
 import prepare
-from codec import load_codec, published_sizes, resample
+from codec import load_codec, published_sizes
 from data import TokenFiles
 from parts import configurator, sources
+from parts.audio import resample
 from parts.sources import load, read_rows, read_source, read_sources, utterance_id
 from parts.text import load_tokenizer
 from sample import Voice
