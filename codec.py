@@ -283,7 +283,8 @@ class Mel(Codec):
             codebook.copy_(kmeans(rest, self.codebook_size, generator))
             rest = rest - codebook[squared_distances(rest, codebook).argmin(1)]
 
-        # Ridge regression from quantised patches and their neighbours to patches, drawn towards undoing the PCA
+        # Ridge regression from quantised patches and their neighbours to patches. The penalty draws it towards undoing
+        # the PCA, not towards zero, so that few recordings still give a sound decoder
         near = dequantise(quantise((x @ self.analysis).flatten(0, 1), self.codebooks), self.codebooks)
         near = near.view(len(x), -1).double()  # (n, 3 D)
         undo = self.analysis.T.double()
@@ -588,7 +589,7 @@ class Transformer(nn.ModuleList):
     """Causal attention to the last `window` steps, rotary positions, heads of 64: (B, C, L) -> the same."""
 
     def __init__(self, width, layers, window):
-        self.half = min(width, 64) // 2
+        self.half = min(width, 64) // 2  # of a head's width: rotary positions turn pairs of halves
         super().__init__(TransformerLayer(width, width // (2 * self.half), window) for _ in range(layers))
         self.window = window
 
@@ -737,6 +738,7 @@ class NeuralCodec(Codec):
     lookahead = 1  # frames that a stream begins with
 
     def __init__(self, options, sample_rate, samples_per_frame, n_codebooks, codebook_size):
+        # options: the locals() of a constructor, so that defaults are part of the fingerprint too
         super().__init__(**{key: value for key, value in options.items() if key not in ("self", "__class__")})
         self.sample_rate = sample_rate
         self.samples_per_frame = samples_per_frame
@@ -761,6 +763,7 @@ class NeuralCodec(Codec):
     def pieces(self, n, x, context):
         """Spans (start, end, first, last) that together cover n frames of a batch x: a piece gives the frames first,
         ..., last - 1 and needs the frames start, ..., end - 1."""
+        # a GPU needs larger pieces to be busy, and a batch shares the memory of a piece
         seconds = self.piece_seconds * (1 if x.device.type == "cpu" else 16) / len(x)
         step = max(self.lookahead, int(seconds * self.frame_rate))
         for first in range(0, n, step):
@@ -772,12 +775,14 @@ class NeuralCodec(Codec):
         need_waves(wav)
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=wav.device)
-            lengths = None if bool((lengths == wav.shape[1]).all()) else lengths
+            if bool((lengths == wav.shape[1]).all()):
+                lengths = None  # without padding, torch's own convolutions pad, which is faster
         state, size = StreamState(), self.samples_per_frame
         codes = []
         for start, end, first, last in self.pieces(self.frames(wav.shape[1]), wav, self.encoder_context):
             piece = wav[:, start * size : end * size]
             if lengths is not None:
+                # a row that ended before this piece keeps one step, since padding cannot mirror an empty row
                 state.lengths = (lengths - start * size).clamp(1, piece.shape[1])
                 piece = piece * (torch.arange(piece.shape[1], device=wav.device) < state.lengths[:, None])
             codes.append(self.analyse(piece, state)[..., first - start : last - start])
@@ -835,6 +840,7 @@ class NeuralCodec(Codec):
         """
         if path is not None and os.path.isfile(path):
             return [os.fspath(path)]
+        # not hf_hub_download: nothing goes over the network, and the package need not be installed
         folders = hub_folders(source.split()[0]) if path is None else [os.fspath(path)]
         missing = cls.files[-1].split()[0]
         for folder in folders:

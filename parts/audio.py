@@ -3,7 +3,7 @@
     wav = read_audio("in.mp3", 16000, start=1.5, end=4.0)    float32 in [-1, 1]
     write_audio("out.wav", wav, 16000)
 
-- A file that breaks off is noticed: libsndfile alone reads what is left without a word.
+- A file that breaks off is refused: libsndfile alone would read what is left and report nothing.
 - Resampling is band-limited, between any two rates.
 """
 
@@ -25,7 +25,8 @@ from parts.files import whole
 
 MAX_RATE = 384_000  # Hz; a header with a higher sample rate is damaged
 PIPE_SIZES = 0x7FF00000  # bytes; programs that write to a pipe do not know the size and write this or more
-SHORT = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.M)  # libsndfile's log
+# what libsndfile logs of a file that is shorter than its header says
+CUT_OFF = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.M)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # resampling
@@ -156,7 +157,7 @@ def _audio_header(source, version):
     if not 0 < header.rate <= MAX_RATE:
         raise ValueError(f"{audio_name(source)}: a sample rate of {header.rate:,} Hz is not possible")
     missing = 0.0
-    if found := SHORT.search(log):
+    if found := CUT_OFF.search(log):
         promised, present = map(int, found.groups())
         if 0 < present < promised < PIPE_SIZES:
             missing = header.seconds * (promised - present) / present

@@ -151,7 +151,7 @@ KINDS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAVEX", "PCM_24"), ("RF64", "PCM
 @pytest.mark.parametrize("kind, subtype", KINDS)
 @pytest.mark.parametrize("held", [False, True])
 def test_a_file_that_breaks_off(kind, subtype, held, tmp_path):
-    """The header says more than there is: named, and a stretch before the break is still read."""
+    """A header that promises more than the file holds is refused; cuts before the break can still be read."""
     wav = 0.5 * voice(3).numpy()
     soundfile.write(whole := io.BytesIO(), wav, 16000, format=kind, subtype=subtype)
 
@@ -172,7 +172,7 @@ def test_a_file_that_breaks_off(kind, subtype, held, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF - 36])
-def test_sizes_that_writers_to_a_pipe_put(size, tmp_path):
+def test_unknown_sizes_of_files_that_came_through_a_pipe(size, tmp_path):
     wav = voice(1).numpy()
     soundfile.write(tmp_path / "x.wav", wav, 16000)
     content = bytearray((tmp_path / "x.wav").read_bytes())
@@ -196,7 +196,7 @@ def test_headers_that_promise_too_much_are_refused_unread(tmp_path, monkeypatch)
 
 
 def test_cuts_of_a_long_mp3(tmp_path, monkeypatch):
-    """They are those of the whole, bit for bit the same in any order, and the file is not opened for each."""
+    """Cuts equal those of the whole file, are the same bit for bit in any order, and share a few openings."""
     path, opened = tmp_path / "x.mp3", []
     wav = np.tile(voice(10).numpy(), 65)  # 650 s
     with soundfile.SoundFile(path, "w", 16000, 1) as file:
@@ -216,11 +216,11 @@ def test_cuts_of_a_long_mp3(tmp_path, monkeypatch):
 
 
 def test_odd_rates_keep_no_memory():
-    """A matrix at a time: all of them together would be above 500 MB, were they kept."""
+    """One matrix at a time is in memory: all of them together would take more than 500 MB."""
     audio.sinc_filter.cache_clear()
     x = torch.randn(30_000)
     assert resample(x, 383_983, 16_000).shape == (-(-30_000 * 16_000 // 383_983),)
-    assert audio.sinc_filter.cache_info().currsize <= 6  # no more than the outputs need
+    assert audio.sinc_filter.cache_info().currsize <= 6  # one for each block of outputs
 
 
 def test_write_audio(tmp_path):
@@ -236,7 +236,7 @@ def test_write_audio(tmp_path):
         write_audio(tmp_path / "nowhere" / "x.wav", wav, 16000)
 
 
-def test_nothing_is_heard_of_a_decoder(capfd):
+def test_decoders_print_nothing(capfd):
     with audio.silent_stderr():
         os.write(2, b"from below Python")
     os.write(2, b"afterwards")

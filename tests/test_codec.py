@@ -1,4 +1,4 @@
-"""codec.py: the contract that all codecs keep, what `mel` keeps of speech, the command."""
+"""codec.py: the contract that all codecs keep, how much of speech survives `mel`, the command."""
 
 import csv
 import errno
@@ -113,7 +113,7 @@ def test_codes_do_not_depend_on_batch_or_padding(codec):
         assert codes.shape == (7, 4, 25)
         for row, expected in zip(codes, alone, strict=True):
             assert torch.equal(row[:, : expected.shape[1]], expected)
-    assert not torch.equal(codec.encode(batch)[2, :, :1], alone[2])  # noise does reach in where it is not cut away
+    assert not torch.equal(codec.encode(batch)[2, :, :1], alone[2])  # without lengths, the noise changes codes
 
 
 def test_long_recordings_are_encoded_in_stretches(codec):
@@ -124,7 +124,7 @@ def test_long_recordings_are_encoded_in_stretches(codec):
 
 
 class Largest(TorchDispatchMode):
-    """The most bytes of a single tensor that operations return."""
+    """The size in bytes of the largest tensor that any operation returns."""
 
     nbytes = 0
 
@@ -135,7 +135,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_long_recordings_take_little_memory(codec):
-    """In float64 twenty minutes are only stretch by stretch: no tensor is larger than the recording itself."""
+    """Float64 is used stretch by stretch: with twenty minutes, no tensor is larger than the recording itself."""
     wav = torch.rand(1, 20 * 60 * 16000) - 0.5
     with Largest() as largest:
         codec.encode(wav)
@@ -180,12 +180,12 @@ def test_kmeans_finds_clusters_and_fills_every_entry():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(codec):
-    there = load_codec("mel", codec.pack()).cuda()
+    on_gpu = load_codec("mel", codec.pack()).cuda()
     wav = voice(2, 7)[None]
-    codes = there.encode(wav.cuda())
+    codes = on_gpu.encode(wav.cuda())
     assert codes.is_cuda and torch.equal(codes.cpu(), codec.encode(wav))
-    assert there.decode(codes).std().cpu() == pytest.approx(codec.decode(codes.cpu()).std().item(), rel=0.05)
-    assert there.fit(voice(3, i) for i in range(4)).mean.is_cuda
+    assert on_gpu.decode(codes).std().cpu() == pytest.approx(codec.decode(codes.cpu()).std().item(), rel=0.05)
+    assert on_gpu.fit(voice(3, i) for i in range(4)).mean.is_cuda
 
 
 @pytest.mark.parametrize(
@@ -236,24 +236,24 @@ def test_encode_refuses_other_shapes(codec, shape):
 
 
 # -----------------------------------------------------------------------------
-# what is kept of speech
+# how much of speech survives
 
 
 def test_digits_keep_their_words(tmp_path):
-    """Word error rate through the codec within 4 points of the recordings' own, at the default 12.5 frames/s."""
+    """At the default 12.5 frames/s, the codec adds at most 4 points to the word error rate of the recordings."""
     subprocess.run([sys.executable, ROOT / "data/digits/prepare.py", "--n=240", f"--folder={tmp_path}"], check=True,
                    capture_output=True)  # fmt: skip
     with open(tmp_path / "metadata.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     held_out = set((tmp_path / "heldout.txt").read_text().split())
     is_held_out = [Path(row["audio"]).stem in held_out for row in rows]
-    heard = [row for row, held in zip(rows, is_held_out, strict=True) if held][::3]
+    held_out_rows = [row for row, held in zip(rows, is_held_out, strict=True) if held][::3]
     codec = load_codec("mel")
     assert codec.frame_rate <= 20 and codec.n_codebooks == 8 and codec.codebook_size == 256
     training = [row for row, held in zip(rows, is_held_out, strict=True) if not held]
     codec.fit(read_audio(tmp_path / row["audio"], 16000) for row in training)
     words = before = after = 0
-    for row in heard:
+    for row in held_out_rows:
         wav = read_audio(tmp_path / row["audio"], 16000)
         words += len(row["text"].split())
         before += word_errors(row["text"], recognise(wav, 16000))
@@ -264,9 +264,9 @@ def test_digits_keep_their_words(tmp_path):
 
 
 def test_speech_stays_intelligible():
-    """STOI of recordings it was not fitted on at least 0.85 (measured: 0.88), at 1280 bit/s."""
+    """At 1280 bit/s, the STOI of new recordings is at least 0.85 (measured: 0.88)."""
     if not LJSPEECH.is_dir():
-        pytest.skip(f"{LJSPEECH} is not there; PARLANDO_LJSPEECH may name another place")
+        pytest.skip(f"{LJSPEECH} does not exist; PARLANDO_LJSPEECH may name another folder")
     from pystoi import stoi
 
     with open(LJSPEECH / "metadata.csv", encoding="utf-8") as file:
@@ -300,14 +300,14 @@ def test_a_full_disk_names_the_file(codec, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """codec.py with these arguments: what it prints."""
+    """A function that runs codec.py with arguments and returns what it prints."""
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["codec.py", *map(str, args)])
         codec_file.main()
-        said = capsys.readouterr()
-        assert said.err == ""
-        return said.out
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
 
     return run
 
@@ -315,8 +315,8 @@ def run(monkeypatch, capsys):
 def test_command_round_trip(codec, run, tmp_path):
     soundfile.write(tmp_path / "in.flac", voice(1.5, rate=22050).numpy(), 22050)
     codec.save(tmp_path)
-    said = run(tmp_path / "in.flac", tmp_path / "out.wav", "--codec=mel", f"--codec_path={tmp_path}")
-    assert said == "mel: 19 frames of 4 codes, 12.5 frames/s, 200 bit/s\n"
+    printed = run(tmp_path / "in.flac", tmp_path / "out.wav", "--codec=mel", f"--codec_path={tmp_path}")
+    assert printed == "mel: 19 frames of 4 codes, 12.5 frames/s, 200 bit/s\n"
     wav = read_audio(tmp_path / "in.flac", 16000)
     out = read_audio(tmp_path / "out.wav", 16000)
     expected = codec.decode(codec.encode(wav[None]))[0, : len(wav)]
@@ -326,8 +326,8 @@ def test_command_round_trip(codec, run, tmp_path):
 def test_command_fits_mel_on_its_input(run, tmp_path):
     soundfile.write(tmp_path / "in.wav", voice(1.5).numpy(), 16000)
     args = "--codec_args", '{"frame_rate": 20, "codebook_size": 32}'
-    said = run(tmp_path / "in.wav", tmp_path / "out.wav", *args)
-    assert "fitting mel on" in said and "30 frames of 8 codes, 20 frames/s, 800 bit/s" in said
+    printed = run(tmp_path / "in.wav", tmp_path / "out.wav", *args)
+    assert "fitting mel on" in printed and "30 frames of 8 codes, 20 frames/s, 800 bit/s" in printed
     assert len(read_audio(tmp_path / "out.wav", 16000)) == 24000
 
 
@@ -342,7 +342,7 @@ def test_command_errors(tmp_path, monkeypatch, args, says):
     soundfile.write(tmp_path / "in.wav", voice(0.5).numpy(), 16000)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["codec.py", *args])
-    with pytest.raises(SystemExit) as stop:  # of a text: Python prints it to stderr, and leaves with 1
+    with pytest.raises(SystemExit) as stop:  # Python prints its text to stderr and ends with 1
         runpy.run_path(str(ROOT / "codec.py"), run_name="__main__")
     assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code and says in stop.value.code
     assert os.listdir(tmp_path) == ["in.wav"]
