@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import CODECS, PUBLISHED, audio_header, load_codec, read_audio
+from codec import CODECS, PUBLISHED, load_codec, published_sizes
 from data import TIMBRES, TokenWriter, npy, read_meta
 from parts import configurator
+from parts.audio import audio_header, read_audio
 from parts.files import locked, partial_name
 from parts.report import judge, report, show, table
 from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
@@ -227,8 +228,8 @@ def check_codes(u, codec, limits):
     frames, books, low, high = u.codes
     u.seconds = frames / codec.frame_rate
     least = most = codec.n_codebooks
-    if codec.residual:
-        most = max(least, PUBLISHED.get(codec.name, {"n_codebooks": least})["n_codebooks"])
+    if codec.residual and codec.name in PUBLISHED:
+        most = max(least, published_sizes(codec.name)["n_codebooks"])
     if not least <= books <= most:
         wanted = least if least == most else f"{least} to {most}"
         raise Unfit("bad codes", f"{frames} frames of {books} codebooks, and {codec.name} has {wanted}")
@@ -277,7 +278,7 @@ def listen(u, limits):
     try:
         header = audio_header(source)
         u.seconds = max(0.0, (header.seconds if u.end is None else min(u.end, header.seconds)) - u.start)
-        if not header.lacks:
+        if not header.missing:
             check_length(u, limits)  # before hours of audio are read
         wav = read_audio(source, header.rate, u.start, u.end).numpy()
     except (ValueError, OSError) as error:
@@ -411,7 +412,7 @@ def open_codec(cfg):
     except FileNotFoundError as error:
         if cfg.codec_path or cfg.codec not in PUBLISHED:
             raise
-        return CODECS[cfg.codec].unseen(**cfg.codec_args), error
+        return CODECS[cfg.codec].without_weights(**cfg.codec_args), error
 
 
 def check_codec(utterances, cfg, codec, missing):

@@ -36,12 +36,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import load_codec, read_audio, write_page
+from codec import load_codec
 from data import MODEL_META
 from model import contract_check, sampler
 from parts import configurator, lora
+from parts.audio import read_audio
 from parts.files import NUMBER, need, whole
 from parts.metrics import lowest_loss, read_metrics
+from parts.page import write_page
 from parts.tensors import UNBUILT, fault, pick_device, reason
 from parts.text import load_tokenizer, normalise, wording
 from weights import WHOLE, load_checkpoint, load_model
@@ -176,7 +178,7 @@ class Voice:
     def listen(self, path):
         """What the model needs of a recording: its codes (T, K); or, for a model that reads the voice from it, its
         features (R, M) and the timbre (E,) for a vocoder, None without a vocoder."""
-        wav = read_audio(path, self.codec.sample_rate, most_seconds=MOST_REFERENCE)[None].to(self.device)
+        wav = read_audio(path, self.codec.sample_rate, max_seconds=MOST_REFERENCE)[None].to(self.device)
         if wav.shape[1] < LEAST_REFERENCE * self.codec.sample_rate:
             raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to clone a voice from")
         if not self.model.reference:

@@ -40,17 +40,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from codec import PUBLISHED, UNKNOWN, load_codec, write_audio
+from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes
 from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
 from evaluate import evaluate
 from model import ARCHS, build, contract_check
 from parts import budget, configurator, lora
+from parts.audio import write_audio
 from parts.files import whole
 from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
 from parts.metrics import (
     Window,
     append_metrics,
-    draw,
     means,
     other_loggers,
     overfitting,
@@ -60,6 +60,7 @@ from parts.metrics import (
     write_metrics,
 )
 from parts.optim import Average, Optimizer, get_lr
+from parts.page import draw
 from parts.segment import PAD
 from parts.tensors import pick_device, reason
 from parts.text import wording
@@ -516,7 +517,7 @@ def what_changed(cfg, old, step):
 def supposed_meta(recipe):
     """The meta.json that prepare.py would write for a recipe, as far as a model's sizes need it."""
     if recipe.codec in PUBLISHED:
-        codec = dict(PUBLISHED[recipe.codec])
+        codec = dict(published_sizes(recipe.codec))
     else:
         made = load_codec(recipe.codec, **recipe.codec_args)
         codec = {key: getattr(made, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}

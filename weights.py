@@ -42,7 +42,21 @@ from model import (
 from parts import configurator, lora
 from parts.files import need, whole
 from parts.folder import kept_checkpoints
-from parts.tensors import UNBUILT, fault, need_tensors, reason, undamaged, unpickle, what_is
+from parts.tensors import (
+    UNBUILT,
+    fault,
+    is_index,
+    is_safetensors,
+    need_tensors,
+    read_index,
+    read_json,
+    read_pickle,
+    read_weights,
+    reason,
+    undamaged,
+    unpickle,
+    what_is,
+)
 
 command = ""  # export
 ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
@@ -495,7 +509,7 @@ def candidates(folder):
 
 def recognise(path):
     """What `find` returns, for one file; None if its keys contain the mark of no layout."""
-    tensors, inside = read(path)
+    tensors, inside = read_weights(path)
     for layout in LAYOUTS:
         for key in tensors:
             if f".{key}".endswith(f".{layout.mark}"):
@@ -573,104 +587,15 @@ def check(plan, own, tensors, layout, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-def is_index(path):
-    return str(path).endswith(".safetensors.index.json")
-
-
-def is_safetensors(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file or folder of weights (what is on a hub has to be downloaded)")
-    with open(path, "rb") as f:
-        return f.read(9)[8:] == b"{"  # the length of its header, then the header
+# published weights, out
 
 
 def safetensors_package():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("published weights need the package safetensors: pip install safetensors") from None
+        raise ValueError("export needs the package safetensors: pip install safetensors") from None
     return safetensors
-
-
-def read(path):
-    """The tensors {key: tensor} of a file, memory-mapped if its format allows it, and the config inside it, or {}."""
-    if is_index(path):
-        shards = [read_safetensors(shard)[0] for shard in read_index(path)]
-        return {key: tensor for shard in shards for key, tensor in shard.items()}, {}
-    if not is_safetensors(path):
-        content = read_pickle(path)
-        config = content.get("config") if isinstance(content, dict) else None
-        return weights_in(content), config if isinstance(config, dict) else {}
-    return read_safetensors(path)
-
-
-def read_safetensors(path):
-    """What `read` gives, of a safetensors file."""
-    if not is_safetensors(path):
-        raise ValueError(f"{path} is no safetensors file, it is {what_is(path)}")
-    safetensors = safetensors_package()
-    try:
-        with safetensors.safe_open(path, "pt") as f:
-            tensors, said = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # the package raises its own, and torch's of types that torch has not
-        raise ValueError(f"{path} is truncated or damaged ({reason(error)})") from None
-    config = said.get("config", "")
-    return tensors, parse(config, f"{path}, config") if config.startswith("{") else {}
-
-
-def weights_in(content):
-    """The tensors {key: tensor} of a state dict, or of one inside a training script's dict; {} where there are none."""
-    for _ in range(4):  # a dict may hold itself
-        inner = [content[name] for name in ("model_state", "model", "module", "state_dict")
-                 if isinstance(content, dict) and isinstance(content.get(name), dict)]  # fmt: skip
-        content = inner[0] if inner else content
-    if not isinstance(content, dict):
-        return {}
-    return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, torch.Tensor)}
-
-
-def read_pickle(path):
-    """What torch.save wrote, without running code from it: classes that are none of torch's become Inert."""
-    try:
-        return unpickle(path, inert="")
-    except Exception:  # torch.load raises many kinds of errors for other files
-        raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code (it is "
-                         f"{what_is(path)})") from None  # fmt: skip
-
-
-def read_json(path):
-    with open(path, "rb") as f:
-        return parse(f.read(), path)
-
-
-def parse(text, where):
-    """The object in JSON (str or bytes). Raises ValueError, one line, where it is none."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({reason(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} holds no JSON object")
-    return content
-
-
-def read_index(path):
-    """The paths of the shards that a .safetensors.index.json names, which lie beside it."""
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{path} has no weight_map")
-    for shard in shards.values():
-        beside = isinstance(shard, str) and os.path.basename(shard) == shard
-        if not beside or not shard.endswith((".safetensors", ".sft")):
-            raise ValueError(f"{path} names {shard!r:.60}, which is no safetensors file beside it")
-    return sorted({os.path.join(os.path.dirname(path), shard) for shard in shards.values()})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# out
 
 
 def export(model, folder):

@@ -1,13 +1,11 @@
-"""What a run measures: sums on the device, lines of metrics.jsonl, a page of curves.
+"""What a run measures: sums on the device, lines of metrics.jsonl, loggers.
 
 - A statistic is a pair (sum, count). Pairs add up over micro-batches and ranks, and are divided only when looked at.
 - metrics.jsonl has one JSON object a line; what depends on the machine's speed is apart from the rest, under "timing".
-- The curves are one self-contained HTML page with inline SVG: nothing to install or to load.
 
 Letter in shapes: K codebooks.
 """
 
-import html
 import json
 import math
 import os
@@ -173,58 +171,3 @@ def other_loggers(wandb_project, tensorboard, out_dir, config):
     except ImportError as e:
         raise ValueError(f"{e.name} is not installed: pip install {e.name}, or do without that logger") from None
     return loggers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# curves
-
-STYLE = """
-body { font: 15px system-ui, sans-serif; max-width: 960px; margin: 2em auto; color: #223; background: #fff }
-h1 { font-size: 1.3em } h2 { font-size: 1em; margin: 1.5em 0 0 }
-text { font-size: 13px; fill: #667 } .grid { stroke: #e4e6ee }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
-polyline.c0 { stroke: #2a6fdb } polyline.c1 { stroke: #e0662b } text.c0 { fill: #2a6fdb } text.c1 { fill: #e0662b }
-@media (prefers-color-scheme: dark) { body { color: #dde; background: #16181d } text { fill: #99a } }
-@media (prefers-color-scheme: dark) { .grid { stroke: #2b2e37 } }
-"""
-LEFT, RIGHT, TOP, BOTTOM = 60, 880, 10, 270  # of the plotting area, in a picture of 900 x 300
-POINTS = 1000  # most points of a curve; more would not be seen
-
-
-def draw(lines, path):
-    """Write the curves of lines of metrics.jsonl as an HTML page."""
-    def curve(key):
-        return [(line["iter"], line[key]) for line in lines if line.get(key) is not None]
-
-    charts = [
-        chart("Loss", {"training": curve("loss"), "held out": curve("val_loss")}),
-        chart("Accuracy of codebook 0", {"training": curve("c0_accuracy"), "held out": curve("val_c0_accuracy")}),
-        chart("Learning rate", {"learning rate": curve("lr")}),
-    ]
-    title = html.escape(os.path.basename(os.path.dirname(os.path.abspath(path))))
-    with whole(path, "w") as f:
-        f.write(f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8" /><title>{title}</title>'
-                f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{''.join(charts)}</body></html>")  # fmt: skip
-
-
-def chart(title, series):
-    """One diagram as SVG: series {label: [(x, y)]}, at most two, the last value of each beside its label."""
-    series = {label: line[:: -(-len(line) // POINTS)] + line[-1:] for label, line in series.items() if line}
-    if not series:
-        return ""
-    xs, ys = zip(*(point for line in series.values() for point in line), strict=True)
-    low, high, far = min(ys), max(ys), max(xs)
-    high = high if high > low else low + (abs(low) or 1)
-    svg = [f'<h2>{title}</h2>\n<svg viewBox="0 0 900 300" role="img" aria-label="{title}">']
-    for i in range(5):
-        x, y = LEFT + (RIGHT - LEFT) * i / 4, BOTTOM - (BOTTOM - TOP) * i / 4
-        svg.append(f'<path class="grid" d="M{LEFT} {y}H{RIGHT}" />')
-        svg.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{low + (high - low) * i / 4:.3g}</text>')
-        svg.append(f'<text x="{x}" y="{BOTTOM + 22}" text-anchor="middle">{far * i / 4:.0f}</text>')
-    right, up = (RIGHT - LEFT) / far, (BOTTOM - TOP) / (high - low)
-    for n, (label, line) in enumerate(series.items()):
-        points = [(LEFT + right * x, BOTTOM - up * (y - low)) for x, y in line]
-        svg.append(f'<polyline class="c{n}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" />')
-        where = f'x="{RIGHT - 8}" y="{TOP + 16 + 18 * n}" text-anchor="end"'
-        svg.append(f'<text class="c{n}" {where}>{label} {line[-1][1]:.4g}</text>')
-    return "\n".join(svg) + "</svg>\n"

@@ -1,11 +1,19 @@
 """Tensors out of files that others wrote: no code is run, damage is noticed, and only finite numbers get in. Also the
-device that they go to."""
+device that they go to.
 
+    tensors, config = read_weights("model.safetensors")    or the index of its shards, a pickle, a NeMo archive
+"""
+
+import io
+import json
 import math
 import os
+import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import torch
 
 STARTS = {
@@ -13,19 +21,25 @@ STARTS = {
     b"RIFF": "a recording", b"fLaC": "a recording", b"OggS": "a recording", b"ID3": "a recording",
     b"GGUF": "a GGUF file", b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
 }  # fmt: skip
-# what sizes that cannot be raise where a model is built of them
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# errors of building a model with impossible sizes
 UNBUILT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 
 class Inert(dict):
-    """Stands for whatever else a pickle names, such as a config class of a package that is not here."""
+    """Replaces every other class in a pickle, such as a config class of a package that is not installed."""
 
     def __init__(self, *args):
         super().__init__()
 
 
 def what_is(path):
-    """What a path leads to, in a few words for a message."""
+    """The kind of a file or folder, in a few words for a message."""
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, "meta.json")):
             return "a folder of token files"
@@ -50,9 +64,9 @@ def what_is(path):
 
 
 def undamaged(path):
-    """Whether every record of a zip archive that torch.save wrote has the checksum it was written with.
+    """Whether every record of a zip archive by torch.save still has its checksum, which torch.load does not compare.
 
-    torch.load does not look at them. Reads the file once, about 1 s for each GB, and keeps nothing of it.
+    Reads the file once (about 1 s for each GB) and keeps nothing in memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -63,10 +77,10 @@ def undamaged(path):
 
 
 def unpickle(file, device="cpu", inert=None):
-    """What torch.save wrote, a path's memory-mapped where it can be. Only tensors and plain containers are read.
+    """Read what torch.save wrote: only tensors and plain containers, memory-mapped where the format allows it.
 
-    inert: classes that are none of torch's become Inert, if their names begin so. Raises an Exception of some kind for
-    everything else, such as code.
+    file: a path or a binary file. inert: other classes whose names begin with this become Inert. Raises an Exception of
+    some kind for everything else, such as code.
     """
     mapped = not hasattr(file, "read") and zipfile.is_zipfile(file)
     with warnings.catch_warnings():
@@ -76,8 +90,139 @@ def unpickle(file, device="cpu", inert=None):
             return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
 
 
+def is_index(path):
+    """Whether a path names the index of a model in several safetensors files."""
+    return str(path).endswith(".safetensors.index.json")
+
+
+def is_safetensors(path):
+    """Whether a file begins as a safetensors file does. Raises FileNotFoundError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file or folder of weights (download first what is on a hub)")
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"  # 8 bytes with the length of the header, then the header, which is JSON
+
+
+def read_weights(path, inert=""):
+    """Read a file of weights: safetensors, the index of shards, what torch.save wrote, or a NeMo archive.
+
+    Returns the tensors {key: tensor}, memory-mapped where the format allows it, and the config in the file, or {}.
+    inert: see `unpickle`. Raises FileNotFoundError, and ValueError for a file that is damaged or of another kind.
+    """
+    if is_index(path):
+        shards = [read_safetensors(shard)[0] for shard in read_index(path)]
+        return {key: tensor for shard in shards for key, tensor in shard.items()}, {}
+    if is_safetensors(path):
+        return read_safetensors(path)
+    content = read_pickle(path, inert)
+    if isinstance(content, torch.Tensor):  # as XTTS publishes mel_stats.pth: the file's name is the only one
+        return {Path(path).stem: content}, {}
+    config = content.get("config") if isinstance(content, dict) else None
+    return weights_in(content), config if isinstance(config, dict) else {}
+
+
+def read_safetensors(path):
+    """The tensors {key: tensor} of a safetensors file, memory-mapped, and the config in its metadata, or {}.
+
+    Tensors may be changed, the file stays as it is. The format: huggingface.co/docs/safetensors. Raises
+    FileNotFoundError, and ValueError for a file that is damaged or of another kind.
+    """
+    if not is_safetensors(path):
+        raise ValueError(f"{path} is no safetensors file, it is {what_is(path)}")
+    try:
+        data = np.memmap(path, np.uint8, "c")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:start].tobytes())
+        config = (header.pop("__metadata__", None) or {}).get("config") or ""
+        tensors = {key: place(data[start:], **entry) for key, entry in header.items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) != len(data) - start:
+            raise ValueError("its tensors do not fill it")
+    except Exception as error:  # a header that is no JSON, or holds something else than it should
+        raise ValueError(f"{path} is truncated or damaged ({reason(error)})") from None
+    is_json = isinstance(config, str) and config.startswith("{")
+    return tensors, parse(config, f"{path}, config") if is_json else {}
+
+
+def place(data, dtype, shape, data_offsets):
+    """One tensor of the bytes `data` (numpy, uint8), with the words of its entry in a safetensors header."""
+    first, last = data_offsets
+    if dtype not in TYPES:
+        raise ValueError(f"unknown type {dtype!r:.20}")
+    if not 0 <= first <= last <= len(data) or any(n < 0 for n in shape):
+        raise ValueError(f"no place for shape {shape!r:.60} at {data_offsets!r:.60}")
+    return torch.from_numpy(data[first:last]).view(TYPES[dtype]).view(shape)
+
+
+def read_pickle(path, inert=""):
+    """Read what torch.save wrote, also inside a NeMo archive. No code is run: other classes become Inert.
+
+    inert: only those whose names begin with this. Raises ValueError, one line that names the file.
+    """
+    file = from_nemo(path) if str(path).endswith(".nemo") else path
+    try:
+        return unpickle(file, inert=inert)
+    except Exception:  # torch.load fails in many ways on files of other kinds
+        raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code (it is "
+                         f"{what_is(path)})") from None  # fmt: skip
+
+
+def from_nemo(path):
+    """The pickle in a NeMo archive, in memory. Nothing is unpacked, so no name in the archive can lead anywhere.
+
+    Raises ValueError, one line that names the file.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and os.path.basename(member.name) == "model_weights.ckpt":
+                    return io.BytesIO(archive.extractfile(member).read())
+    except Exception:  # tarfile and the decompressors fail in many ways on damaged archives
+        raise ValueError(f"{path} is truncated, or no NeMo archive (it is {what_is(path)})") from None
+    raise ValueError(f"{path} is no NeMo archive of a model: no model_weights.ckpt in it")
+
+
+def weights_in(content):
+    """The tensors {key: tensor} of a state dict, or of the one inside a training script's dict; {} if it has none."""
+    for _ in range(4):  # a dict may hold itself
+        inner = [content[name] for name in ("model_state", "model", "module", "state_dict")
+                 if isinstance(content, dict) and isinstance(content.get(name), dict)]  # fmt: skip
+        content = inner[0] if inner else content
+    if not isinstance(content, dict):
+        return {}
+    return {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, torch.Tensor)}
+
+
+def read_index(path):
+    """The paths of the safetensors files that an index names; they lie beside it. Raises ValueError, one line."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{path} has no weight_map")
+    for shard in shards.values():
+        beside = isinstance(shard, str) and os.path.basename(shard) == shard
+        if not beside or not shard.endswith((".safetensors", ".sft")):
+            raise ValueError(f"{path} names {shard!r:.60}, which is no safetensors file beside it")
+    return sorted({os.path.join(os.path.dirname(path), shard) for shard in shards.values()})
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises OSError, and ValueError, one line that names the file."""
+    with open(path, "rb") as file:
+        return parse(file.read(), path)
+
+
+def parse(text, where):
+    """The object in JSON (str or bytes), as a dict. Raises ValueError, one line that begins with `where`."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds no JSON object")
+    return content
+
+
 def reason(error):
-    """The first line of an error, which may have none, short enough for a message."""
+    """The first line of an error, or its type if it has no text, short enough for a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -94,9 +239,9 @@ def pick_device(name):
 
 
 def fault(tensor, like=None):
-    """What is wrong with weights that were read from a file, in words to follow their name; "" where nothing is.
+    """What is wrong with a tensor from a file, in words that follow its name in a message; "" if nothing is.
 
-    like: a tensor whose shape and kind of numbers they have to have. Values are read once, 0.1 s for each GB.
+    like: a tensor with the required shape and kind of numbers. Reads the values once (0.1 s for each GB).
     """
     if not isinstance(tensor, torch.Tensor):
         return f"is {tensor!r:.60}, not a tensor"
@@ -118,9 +263,9 @@ def fault(tensor, like=None):
 
 
 def need_tensors(found, wanted, where):
-    """Check that tensors {name: tensor} are those of another such dict, in names, shapes and kind, and all finite.
+    """Check that `found` {name: tensor} has the names, shapes and kinds of `wanted`, and only finite numbers.
 
-    Raises ValueError, one line that begins with `where` and names the first that is not.
+    Raises ValueError, one line that begins with `where` and names the first tensor that is wrong.
     """
     for name, like in wanted.items():
         if name not in found:

@@ -20,6 +20,7 @@ from test_train import exact, same
 import model as models
 import train
 import weights as published
+from codec import published_sizes
 from data import Batches, TokenFiles
 from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
 from parts import budget, configurator, lora
@@ -702,7 +703,7 @@ def test_dropped_repeats_stay_within_the_batch(tokens):
 def test_the_lora_recipe():
     """Its patterns find what its authors name; a dry run supposes frames of which none is dropped."""
     cfg = configurator.configure(train.__file__, [str(ROOT / "config/kani_lora.py")])
-    meta = dict(codec=budget.PUBLISHED["nanocodec"], tokenizer=dict(vocab_size=64400, bos_id=1, eos_id=2))
+    meta = dict(codec=published_sizes("nanocodec"), tokenizer=dict(vocab_size=64400, bos_id=1, eos_id=2))
     with torch.device("meta"):
         model = models.build("kani", meta, vars(cfg))
     found = Counter(name.split(".")[-1] for name in lora.find_linears(model, cfg.lora_targets))

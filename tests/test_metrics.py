@@ -2,7 +2,6 @@ import errno
 import json
 import math
 import os
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
@@ -84,19 +83,3 @@ def test_overfitting(training, held_out, warned):
     assert ("overfitting: held-out loss has risen for 3 evaluations (best 4.000 at iter 10" in warning) == warned
     assert warned or not warning
     assert metrics.overfitting(history, 0) == metrics.overfitting([], 3) == ""
-
-
-def test_the_page_of_curves_is_well_formed_and_shows_the_values(tmp_path):
-    lines = [{"iter": i, "loss": 5.0 - i / 1000, "lr": 1e-3, "c0_accuracy": None} for i in range(1, 4001)]
-    lines[-1]["val_loss"] = 2.125
-    path = tmp_path / "a <run>" / "loss.html"
-    path.parent.mkdir()
-    metrics.draw(lines, str(path))
-    text = path.read_text()
-    page = ElementTree.fromstring(text.removeprefix("<!doctype html>"))
-    curves = {e.get("class"): e.get("points").split() for e in page.iter("polyline")}
-    assert [e.text for e in page.iter("h2")] == ["Loss", "Learning rate"]  # no accuracy, so no picture of one
-    labels = [e.text for e in page.iter("text")]
-    assert "training 1" in labels and "held out 2.125" in labels and page.find("head/title").text == "a <run>"
-    assert len(curves["c1"]) == 2 and len(max(curves.values(), key=len)) <= metrics.POINTS + 1
-    assert "http" not in text and "src=" not in text

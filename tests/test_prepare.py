@@ -23,9 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare
-from codec import load_codec, read_audio
+from codec import load_codec
 from data import TokenFiles
 from parts import configurator
+from parts.audio import read_audio
 from parts.sources import Utterance, read_source
 from parts.text import load_tokenizer, normalise, train_tokenizer
 

@@ -17,9 +17,10 @@ from test_prepare import RATE, config, contents, listened, make_set, run, words,
 from test_train import run as train_on
 
 import prepare
-from codec import PUBLISHED, load_codec, resample
+from codec import load_codec, published_sizes
 from data import TokenFiles
 from parts import configurator, tables
+from parts.audio import resample
 from parts.sources import load, read_source, read_sources, utterance_id
 from parts.tables import read_rows
 from parts.text import load_tokenizer
@@ -329,7 +330,7 @@ def read_back(folder):
 @pytest.mark.parametrize("layout", HELD)
 def test_codes_become_token_files(layout, tmp_path, monkeypatch, capsys):
     save, name, asked, codec = HELD[layout]
-    books, size = PUBLISHED[codec]["n_codebooks"], PUBLISHED[codec]["codebook_size"]
+    books, size = published_sizes(codec)["n_codebooks"], published_sizes(codec)["codebook_size"]
     rows, wanted = coded(24, books, size), 8 if codec == "mimi" else books
     (tmp_path / "x" / name).parent.mkdir(parents=True)
     for i, part in enumerate((rows[:13], rows[13:])):
@@ -342,7 +343,7 @@ def test_codes_become_token_files(layout, tmp_path, monkeypatch, capsys):
     assert len(found) == 24
     for text, speaker, codes in rows:
         assert np.array_equal(found[text][0], codes.T[:, :wanted]) and found[text][1] == speaker
-    assert meta["codec"] == {"name": codec, "fingerprint": "unknown", **PUBLISHED[codec], "n_codebooks": wanted}
+    assert meta["codec"] == {"name": codec, "fingerprint": "unknown", **published_sizes(codec), "n_codebooks": wanted}
     pack = torch.load(tmp_path / "t" / "codec.pt", weights_only=True)
     assert pack == {"name": codec, "options": {"n_codebooks": wanted}, "weights": "", "fingerprint": "unknown"}
     command(monkeypatch, *argv, f"--data_dir={tmp_path / 'again'}")

@@ -18,10 +18,11 @@ import prepare
 import sample
 import train
 import weights as published
-from codec import load_codec, read_audio
+from codec import load_codec
 from data import Batches, TokenFiles, TokenWriter
 from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
 from parts import configurator
+from parts.audio import read_audio
 from parts.metrics import read_metrics
 from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
