@@ -30,7 +30,7 @@ from codec import CODECS, PUBLISHED, audio_header, load_codec, read_audio
 from data import TIMBRES, TokenWriter, npy, read_meta
 from parts import configurator
 from parts.files import locked, partial_name
-from parts.report import judge, report, show, table
+from parts.report import judge, report, show, show_cost
 from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 from parts.tables import EXTENSIONS
 from parts.tensors import pick_device
@@ -504,7 +504,7 @@ def encode_all(codec, utterances, pool, device, folder, batch_seconds):
     order = longest_first(utterances)
     what = f"encoding {codec.name}"
     if device.type == "cpu":
-        chunk = 1 if list(codec.parameters()) else 8
+        chunk = 1 if list(codec.parameters()) else 8  # a network takes seconds for one: smaller chunks balance better
         return put_back(order, in_order(what, pool, encode, utterances, codec.name, folder, chunk=chunk, order=order))
     wavs = in_order(what, pool, read, utterances, codec.sample_rate, order=order)
     return put_back(order, encode_batches(codec.to(device), wavs, device, batch_seconds))
@@ -591,7 +591,7 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings):
     """Encode everything into the token folder `out`, in the order of the metadata."""
     speakers = list(findings["speakers"])  # the one with the most hours first
     out.text_dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    packed = io.BytesIO()  # torch.save itself has no plain error for a full disk
+    packed = io.BytesIO()  # not into the file: torch.save has no plain error for a full disk
     torch.save(codec.pack(), packed)
     out.file("codec.pt", packed.getvalue())
     out.file(tokenizer.file, tokenizer.model)
@@ -633,27 +633,6 @@ def describe(cfg, codec, tokenizer, speakers):
     }
 
 
-def show_cost(cfg, folder, cost):
-    """What was written, and what an epoch of it costs, as text."""
-    meta = read_meta(folder)
-    codec = meta["codec"]
-    pieces = meta["tokenizer"]["vocab_size"]
-    bits = codec["n_codebooks"] * math.log2(codec["codebook_size"]) * codec["frame_rate"]
-    fewer = ", all that the texts support" if not cfg.tokenizer and pieces < cfg.vocab_size else ""
-    size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
-    return "\n".join([
-        *table("split", "    frames   text tokens", [
-            (split, n["utterances"], f"{n['frames']:10,}{n['text_tokens']:14,}") for split, n in meta["splits"].items()
-        ]),
-        f"\n  codec      {codec['name']}: {codec['n_codebooks']} codebooks of {codec['codebook_size']}, "
-        f"{codec['frame_rate']:g} frames/s, {bits:,.0f} bit/s",
-        f"  tokenizer  {pieces:,} pieces{fewer}",
-        f"  an epoch   {cost['rows']:,} rows (frames and text tokens), about {cost['steps']:,} batches of max_tokens = "
-        f"{cost['max_tokens']:,}",
-        f"  disk       {size:.1f} MB in {cfg.data_dir}",
-    ])  # fmt: skip
-
-
 def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
     codec, missing = open_codec(cfg)
@@ -678,7 +657,8 @@ def main(cfg):
         pool.shutdown(cancel_futures=True)
     if os.path.exists(problems):
         os.remove(problems)
-    print(show_cost(cfg, folder, findings["cost"]))
+    size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
+    print(show_cost(cfg, read_meta(folder), findings["cost"], size))
 
 
 if __name__ == "__main__":
