@@ -488,9 +488,9 @@ class Batches:
             return [tokens, segment]
         references = []
         for j, (i, p) in enumerate(pairs):
-            reference, heard = self._stretch(i, p, epoch)
+            reference, covered = self._stretch(i, p, epoch)
             references.append(reference)
-            segment[j, np.flatnonzero(segment[j] == AUDIO)[heard]] = PROMPT
+            segment[j, np.flatnonzero(segment[j] == AUDIO)[covered]] = PROMPT
         return [tokens, segment, np.stack(references)]
 
     def _rows(self, i, p):

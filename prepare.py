@@ -5,7 +5,7 @@ Audio and transcripts -> token files, the folder that train.py reads.
     python prepare.py --sources=my/metadata.csv --data_dir=my/tokens
 
 - It reads metadata of the common kinds, tables and shards that hold recordings, and codes that somebody has encoded
-  already: parts/tables.py lists them.
+  already: parts/tables.py has the list.
 - First the doctor listens to every utterance. The screen and report.json name each one that is not used, and why. If
   more than a share `max_bad` of a set is at fault, the set is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
@@ -322,7 +322,7 @@ def check_length(u, limits):
 
 
 def check_speed(u, limits):
-    """Raise Unfit where nobody speaks so fast or so slowly: text and audio do not belong together."""
+    """Raise Unfit for a speed at which nobody speaks: text and audio do not belong together."""
     speed = len(u.text) / u.seconds
     if not limits["min_chars_per_second"] <= speed <= limits["max_chars_per_second"]:
         raise Unfit("impossible speed", f"{speed:.1f} characters a second")
