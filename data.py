@@ -89,14 +89,11 @@ class TokenWriter:
         self.index = {split: [] for split in SPLITS}
         self.ends = {split: [0, 0] for split in SPLITS}  # text ids and frames written so far
         kinds = ["text.bin", "codes.bin", "ids.txt"] + ["reference.bin"] * references
-        self.lock = contextlib.ExitStack()
-        self.lock.enter_context(locked(self.partial))
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.partial))
             empty(self.partial)
             self.out = {split: [self._open(f"{split}.{kind}") for kind in kinds] for split in SPLITS}
-        except BaseException:
-            self.lock.close()
-            raise
+            self.lock = stack.pop_all()  # no error so far: the lock stays until __exit__
 
     def _open(self, name):
         return open(os.path.join(self.partial, name), "wb")
@@ -125,7 +122,7 @@ class TokenWriter:
         if len(self.out[split]) > len(content):
             content.append(np.asarray(reference, np.float16).tobytes())
         for file, piece in zip(self.out[split], content, strict=True):
-            with naming(file.name):
+            with naming(file.name):  # a full disk shows here, as soon as the buffer of the file is full
                 file.write(piece)
         ends = self.ends[split]
         self.index[split].append((ends[0], len(text), ends[1], len(codes), speaker))
@@ -154,7 +151,7 @@ class TokenWriter:
         sync_folder(self.partial)
         old = self.folder + ".old"
         shutil.rmtree(old, ignore_errors=True)
-        if os.path.lexists(self.folder):
+        if os.path.lexists(self.folder):  # a rename cannot replace a folder that holds files
             os.replace(self.folder, old)
         os.replace(self.partial, self.folder)
         sync_folder(os.path.dirname(os.path.abspath(self.folder)))
@@ -463,6 +460,7 @@ class Batches:
         the reference, or the layout leaves them out."""
         batches, prompts = self.plan(0)
         some = batches[0][0]
+        # stop frames are targets too, but not frames of the recording: an utterance without frames has only them
         stops = int((self.layout(self.files.text(some), self.files.codes(some)[:0])[1] == AUDIO).sum())
         rows_per_frame = int(self.length(1, 2) - self.length(1, 1))
         targets = frames = 0
@@ -490,9 +488,9 @@ class Batches:
             return [tokens, segment]
         references = []
         for j, (i, p) in enumerate(pairs):
-            reference, heard = self._stretch(i, p, epoch)
+            reference, covered = self._stretch(i, p, epoch)
             references.append(reference)
-            segment[j, np.flatnonzero(segment[j] == AUDIO)[heard]] = PROMPT
+            segment[j, np.flatnonzero(segment[j] == AUDIO)[covered]] = PROMPT
         return [tokens, segment, np.stack(references)]
 
     def _rows(self, i, p):
@@ -506,6 +504,7 @@ class Batches:
         least, most = self.reference
         if not self.shuffle:  # evaluation takes another recording of the speaker, from its start
             return speaker_reference(self.files, self.files.speaker(i), most, i), slice(0)
+        # its own generator for each utterance: the stretch does not depend on the worker that draws it
         rng = np.random.default_rng((self.seed, epoch, i, 1))
         source = i if p < 0 else p
         n = int(self.files.index[source, FRAMES])

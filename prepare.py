@@ -5,7 +5,7 @@ Audio and transcripts -> token files, the folder that train.py reads.
     python prepare.py --sources=my/metadata.csv --data_dir=my/tokens
 
 - It reads metadata of the common kinds, tables and shards that hold recordings, and codes that somebody has encoded
-  already: parts/tables.py lists them.
+  already: parts/tables.py has the list.
 - First the doctor listens to every utterance. The screen and report.json name each one that is not used, and why. If
   more than a share `max_bad` of a set is at fault, the set is refused.
 - The split is a hash of the utterance's id: adding data never moves an utterance from train to val or back.
@@ -31,7 +31,7 @@ from data import TIMBRES, TokenWriter, npy, read_meta
 from parts import configurator
 from parts.audio import audio_header, read_audio
 from parts.files import locked, partial_name
-from parts.report import judge, report, show, table
+from parts.report import judge, report, show, show_cost
 from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 from parts.tables import EXTENSIONS
 from parts.tensors import pick_device
@@ -320,7 +320,7 @@ def check_length(u, limits):
 
 
 def check_speed(u, limits):
-    """Raise Unfit where nobody speaks so fast or so slowly: text and audio do not belong together."""
+    """Raise Unfit for a speed at which nobody speaks: text and audio do not belong together."""
     speed = len(u.text) / u.seconds
     if not limits["min_chars_per_second"] <= speed <= limits["max_chars_per_second"]:
         raise Unfit("impossible speed", f"{speed:.1f} characters a second")
@@ -502,7 +502,7 @@ def encode_all(codec, utterances, pool, device, folder, batch_seconds):
     order = longest_first(utterances)
     what = f"encoding {codec.name}"
     if device.type == "cpu":
-        chunk = 1 if list(codec.parameters()) else 8
+        chunk = 1 if list(codec.parameters()) else 8  # a network takes seconds for one: smaller chunks balance better
         return put_back(order, in_order(what, pool, encode, utterances, codec.name, folder, chunk=chunk, order=order))
     wavs = in_order(what, pool, read, utterances, codec.sample_rate, order=order)
     return put_back(order, encode_batches(codec.to(device), wavs, device, batch_seconds))
@@ -589,7 +589,7 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings):
     """Encode everything into the token folder `out`, in the order of the metadata."""
     speakers = list(findings["speakers"])  # the one with the most hours first
     out.text_dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    packed = io.BytesIO()  # torch.save itself has no plain error for a full disk
+    packed = io.BytesIO()  # not into the file: torch.save has no plain error for a full disk
     torch.save(codec.pack(), packed)
     out.file("codec.pt", packed.getvalue())
     out.file(tokenizer.file, tokenizer.model)
@@ -631,27 +631,6 @@ def describe(cfg, codec, tokenizer, speakers):
     }
 
 
-def show_cost(cfg, folder, cost):
-    """What was written, and what an epoch of it costs, as text."""
-    meta = read_meta(folder)
-    codec = meta["codec"]
-    pieces = meta["tokenizer"]["vocab_size"]
-    bits = codec["n_codebooks"] * math.log2(codec["codebook_size"]) * codec["frame_rate"]
-    fewer = ", all that the texts support" if not cfg.tokenizer and pieces < cfg.vocab_size else ""
-    size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
-    return "\n".join([
-        *table("split", "    frames   text tokens", [
-            (split, n["utterances"], f"{n['frames']:10,}{n['text_tokens']:14,}") for split, n in meta["splits"].items()
-        ]),
-        f"\n  codec      {codec['name']}: {codec['n_codebooks']} codebooks of {codec['codebook_size']}, "
-        f"{codec['frame_rate']:g} frames/s, {bits:,.0f} bit/s",
-        f"  tokenizer  {pieces:,} pieces{fewer}",
-        f"  an epoch   {cost['rows']:,} rows (frames and text tokens), about {cost['steps']:,} batches of max_tokens = "
-        f"{cost['max_tokens']:,}",
-        f"  disk       {size:.1f} MB in {cfg.data_dir}",
-    ])  # fmt: skip
-
-
 def main(cfg):
     folder = os.path.realpath(cfg.data_dir)
     codec, missing = open_codec(cfg)
@@ -676,7 +655,8 @@ def main(cfg):
         pool.shutdown(cancel_futures=True)
     if os.path.exists(problems):
         os.remove(problems)
-    print(show_cost(cfg, folder, findings["cost"]))
+    size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
+    print(show_cost(cfg, read_meta(folder), findings["cost"], size))
 
 
 if __name__ == "__main__":

@@ -101,3 +101,22 @@ def show(findings):
 def table(name, more, rows):
     """A heading and rows (name, number of utterances, further columns) as lines of text."""
     return [f"\n  {name:20}utterances{more}", *(f"  {name:20.20}{n:10,}{rest}" for name, n, rest in rows)]
+
+
+def show_cost(cfg, meta, cost, size):
+    """What was written, `size` MB, and what an epoch of it costs, as text. meta: the meta.json of the token folder."""
+    codec = meta["codec"]
+    pieces = meta["tokenizer"]["vocab_size"]
+    bits = codec["n_codebooks"] * math.log2(codec["codebook_size"]) * codec["frame_rate"]
+    fewer = ", all that the texts support" if not cfg.tokenizer and pieces < cfg.vocab_size else ""
+    return "\n".join([
+        *table("split", "    frames   text tokens", [
+            (split, n["utterances"], f"{n['frames']:10,}{n['text_tokens']:14,}") for split, n in meta["splits"].items()
+        ]),
+        f"\n  codec      {codec['name']}: {codec['n_codebooks']} codebooks of {codec['codebook_size']}, "
+        f"{codec['frame_rate']:g} frames/s, {bits:,.0f} bit/s",
+        f"  tokenizer  {pieces:,} pieces{fewer}",
+        f"  an epoch   {cost['rows']:,} rows (frames and text tokens), about {cost['steps']:,} batches of max_tokens = "
+        f"{cost['max_tokens']:,}",
+        f"  disk       {size:.1f} MB in {cfg.data_dir}",
+    ])  # fmt: skip
