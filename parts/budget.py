@@ -47,7 +47,7 @@ def fullest_batch(batches, codec):
     lengths = batches._lengths(prompts)
     fullest = max(plan, key=lambda b: len(b) * lengths[b].max())
     frames = batches.files.index[:, 3].sum()
-    batch = batches.read(fullest, None if prompts is None else prompts[fullest])
+    batch = batches.read(fullest, prompts[fullest])
     return batch, frames / codec["frame_rate"] / len(plan)
 
 

@@ -215,7 +215,7 @@ def test_the_released_sizes():
 @pytest.mark.parametrize("change, message", [
     (lambda w: w.update({"model.speaker_emb_projection.weight": torch.zeros(32, 8)}),
      "holds model.speaker_emb_projection.weight, which the family 'kani' does not have"),  # KaniTTS-2
-    (lambda w: w.update({"lm_head.weight": torch.zeros(104, 32)}), "differ, but here they are one"),
+    (lambda w: w.update({"lm_head.weight": torch.zeros(104, 32)}), "differ, but the family 'kani' ties them"),
     (lambda w: w.update({"model.embed_tokens.weight": torch.zeros(90, 32)}), "vocab_size = 90: .* need 104"),
     (lambda w: w.update({"model.layers.2.conv.conv.weight": torch.zeros(32, 1, 4)}), "does not give .*2.attn.taps"),
     (lambda w: w.pop("model.layers.2.conv.in_proj.weight"), "lacks model.layers.2.conv.in_proj.weight"),

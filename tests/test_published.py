@@ -425,16 +425,16 @@ def test_config_json_says_what_shapes_cannot(original):
 def test_changes(original):
     model = published.assemble(ORIGINAL, original, HEADS, "weights", stop="class", text_bos=3, dropout=None)
     assert (model.config.stop, model.config.text_bos, model.config.dropout) == ("class", 3, None)
-    with pytest.raises(ValueError, match="stopp = 3: architecture 'csm' has no such setting"):
+    with pytest.raises(ValueError, match="stopp = 3: the family 'csm' has no such setting"):
         published.assemble(ORIGINAL, original, HEADS, "weights", stopp=3)
 
 
 @pytest.mark.parametrize("given, message", [
-    ({}, "nothing says how many heads the backbone of width 64 has: a config.json beside .*num_attention_heads"),
-    ({"num_attention_heads": 4}, "how many heads the decoder of width 32 has"),
+    ({}, "number of heads of the backbone of width 64 is unknown: put a config.json with num_attention_heads"),
+    ({"num_attention_heads": 4}, "number of heads of the decoder of width 32 is unknown"),
     ({**HEADS, "num_attention_heads": 5}, "the backbone cannot have 5 heads: its queries have width 64, its keys 32"),
     ({**HEADS, "num_attention_heads": "four"}, "weights: "),
-    ({**HEADS, "rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' in config.json: it is default or llama3"),
+    ({**HEADS, "rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' in config.json; choose from default, llama3"),
     ({**HEADS, "max_position_embeddings": "many"}, "weights: "),
 ])  # fmt: skip
 def test_configs_that_cannot_be(original, given, message):
@@ -492,8 +492,8 @@ def test_files_that_are_no_weights(original, tmp_path):
         ("e.safetensors.index.json", b"{", "index.json is not JSON"),
         ("f.safetensors.index.json", b"{}", "has no weight_map"),
         ("g.safetensors.index.json", b"[]", "holds no JSON object"),
-        ("foreign.pt", None, "foreign.pt holds no weights of a layout known here: there is csm with codebook0_head"),
-        ("tensor.pt", None, "tensor.pt holds no weights of a layout known here"),
+        ("foreign.pt", None, "foreign.pt holds no weights of a known layout: csm with codebook0_head"),
+        ("tensor.pt", None, "tensor.pt holds no weights of a known layout"),
         ("config.json", b"{", "config.json is not JSON"),
     ):
         if content is not None:
@@ -512,7 +512,7 @@ def test_pickles_and_indexes_that_lead_in_circles(original, tmp_path):
     circle = {}
     circle["model"] = circle
     torch.save(circle, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="x.pt holds no weights of a layout known here"):
+    with pytest.raises(ValueError, match="x.pt holds no weights of a known layout"):
         from_pretrained(tmp_path / "x.pt")
     index = tmp_path / "m.safetensors.index.json"
     for shard in (index.name, 5, ["a"], "../m.safetensors", "/etc/passwd", "config.json"):
@@ -553,12 +553,13 @@ def test_weights_of_the_second_kani_are_refused(tmp_path):
             from_pretrained(tmp_path)
 
 
-def test_without_safetensors_the_error_says_what_to_install(original, tmp_path, monkeypatch):
+def test_without_safetensors_weights_are_read_and_export_says_what_to_install(original, tmp_path, monkeypatch):
     write(tmp_path, original)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    model = from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pip install safetensors"):
-        from_pretrained(tmp_path)
+        published.export(model, tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -567,14 +568,14 @@ def test_without_safetensors_the_error_says_what_to_install(original, tmp_path, 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     for odd in (dict(qk_norm=True), dict(layers="ca"), dict(feed_forward="geglu"), dict(rope_theta=0.0)):
-        with pytest.raises(ValueError, match="made of plain Llamas"):
+        with pytest.raises(ValueError, match="plain Llama layers"):
             published.export(tiny(backbone=odd), tmp_path / "out")
     model = tiny()
     lora.add_lora(model, rank=2, alpha=2)
-    with pytest.raises(ValueError, match="lora_default.a has no place among published weights: merge adapters first"):
+    with pytest.raises(ValueError, match="lora_default.a is no published tensor: merge adapters first"):
         published.export(model, tmp_path / "out")
     monkeypatch.setattr(published, "LAYOUTS", [ORIGINAL])
-    with pytest.raises(ValueError, match="the family 'csm' has no layout in which it is exported"):
+    with pytest.raises(ValueError, match="the family 'csm' cannot be exported"):
         published.export(tiny(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -598,7 +599,7 @@ def test_the_command(tmp_path):
     again = from_pretrained(tmp_path / "out")
     assert_same(again.state_dict().values(), model.state_dict().values(), rtol=0, atol=0)
     for words in (["export"], ["export", flags[0]], ["import", *flags]):
-        with pytest.raises(ValueError, match="what to write, and where?"):
+        with pytest.raises(ValueError, match="give what to export, and where to"):
             published.main(configurator.configure(published.__file__, words, ["command"]))
 
 

@@ -974,7 +974,7 @@ def test_length_and_batches_agree(tokens):
 
 def test_rounds_and_guidance_are_refused_elsewhere():
     checkpoint = {"arch": "csm", "model_config": {}, "model": {}, "ema": None}
-    with pytest.raises(ValueError, match="rounds = 3: architecture 'csm' has no such setting"):
+    with pytest.raises(ValueError, match="rounds = 3: the family 'csm' has no such setting"):
         published.load_model(checkpoint, rounds=3, guidance=None)
 
 

@@ -713,7 +713,7 @@ def test_a_larger_vocabulary_grows_the_tables(tmp_path):
     torch.manual_seed(0)
     old = published.start(write(tmp_path), "xtts", released_meta(), {}, said.append)
     new = published.start(tmp_path, "xtts", released_meta(45), {"dropout": 0.1}, said.append)
-    assert len(said) == 1 and "5 text ids more than its 40" in said[0]
+    assert len(said) == 1 and "5 new text ids beside its 40" in said[0]
     assert new.training and new.config.text_vocab_size == 45 and new.config.backbone.dropout == 0.1
     for name, w in new.state_dict().items():
         before = old.state_dict()[name]
@@ -754,7 +754,7 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     last, lines = run(data, tmp_path / "out", "--max_iters=2", *flags, usual=usual)
     said = capsys.readouterr().out
     ids = TokenFiles(data, "train").meta["tokenizer"]["vocab_size"]
-    assert f"{ids - 40} text ids more than its 40" in said and "30 utterances are few" in said
+    assert f"{ids - 40} new text ids beside its 40" in said and "30 utterances are few" in said
     assert len(last["model"]["text_head.bias"]) == last["model_config"]["text_vocab_size"] == ids
     assert last["model_config"]["text_bos"] == 1 and last["model_config"]["text_loss_weight"] == 0.5
     fresh = from_pretrained(folder).state_dict()
