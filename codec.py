@@ -746,7 +746,7 @@ class NeuralCodec(Codec):
         self.n_codebooks = n_codebooks
         self.codebook_size = codebook_size
         self.path = ""  # the file or folder of the weights
-        self.mark = ""  # their fingerprint
+        self.weights_digest = ""  # their fingerprint
 
     @property
     def streams(self):
@@ -877,7 +877,7 @@ class NeuralCodec(Codec):
         need_tensors(folded, wanted, f"{where} (for the codec {cls.name})")
         codec.load_state_dict(folded, assign=True)
         codec.path = os.path.abspath(where)
-        codec.mark = codec.digest(weights)  # before folding, whose rounding may differ between machines
+        codec.weights_digest = codec.digest(weights)  # before folding, whose rounding may differ between machines
         return codec.eval().requires_grad_(False)
 
     @classmethod
@@ -886,11 +886,11 @@ class NeuralCodec(Codec):
         with torch.device("meta"):
             codec = cls(**options)
         codec.options = options
-        codec.mark = UNKNOWN
+        codec.weights_digest = UNKNOWN
         return codec
 
     def fingerprint(self):
-        return self.mark or super().fingerprint()
+        return self.weights_digest or super().fingerprint()
 
     def pack(self):
         """The path and fingerprint of the weights, as a plain dict: the weights stay where they are."""
@@ -1489,8 +1489,8 @@ PUBLISHED = [name for name, codec in CODECS.items() if issubclass(codec, NeuralC
 
 @lru_cache
 def published_sizes(name):
-    """The sizes of a published codec without its weights: a dict with the fields of meta.json, which is not to be
-    changed. `reference`: only for a codec from whose features a model reads a voice."""
+    """The sizes of a published codec, without its weights, as in meta.json: a dict that callers share and must not
+    change. `reference`: only for a codec from whose features a model reads a voice."""
     codec = CODECS[name].without_weights()
     sizes = {key: getattr(codec, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}
     if codec.reference_shape:

@@ -1,5 +1,6 @@
 import builtins
 import importlib
+import json
 import os
 import pickle
 import random
@@ -9,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_model import checkpoint_of, tiny
 
 import codec as codecs
 import data
 import weights as published
-from parts.tensors import fault, need_tensors, reason, undamaged, what_is
+from parts.tensors import TYPES, fault, need_tensors, read_safetensors, read_weights, reason, undamaged, what_is
 
 
 class Call:
@@ -153,3 +155,61 @@ def test_what_a_path_leads_to(tmp_path):
         (tmp_path / "x").write_bytes(content if isinstance(content, bytes) else content.encode())
         assert what_is(tmp_path / "x") == words
     assert reason(ValueError("")) == "ValueError" and reason(ValueError("\n a\nb")) == "a"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# safetensors
+
+
+def test_safetensors_are_read_as_by_their_package(tmp_path):
+    path = tmp_path / "x.safetensors"
+    numbers = torch.arange(6).view(2, 3)
+    written = {str(dtype): numbers.to(dtype) for dtype in TYPES.values()}
+    written |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "odd": torch.ones(3, dtype=torch.uint8)}
+    save_file(written, path, {"config": '{"a": 1}', "format": "pt"})
+    tensors, config = read_weights(path)
+    expected, before = load_file(path), path.read_bytes()
+    assert config == {"a": 1} and tensors.keys() == expected.keys() == written.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape
+        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)) if tensor.ndim else tensor == 2.5
+    tensors["torch.float32"].zero_()  # training changes the tensors, never the file
+    assert path.read_bytes() == before
+    save_file({"w": numbers}, path)
+    assert read_weights(path)[1] == {}
+
+
+@pytest.mark.parametrize("header", [
+    {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}},
+    {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
+    {"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 8]}},
+    {"w": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 8]}},
+    {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+    {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+    {"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
+    {"w": {"dtype": "F32", "shape": "ab", "data_offsets": [0, 8]}}, {"w": {"dtype": "F32"}}, {"w": 3},
+    {"__metadata__": [], "w": [8]},
+])  # fmt: skip
+def test_headers_that_do_not_fit_the_file(header, tmp_path):
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match="x.safetensors is truncated or damaged") as error:
+        read_safetensors(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(5), "v": torch.ones(2)}, path)
+    content = path.read_bytes()
+    for n in range(10, len(content)):
+        path.write_bytes(content[:n])
+        with pytest.raises(ValueError, match="x.safetensors is truncated or damaged"):
+            read_safetensors(path)
+
+
+def test_a_bare_tensor_is_named_after_its_file(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "mel_stats.pth")
+    tensors, config = read_weights(tmp_path / "mel_stats.pth")
+    assert list(tensors) == ["mel_stats"] and tensors["mel_stats"].equal(torch.ones(3)) and config == {}
