@@ -1,0 +1,120 @@
+"""What older code wrote can still be read, and gives the numbers that the older code computed.
+
+tests/old/written.tar.xz holds token folders, checkpoints, an adapter, and the recipes config/digits*.py of that time;
+expected.json and expected.npz hold the codes and losses of the checkpoints, and the losses of 20 steps of each recipe.
+tests/old/make.py wrote them. The first losses are the same on any CPU up to rounding; later ones differ more, as each
+step starts from rounded weights.
+"""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from codec import load_codec
+from data import Batches, TokenFiles
+from parts import configurator
+from parts.metrics import read_metrics
+from sample import Voice
+from weights import load_checkpoint, load_model
+
+OLD = Path(__file__).parent / "old"
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+ARRAYS = np.load(OLD / "expected.npz")
+OTHER_RECIPES = [name for name in EXPECTED["recipes"] if name != "digits"]
+TEXT = "three one four"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder that holds what the older code wrote, and is the current one: its checkpoints name each other so."""
+    with tarfile.open(OLD / "written.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def run(out_dir, *flags):
+    """Train; the lines of metrics.jsonl."""
+    train.main(configurator.configure(train.__file__, [*flags, f"--out_dir={out_dir}"]))
+    return read_metrics(f"{out_dir}/metrics.jsonl")
+
+
+def same_lines(lines, expected):
+    """The numbers of each line, of which the later differ more from CPU to CPU."""
+    assert [line["iter"] for line in lines] == [line["iter"] for line in expected]
+    for i, (line, wanted) in enumerate(zip(lines, expected, strict=True)):
+        close = min(1e-4 * 2**i, 0.02)
+        for name in wanted.keys() - {"iter"}:
+            assert line[name] == pytest.approx(wanted[name], rel=10 * close if name == "grad_norm" else close), name
+
+
+def wave():
+    """A second of a tone that glides and swells: the same on any machine to 1e-7."""
+    t = torch.arange(16000, dtype=torch.float64) / 16000
+    return (0.3 * torch.sin(2 * torch.pi * (200 * t + 600 * t**2)) * (1 + torch.sin(9 * t)) / 2).float()
+
+
+@pytest.mark.parametrize("name", EXPECTED["codecs"])
+def test_a_token_folder_opens_and_its_codec_gives_the_same_codes(folder, name):
+    codec, files = load_codec("mel", name), TokenFiles(name, "val")
+    assert codec.fingerprint() == EXPECTED["codecs"][name]["fingerprint"] == files.meta["codec"]["fingerprint"]
+    codes = codec.encode(wave()[None])
+    assert (codes[0].numpy() == ARRAYS[f"{name}.codes"]).mean() > 0.99  # rounding may tip the nearest centroid
+    wav = codec.decode(torch.from_numpy(ARRAYS[f"{name}.codes"])[None])[0, ::100]
+    np.testing.assert_allclose(wav, ARRAYS[f"{name}.wav"], atol=1e-3)
+    assert list(files.tokenizer().encode(TEXT)) == EXPECTED["codecs"][name]["text"]
+
+
+@pytest.mark.parametrize("name", EXPECTED["runs"])
+def test_a_checkpoint_gives_the_same_losses_and_codes(folder, name):
+    found = EXPECTED["runs"][name]
+    checkpoint = load_checkpoint(found["checkpoint"])
+    model, files = load_model(checkpoint), TokenFiles(found["tokens"], "val")
+    reference = (10, 20) if model.reference else None
+    batches = Batches(files, model.layout, model.length, 1000, 8, shuffle=False, reference=reference)
+    losses = []
+    for i in range(len(files)):
+        torch.manual_seed(i)
+        with torch.no_grad():
+            losses.append(float(model(*batches.read([i]))[0]))
+    assert losses == pytest.approx(found["measured"]["losses"], rel=1e-5)
+    probe = checkpoint["probe"]
+    side = {"reference": probe["reference"]} if "reference" in probe else {}
+    with torch.no_grad():
+        logits = model.teacher_forced_logits(probe["text"].numpy(), probe["codes"].numpy(), **side)
+    np.testing.assert_allclose(logits[:6], ARRAYS[f"{name}.logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPECTED["runs"])
+def test_a_checkpoint_speaks_the_same_codes(folder, name):
+    found = EXPECTED["runs"][name]
+    voice = Voice.from_checkpoint(found["checkpoint"], device="cpu")
+    spoken = voice.frames(TEXT, speaker="rms", temperature=0.0, cap_seconds=1.0)
+    assert [frame.tolist() for frame in spoken] == found["measured"]["spoken"]
+    drawn = voice.frames(TEXT, speaker="slt", temperature=1.0, top_k=8, seed=3, cap_seconds=1.0)
+    assert [frame.tolist() for frame in drawn] == found["measured"]["drawn"]
+
+
+@pytest.mark.parametrize("name", EXPECTED["runs"])
+def test_a_run_of_older_code_is_repeated_and_goes_on(folder, name):
+    found = EXPECTED["runs"][name]
+    flags = [flag for flag in found["flags"] if not flag.startswith("--out_dir")]
+    same_lines(run("again", *flags, "--max_iters=6"), found["lines"])
+    if found["resumed"]:
+        shutil.copytree(name, "on")
+        flags = [flag for flag in flags if not flag.startswith("--init_from")]
+        same_lines(run("on", *flags, "--max_iters=12", "--init_from=resume")[6:], found["resumed"])
+
+
+@pytest.mark.parametrize("name", ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_RECIPES)])
+def test_an_older_recipe_for_digits_learns_as_it_did(folder, name):
+    found = EXPECTED["recipes"][name]
+    lines = run("out", f"recipes/{name}.py", *found["flags"], f"--data_dir={found['tokens']}")
+    same_lines(lines, found["lines"])
