@@ -277,8 +277,9 @@ def bench_report(cfg):
         group = [row for row in rows if row["place"] == place]
         print(f"\n## {', '.join(place)}\n")
         print(*unique(f"    {row['command']}" for row in group), sep="\n")
-        versions = unique(f"{name} {version}" for row in group for name, version in row["versions"].items())
-        print(f"\nCommit {', '.join(unique(row['commit'] for row in group))}; {', '.join(versions)}.")
+        code = [f"commit {row['commit']}" for row in group]
+        code += [f"{name} {version}" for row in group for name, version in row["versions"].items()]
+        print(f"\nMeasured with {', '.join(unique(code))}.")
         for columns in unique(tuple(row["values"]) for row in group):
             cells = [map(cell, row["values"].values()) for row in group if tuple(row["values"]) == columns]
             print("", *[f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)], sep="\n")

@@ -202,7 +202,7 @@ Nothing is measured on a GPU yet.
 
     python bench.py loss
 
-Commit abc; torch 2.
+Measured with commit abc, torch 2.
 
 | case | way | seconds |
 | --- | --- | --- |
