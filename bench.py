@@ -1,43 +1,73 @@
-"""Bench: every number that the README quotes, from one command.
+"""An honest, small bench. It measures, adds rows to benchmarks.jsonl, and prints BENCHMARKS.md from them.
 
-    python bench.py data     word error rate of a raw data set: are the recordings themselves understood?
-    python bench.py codec    what mel keeps of digits (word error rate) and of real speech (STOI, PESQ); how fast codecs
-                             are, ours beside others', in what memory, and what of that prepare.py reaches
-    python bench.py sample   word error rate, stops and speed of a model that speaks held-out strings of digits
-    python bench.py families the families side by side: trains what is not trained yet, then listens to all of them
-    python bench.py loss     time and memory of the loss of K classification heads, ours beside others'
-    python bench.py train    time and memory of a step that trains a CSM, ours beside others'
+    python bench.py data      are the recordings of a raw data set understood? Word error rate of a recogniser
+    python bench.py sample    word errors and speed of models that speak digits; --ckpt=a.pt,b.pt compares several
+    python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
+    python bench.py loss      seconds and memory of the loss of K classification heads
+    python bench.py train     seconds and memory of a training step of a CSM
+    python bench.py gpu       for a GPU machine: the tests of the kernel, then loss, then train
+    python bench.py report    print BENCHMARKS.md: python bench.py report > BENCHMARKS.md
 
-- `recognise` hears strings of digits: pocketsphinx, whose acoustic model comes inside its wheel, with a grammar of the
-  ten digits. It is a weak recogniser, so that what it understands is spoken clearly.
-- `word_errors` counts substitutions, insertions and deletions (Levenshtein), the numerator of a word error rate.
-- `codec`, `loss` and `train` measure ours and others' in one run, so that all meet the same machine. On a CPU memory is
-  the system's own count of a fresh process, on a GPU that of torch. What is not installed is left out, with a line that
-  says so. The environment variables MARVIS and CSM_FINETUNE may name clones of Marvis' repository and of
-  sesame-finetune (which itself wants CSM_REPO_PATH, a clone of Sesame's csm); both need torchtune.
+- Each way to do a job, ours or a peer's, runs in a fresh process. The order of the ways is random.
+- Equality comes before speed: a way first gives its numbers for a small job. Where they differ from the reference, the
+  row says so and the way is not timed.
+- Beside the loss stands the floor: the three matrix products that any such loss needs, and nothing else.
+- Peers inside this file are plain torch and packages that pip installs: transformers, moshi, cut-cross-entropy,
+  liger-kernel. If one cannot be imported, one line says so.
+
+Any other peer is a command in an environment of its own:
+
+    python bench.py loss --sizes=csm-512 --peer="peer/.venv/bin/python peer.py"
+
+It reads the job as one JSON object from standard input, and prints one JSON object as the last line of its standard
+output. A peer that fails or prints no JSON costs one line. The job always holds benchmark, case, device, dtype, threads
+and repeats; repeats = 0 asks for the numbers alone. The answer holds
+
+    seconds   a list of `repeats` numbers, after a warm-up; for a codec {"encode": [...], "decode": [...]}
+    peak      bytes at most in use, or null; for the loss beyond inputs and gradients
+    versions  {package: version}
+    numbers   what has to be equal: {name: [number, ...]}; without it the row says "not compared"
+    way       a name for the table; without it "peer"
+
+For example, the job
+    {"benchmark": "loss", "case": "csm-512, float32", "device": "cpu", "dtype": "float32", "threads": 2, "repeats": 3,
+     "K": 31, "V": 2051, "D": 1024, "N": 512, "shared": false}
+and the answer
+    {"way": "mine", "versions": {"mine": "1.0"}, "seconds": [1.41, 1.39, 1.4], "peak": 5.1e6,
+     "numbers": {"loss": [246.1], "hidden": [0.01, -0.02], "weight": [0.003]}}
+
+- loss: `loss_inputs` draws hidden, weight and target with numpy's default_rng(0), so any program can draw the same. The
+  loss is the sum over codebooks of means over rows. Numbers: the loss and both gradients (`sample_of` each).
+- train: fields of CSMConfig, utterances, text_rows, frames. Numbers: loss, and the norm of the whole gradient.
+- codec: `weights` names a folder. If it is empty, draw weights and write them there in the layout in which the authors
+  publish them; ours then loads them. Numbers: codes of the waveform, and the waveform (`sample_of`) of the codes, both
+  drawn as in `codec_job`.
+`python bench.py work` does such a job of ours from standard input: an example to read.
 
 Letters in shapes: K codebooks, V classes, D width, N rows, B utterances, S rows of an utterance, C = K + 1 columns.
 """
 
+import contextlib
 import csv
+import ctypes
 import gc
+import json
 import math
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
-from importlib import import_module
+from functools import cache, lru_cache, partial
+from importlib import metadata
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -45,51 +75,51 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
-import prepare
-import train
+import weights
 from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
 from parts import configurator
-from parts.metrics import lowest_loss, read_metrics
-from parts.sources import Utterance
+from parts.files import need
+from parts.optim import Optimizer
 from parts.tensors import pick_device
 from sample import Voice
 
-name = "data"  # what to measure: data, codec, sample, families, loss, train
-raw = "data/digits"  # raw data set of spoken digits: a folder with metadata.csv (audio, text, speaker) and heldout.txt
-limit: "int >= 0" = 0  # data: most utterances to listen to; 0: all
-strings: "int >= 0" = 200  # sample, families: new strings of 3 to 6 digits that each voice speaks; 0: the held-out ones
-show_errors = False  # print every utterance that was misheard
-speech = ""  # codec: folder of recordings in LJSpeech's layout, 16 to fit on, then 8; empty: none
-minutes: "0 < float <= 600" = 1.0  # codec: of the recording that is encoded to measure memory
-ckpt = "out/digits/best.pt"  # sample: the model that speaks
-speaker = ""  # sample, families: the voices to speak in, with commas between; empty: all of the data set
-temperature: "float | None >= 0" = None  # sample, families: of the draw; None: as the checkpoint's recipe says
-seed: "0 <= int <= 4294967295" = 1337  # sample, families: of the new strings and of the draw
-recipes = ""  # families: names of recipes in config/, with commas between; empty: all that are for digits
-seeds = "1337,1,2"  # families: of the training runs, likewise
-sizes = ""  # codec, loss, train: names of the sizes to take, with commas between; empty: all
-dtypes = "float32,bfloat16"  # loss, train: likewise, the types to calculate in
-ways = ""  # loss, train: likewise, whose; "ours" alone is quick
-fractions = ""  # train: likewise, shares of the frames that the depth decoder trains on
-repeats: "int >= 1" = 3  # codec, loss, train: how often each is timed, after it was warmed up; the median counts
-large_batch: "int >= 1" = 32  # train, on a GPU: utterances of the larger batch
+name = "data"  # what to do: data, sample, codec, loss, train, gpu, report
+results = "benchmarks.jsonl"  # file of rows: measured ones are added, report reads them; empty: add none
+note = ""  # a remark that the report prints under the table
+raw = "data/digits"  # data, sample, codec: raw data set of digits: a folder with metadata.csv and heldout.txt
+limit: "int >= 0" = 0  # data, codec: utterances to listen to; 0: all
+ckpt = "out/digits/best.pt"  # sample: the models, separated by commas
+strings: "int >= 0" = 200  # sample: new strings of 3 to 6 digits for each voice; 0: the held-out ones
+speaker = ""  # sample: voices, separated by commas; empty: all of the data set
+temperature: "float | None >= 0" = None  # sample: of the draw; None: that of the checkpoint's recipe
+seed: "0 <= int <= 4294967295" = 1337  # sample: of the new strings and of the draw
+seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
+sizes = ""  # codec, loss, train: names of sizes, separated by commas; empty: all
+dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
+ways = ""  # codec, loss, train: who does it, likewise; --ways=ours is quick
+fractions = "1/16,1"  # train: shares of the frames that the depth decoder trains on
+batches = "2"  # train: utterances of a batch; a GPU likes 32
+peer = ""  # codec, loss, train: a command that does the same job, see above
+repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
 
+HERE = Path(__file__).resolve().parent
+WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 GRAMMAR = f"""#JSGF V1.0;
 grammar digits;
 public <string> = ( {" | ".join(WORDS)} )+ ;
 """
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RATE = 16000  # of pocketsphinx's acoustic model
 
-
 # -----------------------------------------------------------------------------
-# what the other numbers stand on
+# listening
 
 
 @lru_cache(maxsize=1)
 def decoder():
-    """The recogniser. The chance of a silence between words, and that of a word, are set for speech in groups with
-    pauses, chosen on training recordings: with pocketsphinx's own, pauses are heard as "eight"."""
+    """The recogniser. Its probabilities of a silence and of a word are set for groups of words with pauses, on training
+    recordings: with pocketsphinx's own values it hears pauses as "eight"."""
     try:
         import pocketsphinx
     except ImportError as error:
@@ -101,8 +131,11 @@ def decoder():
 
 
 def recognise(wav, sample_rate):
-    """The digits heard in wav (N,), float in [-1, 1]: a string such as "three one four", empty where none is heard.
-    The same wav gives the same answer, whatever was heard before. Raises ValueError if wav has another shape."""
+    """The digits in wav (N,), float in [-1, 1]: a string such as "three one four", empty if none is recognised.
+
+    pocketsphinx with a grammar of ten words is a weak recogniser: what it understands is spoken clearly. The same wav
+    gives the same answer, whatever came before. Raises ValueError if wav has another shape.
+    """
     wav = torch.as_tensor(wav, dtype=torch.float32).detach().cpu()
     if wav.ndim != 1:
         raise ValueError(f"recognise takes one waveform of shape (N,), not {tuple(wav.shape)}")
@@ -122,48 +155,34 @@ def recognise(wav, sample_rate):
 
 
 def word_errors(ref, hyp):
-    """Fewest words to substitute, insert and delete that turn `hyp` into `ref` (both strings of words)."""
+    """Fewest words to substitute, insert and delete that turn `hyp` into `ref`, two strings of words (Levenshtein)."""
     ref, hyp = ref.split(), hyp.split()
     row = list(range(len(hyp) + 1))  # errors between the words of ref so far and each beginning of hyp
     for i, word in enumerate(ref, 1):
         diagonal, row[0] = row[0], i
-        for j, heard in enumerate(hyp, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != heard))
+        for j, other in enumerate(hyp, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
     return row[-1]
 
 
-def table(rows, head):
-    """rows and head as aligned columns of text."""
-    rows = [[str(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def error_rates(heard):
-    """heard: (group, reference, hypothesis) of each utterance -> {group: (utterances, words, errors)}, and "all"."""
+def error_rates(results):
+    """results: (group, reference, hypothesis) of each utterance -> {group: (utterances, words, errors)}, and "all"."""
     counts = {}
-    for group, ref, hyp in heard:
+    for group, ref, hyp in results:
         for key in (group, "all"):
             old = counts.get(key, (0, 0, 0))
             counts[key] = old[0] + 1, old[1] + len(ref.split()), old[2] + word_errors(ref, hyp)
     return {key: counts[key] for key in sorted(counts, key=lambda key: (key == "all", key))}
 
 
-def voice_rates(heard):
-    """The word error rate of each group of `error_rates`, without "all"."""
-    return {key: errors / max(words, 1) for key, (_, words, errors) in error_rates(heard).items() if key != "all"}
-
-
-def report(heard):
-    """The table of `error_rates`."""
-    rates = error_rates(heard).items()
-    rows = [(key, n, words, errors, f"{errors / max(words, 1):.1%}") for key, (n, words, errors) in rates]
-    return table(rows, ["", "utterances", "words", "errors", "word error rate"])
+def error_percent(results):
+    """{group: word errors in percent}, "all" among them."""
+    return {key: 100 * errors / max(words, 1) for key, (_, words, errors) in error_rates(results).items()}
 
 
 def read_raw(folder, every=False):
-    """The held-out utterances of a raw data set: [(path, text, speaker), ...]; all of them where none is held out, or
-    `every` one is asked for."""
+    """The held-out utterances of a raw data set: [(path, text, speaker), ...]; all of them if none is held out, or with
+    `every`. Raises FileNotFoundError."""
     path = os.path.join(folder, "metadata.csv")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; python data/digits/prepare.py makes the built-in data set")
@@ -171,120 +190,283 @@ def read_raw(folder, every=False):
         rows = [(row["audio"], row["text"], row["speaker"]) for row in csv.DictReader(file)]
     listed = os.path.join(folder, "heldout.txt")
     if os.path.exists(listed) and not every:
-        with open(listed, encoding="utf-8") as file:
-            names = set(file.read().split())
-        rows = [row for row in rows if os.path.splitext(os.path.basename(row[0]))[0] in names]
+        names = set(Path(listed).read_text(encoding="utf-8").split())
+        rows = [row for row in rows if Path(row[0]).stem in names]
     return [(os.path.join(folder, audio), text, speaker) for audio, text, speaker in rows]
 
 
 # -----------------------------------------------------------------------------
-# the numbers
+# rows
+
+
+def machine(device="cpu"):
+    """What measures: {"cpu": model, "cores": n, "instructions": "AVX2", "gpu": model}, the last only if it is used."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    found = {"cpu": model, "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+@cache
+def commit():
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def record(cfg, values, device="cpu", versions=None):
+    """Print a row, values {column: number or text}, and add it to the file of results."""
+    print("  ".join(f"{column} {cell(value)}" for column, value in values.items()), flush=True)
+    if not cfg.results:
+        return
+    flags = [f"--{key}={getattr(cfg, key)}" for key in cfg.given if key not in ("name", "results", "note")]
+    row = {"benchmark": cfg.name, "date": time.strftime("%Y-%m-%d"), "machine": machine(device), "commit": commit(),
+           "versions": {"torch": torch.__version__, **(versions or {})},
+           "command": shlex.join(["python", "bench.py", cfg.name, *flags]), "values": values,
+           "note": cfg.note}  # fmt: skip
+    with open(cfg.results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cell(value):
+    """A number of a row as text, three digits of a fraction."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def chosen(names, known, key):
+    """The entries of `known` that a key with commas names; all of them if it is empty. Raises ValueError."""
+    names = [name.strip() for name in names.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key} = {name!r}: choose from {', '.join(known)}")
+    return {name: known[name] for name in names or known}
+
+
+def read_rows(path):
+    """The rows of a file of results; a later one takes the place of that of the same day, machine, case and way."""
+    rows = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                values, row["place"] = row["values"], (row["benchmark"], row["date"], describe(row["machine"]))
+                rows[row["place"], tuple(values), values.get("case"), values.get("way")] = row
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}, is not a row of results ({error!r:.60})") from None
+    return list(rows.values())
+
+
+def describe(machine):
+    return f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['instructions']}"
+
+
+def unique(items):
+    return list(dict.fromkeys(items))
+
+
+def bench_report(cfg):
+    """Print all rows as Markdown: a heading for each benchmark, date and machine; tables without an empty cell."""
+    rows = read_rows(cfg.results)
+    print("# Benchmarks\n\n`python bench.py report > BENCHMARKS.md` prints this page from `benchmarks.jsonl`.")
+    if not any("gpu" in row["machine"] for row in rows):
+        print("Nothing is measured on a GPU yet.")
+    for place in unique(row["place"] for row in rows):
+        group = [row for row in rows if row["place"] == place]
+        print(f"\n## {', '.join(place)}\n")
+        print(*unique(f"    {row['command']}" for row in group), sep="\n")
+        code = [f"commit {row['commit']}" for row in group]
+        code += [f"{name} {version}" for row in group for name, version in row["versions"].items()]
+        print(f"\nMeasured with {', '.join(unique(code))}.")
+        for columns in unique(tuple(row["values"]) for row in group):
+            cells = [map(cell, row["values"].values()) for row in group if tuple(row["values"]) == columns]
+            print("", *[f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)], sep="\n")
+        print(*unique(f"\n{row['note']}" for row in group if row.get("note")), sep="\n")
+
+
+# -----------------------------------------------------------------------------
+# ways: each in a process of its own
+
+
+def ask(command, job):
+    """Give a job to a command and return its answer, a dict. Raises ValueError, one line, if it fails."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
+    try:
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
+    except OSError as error:
+        raise ValueError(f"{command[0]}: {error.strerror}") from None
+    lines = done.stdout.strip().splitlines() or [""]
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"exit code {done.returncode}: {said[-1].removeprefix('error: '):.200}")
+    try:
+        answer = json.loads(lines[-1])
+    except ValueError:
+        raise ValueError(f"it printed no JSON object, but {lines[-1]!r:.60}") from None
+    need(answer, {"seconds": (list, dict)} if job["repeats"] else {"numbers?": dict}, "its answer")
+    return answer
+
+
+@cache
+def tell(line):
+    print(line, flush=True)  # each line once
+
+
+LIMITS = {"codes": 0.05, "waveform": 1e-3, "float32": 1e-4, "bfloat16": 5e-2}  # a code may tie with another
+
+
+def differences(numbers, expected, dtype):
+    """How far numbers {name: [...]} are from the expected ones: {name: (difference, whether that is too far)}. It is
+    the largest one as a share of the largest value, for codes the share of unequal ones."""
+    found = {}
+    for name, right in expected.items():
+        a, b = np.asarray(numbers.get(name, []), np.float64), np.asarray(right, np.float64)
+        n = min(len(a), len(b))
+        if n < 0.95 * len(b):
+            off = math.inf
+        elif name == "codes":
+            off = float(np.mean(a[:n] != b[:n]))
+        else:
+            off = float(np.abs(a[:n] - b[:n]).max() / np.abs(b).max())
+        found[name] = off, not off <= LIMITS.get(name, LIMITS[dtype])
+    return found
+
+
+def check_numbers(command, job, expected):
+    """The answer to a small job, with "differs", how far its numbers are off, and "wrong", whether that is too far.
+    expected: a function that takes a job as JSON and returns the right numbers."""
+    answer = ask(command, job)
+    if not answer.get("numbers"):
+        return {**answer, "differs": "not compared", "wrong": False}
+    own_weights = job["weights"] if os.listdir(job["weights"]) else ""
+    off = differences(answer["numbers"], expected(json.dumps({**job, "way": "", "weights": own_weights})), job["dtype"])
+    told = ", ".join(f"{name} {x:.1e}" for name, (x, _) in off.items())
+    return {**answer, "differs": told, "wrong": any(far for _, far in off.values())}
+
+
+def compare(cfg, job, small, ways, reference):
+    """Ask ways for a job, in random order: {way: answer} of those that do it.
+
+    small: what is different in the job that gives the numbers. reference: the way of ours whose numbers are right. A
+    way whose numbers differ is recorded and not timed.
+    """
+    commands = dict.fromkeys(ways, WORK) | ({"peer": shlex.split(cfg.peer)} if cfg.peer else {})
+    expected = cache(lambda text: ask(WORK, {**json.loads(text), "way": reference})["numbers"])
+    answers = {}
+    for way in random.sample(list(commands), len(commands)):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                full = {**job, "way": way, "weights": folder}
+                answer = {"differs": "the reference", "wrong": False}
+                if way not in (reference, "floor"):
+                    answer = check_numbers(commands[way], {**full, **small, "repeats": 0}, expected)
+                label = answer.get("way", way)
+                if not answer["wrong"]:
+                    answers[label] = {**answer, **ask(commands[way], full)}
+                    continue
+                values = {"case": job["case"], "way": label, "not timed, its numbers differ by": answer["differs"]}
+                record(cfg, values, job["device"], answer.get("versions"))
+        except ValueError as error:
+            tell(f"without {way}: {error}" if "No module" in str(error) else f"{job['case']} without {way}: {error}")
+    return answers
+
+
+def work(cfg):
+    """Do one job from standard input, as a peer does."""
+    job = json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
+    answer = {"loss": loss_job, "train": train_job, "codec": codec_job}[job["benchmark"]](job)
+    packages = ("transformers", "moshi", "cut_cross_entropy", "liger_kernel")
+    answer["versions"] = {name: metadata.version(name) for name in packages if name in sys.modules}
+    print(json.dumps(answer))
+
+
+def new_job(benchmark, case, dtype, repeats, **rest):
+    device = pick_device("auto")
+    return {"benchmark": benchmark, "case": case, "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
+            "repeats": repeats, **rest}  # fmt: skip
+
+
+def sample_of(x):
+    """About 1000 numbers of a tensor, evenly spread, as a list."""
+    flat = x.detach().flatten()
+    return flat[:: max(1, len(flat) // 1000)].double().cpu().tolist()
+
+
+def timed(work, device):
+    """Seconds that work() takes."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def glibc(name, *numbers):
+    """Call a function of the GNU C library; without that library nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), name)(*numbers)
+
+
+def system_field(path, field):
+    """A field of /proc/self/status or /proc/meminfo in bytes; None on a system without such files."""
+    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
+
+
+def forget_peak(device):
+    """From now on `peak` counts anew. Returns the bytes in use now, None if the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    glibc("malloc_trim", 0)  # freed memory that the C library keeps would hide its next use
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return system_field("/proc/self/status", "VmRSS")
+
+
+def peak(device):
+    """Bytes at most in use since `forget_peak`: torch's on a GPU, else the process's."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else system_field("/proc/self/status", "VmHWM")
+
+
+def in_units(answer, unit):
+    return "not known" if answer.get("peak") is None else answer["peak"] / unit
+
+
+def check_room(need, device):
+    """Raise ValueError if `need` bytes are more than are free. The system would kill the process instead."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else system_field("/proc/meminfo", "MemAvailable")
+    if free is not None and need > free:
+        raise ValueError(f"it takes about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+# -----------------------------------------------------------------------------
+# digits: recordings, models
 
 
 def bench_data(cfg):
-    """Word error rate of the held-out recordings, by voice."""
-    rows = read_raw(cfg.raw)
-    rows = rows[: cfg.limit or len(rows)]
-    heard = []
-    for path, text, speaker in tqdm(rows, "listening", unit="wav"):
-        hypothesis = recognise(codecs.read_audio(path, RATE), RATE)
-        heard.append((speaker, text, hypothesis))
-        if cfg.show_errors and hypothesis != text:
-            tqdm.write(f"{os.path.basename(path)}: {text!r} heard as {hypothesis!r}")
-    print(report(heard))
-
-
-def round_trip(codec, wavs):
-    """wavs through the codec and back, and how many times faster than real time it encoded and decoded them."""
-    start = time.perf_counter()
-    codes = [codec.encode(wav[None]) for wav in wavs]
-    middle = time.perf_counter()
-    out = [codec.decode(c)[0, : len(wav)] for c, wav in zip(codes, wavs, strict=True)]
-    seconds, end = sum(map(len, wavs)) / codec.sample_rate, time.perf_counter()
-    return out, f"{seconds / (middle - start):.0f} x", f"{seconds / (end - middle):.0f} x"
-
-
-def bench_mel(cfg):
-    """mel: word error rate of held-out digits through it, STOI and PESQ of real speech it was not fitted on."""
-    rows = read_raw(cfg.raw)
-    held_out = {path for path, _, _ in rows}
-    rows = rows[: cfg.limit or len(rows)]
-    wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
-    training = [path for path, _, _ in read_raw(cfg.raw, every=True) if path not in held_out]
-    training = [codecs.read_audio(training[i], RATE) for i in np.random.default_rng(0).permutation(len(training))[:800]]
-
-    def error_rate(wavs):
-        heard = [("", text, recognise(wav, RATE)) for (_, text, _), wav in zip(rows, wavs, strict=True)]
-        _, words, errors = error_rates(heard)["all"]
-        return f"{errors / max(words, 1):.1%}"
-
-    print(f"{len(rows)} held-out recordings of digits; fitted on {sum(map(len, training)) / RATE:.0f} s of others")
-    print(f"word error rate of the recordings: {error_rate(wavs)}")
-    table_rows = []
-    for frame_rate in tqdm((10, 12.5, 16, 20), "frame rates", leave=False):
-        start = time.perf_counter()
-        codec = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training)
-        fitted = time.perf_counter() - start
-        out, *speeds = round_trip(codec, wavs)
-        table_rows.append((frame_rate, bit_rate(codec), error_rate(out), f"{fitted:.0f} s", *speeds))
-    print(table(table_rows, ["frames/s", "bit/s", "word error rate", "fit", "encode", "decode"]))
-
-    paths = read_speech(cfg.speech)
-    if not paths:
-        return
-    try:
-        from pystoi import stoi
-    except ImportError as error:
-        raise ValueError("STOI needs pystoi: pip install pystoi") from error
-    try:
-        from pesq import pesq
-    except ImportError:
-        print("no PESQ: it needs pesq and, to build that, a C compiler: pip install pesq")
-        pesq = None
-
-    def quality(wav, out):
-        """Wide-band PESQ (ITU-T P.862.2), 1 to 4.6."""
-        return pesq(RATE, *(codecs.resample(x, 24000, RATE).numpy() for x in (wav, out)), "wb") if pesq else math.nan
-
-    wavs = [codecs.read_audio(path, 24000) for path in paths]
-    table_rows = []
-    for frame_rate, size in ((12.5, 256), (12.5, 1024), (20, 256), (25, 256), (50, 256)):
-        codec = codecs.load_codec("mel", sample_rate=24000, frame_rate=frame_rate, codebook_size=size).fit(wavs[:16])
-        out, *speeds = round_trip(codec, wavs[16:])
-        scores = [stoi(wav.numpy(), o.numpy(), 24000) for wav, o in zip(wavs[16:], out, strict=True)]
-        heard = np.mean([quality(wav, o) for wav, o in zip(wavs[16:], out, strict=True)])
-        table_rows.append((frame_rate, size, bit_rate(codec), f"{np.mean(scores):.3f}", f"{min(scores):.3f}",
-                           f"{heard:.2f}", *speeds))  # fmt: skip
-    seconds = sum(map(len, wavs[:16])) / 24000
-    print(f"\nreal speech at 24 kHz: fitted on {seconds:.0f} s of 16 recordings, measured on 8 others")
-    print(table(table_rows, ["frames/s", "entries", "bit/s", "STOI", "least", "PESQ", "encode", "decode"]))
-
-
-def read_speech(folder, most=24):
-    """The first recordings of a folder in LJSpeech's layout; none, and a line that says so, where there is no such."""
-    metadata = os.path.join(folder, "metadata.csv")
-    if not folder or not os.path.exists(metadata):
-        print("no real speech: --speech=folder names recordings in LJSpeech's layout")
-        return []
-    with open(metadata, encoding="utf-8") as file:
-        names = [line.split("|")[0] for line in file][:most]
-    wavs = os.path.join(folder, "wavs")
-    files = {os.path.splitext(name)[0]: os.path.join(wavs, name) for name in os.listdir(wavs)}
-    return [files[name] for name in names]
-
-
-def bit_rate(codec):
-    return round(codec.n_codebooks * np.log2(codec.codebook_size) * codec.frame_rate)
+    """Word error rate of the held-out recordings, for each voice."""
+    rows = tqdm(read_raw(cfg.raw)[: cfg.limit or None], "listening", unit="wav")
+    results = [(voice, text, recognise(codecs.read_audio(path, RATE), RATE)) for path, text, voice in rows]
+    for voice, (utterances, words, errors) in error_rates(results).items():
+        record(cfg, {"case": voice, "utterances": utterances, "words": words, "errors": errors,
+                     "word errors %": 100 * errors / max(words, 1)})  # fmt: skip
 
 
 def new_strings(rows, speaker, n, seed):
-    """n different strings of 3 to 6 digits, of each length alike, that no recording of the speaker in `rows` reads."""
+    """n different strings of 3 to 6 digits that no recording of the speaker in `rows` reads."""
     rng = random.Random(f"{seed} {speaker}")
-    read, found = {text for _, text, voice in rows if voice == speaker}, []
+    known, found = {text for _, text, voice in rows if voice == speaker}, []
     while len(found) < n:
         text = " ".join(rng.choices(WORDS, k=3 + len(found) % 4))
-        if text not in read:
-            read.add(text)
+        if text not in known:
+            known.add(text)
             found.append(text)
     return found
 
@@ -298,220 +480,78 @@ def texts_to_speak(cfg):
     return [(voice, text) for voice in wanted for text in new_strings(rows, voice, cfg.strings, cfg.seed)]
 
 
-def listen(voice, cfg):
-    """Strings that a model speaks: [(speaker, text, what is heard)], how many end by themselves, real-time factor."""
-    how = {} if cfg.temperature is None else {"temperature": cfg.temperature}
-    heard, stopped, seconds, took = [], 0, 0.0, 0.0
-    for speaker, text in tqdm(texts_to_speak(cfg), "speaking", unit="wav"):
-        start = time.perf_counter()
-        wav = voice.say(text, speaker=speaker, seed=cfg.seed, **how)
-        took += time.perf_counter() - start
-        seconds += len(wav) / voice.sample_rate
-        stopped += voice.stopped
-        heard.append((speaker, text, recognise(wav, voice.sample_rate)))
-        if cfg.show_errors and heard[-1][1] != heard[-1][2]:
-            tqdm.write(f"{speaker}: {text!r} heard as {heard[-1][2]!r}")
-    return heard, stopped, took / max(seconds, 1e-9)
+voice_of = lru_cache(maxsize=1)(Voice.from_checkpoint)  # once in each process
+
+
+def speak_and_listen(cfg, ckpt, utterance):
+    """(speaker, text) -> (speaker, text, recognised), whether it ended by itself, seconds of work, seconds of audio."""
+    voice, (speaker, text) = voice_of(ckpt), utterance
+    start = time.perf_counter()
+    wav = voice.say(text, speaker=speaker, seed=cfg.seed, temperature=cfg.temperature)
+    took = time.perf_counter() - start
+    result = speaker, text, recognise(wav, voice.sample_rate)
+    return result, voice.stopped, took, len(wav) / voice.sample_rate
 
 
 def bench_sample(cfg):
-    """Word errors of one checkpoint for each voice and their mean over the voices."""
-    heard, stopped, factor = listen(Voice.from_checkpoint(cfg.ckpt), cfg)
-    print(report(heard))
-    print(f"mean over the voices {statistics.mean(voice_rates(heard).values()):.1%}")
-    print(f"{stopped} of {len(heard)} ended by themselves; real-time factor {factor:.2f}")
+    """Word errors of checkpoints for each voice, and their mean over the voices.
 
-
-def trained(recipe, seed, raw):
-    """The folder of a recipe's finished run with that seed; what is missing for it is made: data, tokens, the run."""
-    config, here = f"config/{recipe}.py", Path(__file__).parent
-    keys = configurator.configure(here / "train.py", [str(here / config)])
-    out_dir = f"{keys.out_dir}_{seed}"
-    steps = [(os.path.join(raw, "metadata.csv"), [os.path.join(raw, "prepare.py")]),
-             (os.path.join(keys.data_dir, "meta.json"), ["prepare.py", config])]  # fmt: skip
-    lines = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
-    if not lines or lines[-1]["iter"] < keys.max_iters:
-        resume = ["--init_from=resume"] if os.path.exists(os.path.join(out_dir, "last.pt")) else []
-        run = ["train.py", config, f"--seed={seed}", f"--out_dir={out_dir}", *resume]
-        steps.append((os.path.join(out_dir, "never"), run))
-    for product_, command in steps:
-        if not os.path.exists(product_):
-            print("python", *command, flush=True)
-            if subprocess.run([sys.executable, *command], cwd=here).returncode:
-                raise ValueError(f"python {' '.join(command)} failed, see above")
-    return out_dir
-
-
-def bench_families(cfg):
-    """Families that read digits aloud: sizes, time, held-out loss, word error rate by seed, real-time factor."""
-    here, rows = Path(__file__).parent, []
-    recipes = cfg.recipes.split(",") if cfg.recipes else sorted(path.stem for path in here.glob("config/digits*.py"))
-    for recipe, seed in product(recipes, [int(seed) for seed in cfg.seeds.split(",")]):
-        out_dir = trained(recipe, seed, cfg.raw)
-        lines, voice = read_metrics(os.path.join(out_dir, "metrics.jsonl")), Voice.from_checkpoint(f"{out_dir}/best.pt")
-        heard, stopped, factor = listen(voice, cfg)
-        rates = voice_rates(heard)
-        codec, n = voice.codec, sum(p.numel() for p in voice.model.parameters())
-        codes = f"{codec.n_codebooks} x {codec.codebook_size} x {codec.frame_rate:g}/s"
-        minutes = sum(line["timing"]["seconds"] for line in lines) / 60
-        rows.append([recipe, seed, f"{n / 1e6:.2f}M", codes, lines[-1]["iter"], f"{minutes:.1f}",
-                     f"{lowest_loss(lines):.3f}", ", ".join(f"{rate:.1%} {key}" for key, rate in rates.items()),
-                     f"{statistics.mean(rates.values()):.1%}", f"{stopped}/{len(heard)}", f"{factor:.2f}"])  # fmt: skip
-        print(table(rows, ["recipe", "seed", "parameters", "codes", "steps", "minutes", "held-out loss", "word errors",
-                           "mean", "ended", "real-time factor"]), flush=True)  # fmt: skip
-
-
-# -----------------------------------------------------------------------------
-# time and memory
-
-
-def timed(work, device):
-    """Seconds that work() takes."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def system_says(path, field):
-    """A field of /proc/self/status or /proc/meminfo in bytes; None on a system without such files."""
-    try:
-        with open(path, encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
-    except OSError:
-        return None
-
-
-def forget_peak(device):
-    """From now on `peak` counts anew. Returns the bytes in use now, None where the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    # memory that was freed, but that the C library keeps in store, would hide the next use of it
-    train.glibc("malloc_trim", 0)
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except OSError:
-        return None
-    return system_says("/proc/self/status", "VmRSS")
-
-
-def peak(device):
-    """The most bytes in use since `forget_peak`."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else system_says("/proc/self/status", "VmHWM")
-
-
-def free_bytes(device):
-    """Memory to be had; without end where the system does not tell."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-    train.glibc("malloc_trim", 0)  # what `keep_memory` has kept
-    return system_says("/proc/meminfo", "MemAvailable") or math.inf
-
-
-def check_room(need, device):
-    """Raise ValueError where `need` bytes are more than are free."""
-    if need > (free := free_bytes(device)):
-        raise ValueError(f"it takes about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-
-
-def apart(work, *args):
-    """work(*args) in a fresh process, in which nothing is left of what was measured before."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(work, *args).result()
-
-
-def machine(device):
-    """What the numbers were taken on, in a line."""
-    if device == "cuda":
-        model = torch.cuda.get_device_name()
-    else:
-        model = platform.processor() or platform.machine()
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo", encoding="utf-8") as file:
-                model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-        model += f", {torch.get_num_threads()} threads"
-    return f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {model}"
-
-
-def chosen(names, known, key):
-    """The entries of `known` that a key with commas names; all of them where it is empty. Raises ValueError."""
-    names = [name.strip() for name in names.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{key} = {name!r}: there is {', '.join(known)}")
-    return {name: known[name] for name in names or known}
-
-
-def in_words(seconds):
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    Strings go to as many processes as there are cores, each with one thread. What a model says depends on its text and
+    seed alone, so the numbers are those of one process.
+    """
+    texts, workers = texts_to_speak(cfg), 1 if torch.cuda.is_available() else os.cpu_count()
+    for ckpt in cfg.ckpt.split(","):
+        voice = voice_of(ckpt)  # here too, so that what is wrong with it is one line
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            done = pool.map(partial(speak_and_listen, cfg, ckpt), texts)
+            results, stopped, took, audio = zip(*tqdm(done, ckpt, len(texts), unit="wav"), strict=True)
+        rates = error_percent(results)
+        rates.pop("all")
+        values = {"case": ckpt, "steps": voice.report["iter"]}
+        values |= {f"{name}, word errors %": rate for name, rate in rates.items()}
+        record(cfg, values | {"mean %": statistics.mean(rates.values()), "ended": f"{sum(stopped)} of {len(results)}",
+                              "real-time factor": sum(took) / max(sum(audio), 1e-9)}, voice.device.type)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
 # the loss of K heads
 
-# K, V, D, N, and whether all heads read one state
 LOSS_SIZES = {
-    "csm-512": (31, 2051, 1024, 512, False),  # the depth decoder of CSM and Marvis, so many frames
-    "csm-4096": (31, 2051, 1024, 4096, False),
-    "csm-16384": (31, 2051, 1024, 16384, False),
-    "valle": (8, 1025, 1024, 32768, True),
-    "kani": (1, 80538, 1024, 8192, False),
-    "kani-512": (1, 80538, 1024, 512, False),  # the tokens of 128 frames, each against the whole vocabulary
-    "kani-512-codebook": (4, 4033, 1024, 128, False),  # the same against their own codebooks
+    "csm-512": dict(K=31, V=2051, D=1024, N=512, shared=False),  # the depth decoder of CSM and Marvis, so many frames
+    "csm-4096": dict(K=31, V=2051, D=1024, N=4096, shared=False),
+    "csm-16384": dict(K=31, V=2051, D=1024, N=16384, shared=False),
+    "valle": dict(K=8, V=1025, D=1024, N=32768, shared=True),  # all heads read one state
+    "kani": dict(K=1, V=80538, D=1024, N=8192, shared=False),
+    "kani-512": dict(K=1, V=80538, D=1024, N=512, shared=False),  # 128 frames, each token against the whole vocabulary
+    "kani-512-codebook": dict(K=4, V=4033, D=1024, N=128, shared=False),  # the same, against its own codebook
 }
-LOSSES = ("ours", "eager", "compiled", "torch chunked", "liger", "cut cross-entropy")
-HOLDS = {"eager": 3, "compiled": 2}  # so many times all logits, in the type they are in: what of it has to fit
-
-
-def eager_loss(hidden, weight, target):
-    """All logits (N, K, V) at once, in the type that hidden is given in."""
-    logits = torch.einsum("nkd,kvd->nkv" if hidden.ndim == 3 else "nd,kvd->nkv", hidden, weight)
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten()) * len(weight)
+LOSSES = ("ours", "eager", "compiled", "torch chunked", "liger", "cut cross-entropy", "floor")
+BY_HEAD = ("torch chunked", "liger", "cut cross-entropy")  # made for one head: each head is a parameter of its own
 
 
 def loss_way(way, device):
-    """A loss function: hidden (N, K, D) or (N, D), weight (K, V, D), target (N, K) -> the sum over codebooks of means.
+    """A loss function: hidden (N, K, D) or (N, D), heads, target (N, K) -> the sum over codebooks of means.
 
-    Those made for one head go codebook by codebook, each head a parameter of its own, since otherwise the heads'
-    gradients would be held twice; chunks and approximations are as their authors set them. Raises ImportError or
-    ValueError for what cannot be had here.
+    heads: [(K, V, D)], or K times (V, D) for the ways in BY_HEAD. Chunks and approximations are as their authors set
+    them. Raises ImportError or ValueError if it cannot run here.
     """
 
     def each(one):
-        def loss(hidden, weight, target):
-            states = hidden.unbind(1) if hidden.ndim == 3 else [hidden] * len(weight)
-            heads = [w.detach().requires_grad_() for w in weight]
+        def loss(hidden, heads, target):
+            states = hidden.unbind(1) if hidden.ndim == 3 else [hidden] * len(heads)
             return sum(one(h, w, t) for h, w, t in zip(states, heads, target.T.contiguous(), strict=True))
 
         return loss
 
+    def eager(hidden, heads, target):  # all logits (N, K, V) at once
+        logits = torch.einsum("nkd,kvd->nkv" if hidden.ndim == 3 else "nd,kvd->nkv", hidden, heads[0])
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten()) * target.shape[1]
+
     if way == "ours":
-        return lambda hidden, weight, target: multi_codebook_cross_entropy(hidden, weight, target)[0].sum()
-    if way == "eager":
-        return eager_loss
-    if way == "compiled":
-        torch.compiler.reset()  # or it would take a new size for a sign that sizes change, and compile for any
-        return torch.compile(eager_loss)
+        return lambda hidden, heads, target: multi_codebook_cross_entropy(hidden, heads[0], target)[0].sum()
+    if way in ("eager", "compiled"):
+        return torch.compile(eager) if way == "compiled" else eager
     if way == "torch chunked":  # torch's own form for several heads does not go by chunks
-        if not hasattr(F, "linear_cross_entropy"):
-            raise ValueError("this torch has no linear_cross_entropy")
         return each(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
     if way == "liger":
         if device == "cpu":
@@ -525,140 +565,86 @@ def loss_way(way, device):
     return each(partial(linear_cross_entropy, impl="cce" if device == "cuda" else "torch_compile"))
 
 
-def loss_inputs(size, dtype, device):
-    """hidden, weight, target of a size, drawn in the type they are given in."""
-    K, V, D, N, shared = size
-    torch.manual_seed(0)
-    hidden = torch.randn((N, D) if shared else (N, K, D), dtype=dtype, device=device)
-    weight = torch.randn(K, V, D, dtype=dtype, device=device).mul_(D**-0.5)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N, K), device=device)
+def loss_inputs(job, dtype):
+    """hidden, weight, target of a job, the first two rounded to the type of the job."""
+    K, V, D, N = (job[key] for key in "KVDN")
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((N, D) if job["shared"] else (N, K, D), np.float32)
+    weight = rng.standard_normal((K, V, D), np.float32) * np.float32(D**-0.5)
+    target = torch.from_numpy(rng.integers(V, size=(N, K)))
+    rounded = [torch.from_numpy(x).to(job["device"], getattr(torch, job["dtype"])).to(dtype) for x in (hidden, weight)]
+    return *rounded, target.to(job["device"])
 
 
-def loss_pass(loss, hidden, weight, target):
-    loss(hidden, weight, target).backward()
-    hidden.grad = weight.grad = None
-
-
-def loss_memory(way, size, dtype, device):
-    """Bytes that forward and backward take at their highest, less inputs and gradients; None if not to be told."""
-    if device == "cpu":  # each block by itself, so that it leaves when it is freed: gaps in the heap are nobody's need
-        train.glibc("mallopt", -3, 2**16)  # M_MMAP_THRESHOLD
-    loss, inputs = loss_way(way, device), loss_inputs(size, dtype, device)
-    # first what is only done once: a library's own tables and stores; what is compiled, is compiled for the size
-    whole = way in ("compiled", "cut cross-entropy")
-    loss_pass(loss, *(inputs if whole else loss_inputs((*size[:3], 64, size[4]), dtype, device)))
-    hidden, weight, _ = (x.detach() for x in inputs)
-    three_products(hidden if size[4] else hidden[:, :1], weight if size[4] else weight[:1], device)()
-    before = forget_peak(device)
-    loss_pass(loss, *inputs)
-    return None if before is None else peak(device) - before - inputs[0].nbytes - inputs[1].nbytes
+def loss_bytes(job):
+    """Bytes of hidden and weight together, and of all logits."""
+    K, V, D, N = (job[key] for key in "KVDN")
+    size = DTYPES[job["dtype"]].itemsize
+    return size * D * (N * (1 if job["shared"] else K) + K * V), size * N * K * V
 
 
 def three_products(hidden, weight, device):
-    """A function that makes the three matrix products of a loss with whole matrices and does nothing else.
-
-    A GPU makes them for all heads at once if it can, a CPU head by head, as either is faster.
-    """
+    """A function that does the three matrix products of a loss with whole matrices and nothing else: on a GPU for all
+    heads at once, on a CPU head by head, as either is faster."""
     h, w = (hidden[None], weight.flatten(0, 1)[None]) if hidden.ndim == 2 else (hidden.transpose(0, 1), weight)
-    logits = h.shape[0] * h.shape[1] * w.shape[1] * h.itemsize
-    together = device == "cuda" and logits + h.nbytes + w.nbytes < free_bytes(device)
-    pairs = [(h, w)] if together else list(zip(h, w, strict=True))
+    pairs = [(h, w)] if device == "cuda" else list(zip(h, w, strict=True))
     h, w = pairs[0]
     columns = w.shape[-2]  # of rows that begin at multiples of 64, as caches and tensor cores like it
     x = torch.empty(*h.shape[:-1], math.ceil(columns / 64) * 64, dtype=h.dtype, device=device)[..., :columns]
     dh, dw = torch.empty_like(h), torch.empty_like(w)
 
-    def work():
+    def products():
         for h, w in pairs:
             torch.matmul(h, w.mT, out=x)
             torch.matmul(x, w, out=dh)
             torch.matmul(x.mT, h, out=dw)
 
-    return work
+    return products
 
 
-def loss_times(ways, size, dtype, device, repeats, bar):
-    """{way: median seconds}, in an order drawn anew each time, without those that fail; "floor": `three_products`."""
-    inputs = loss_inputs(size, dtype, device)
-    works = {way: partial(loss_pass, loss_way(way, device), *inputs) for way in ways}
-    works["floor"] = three_products(inputs[0].detach(), inputs[1].detach(), device)
-    seconds = {way: [] for way in works}
-    for _ in range(1 + repeats):
-        for way in random.sample(list(works), len(works)):
-            try:
-                seconds[way].append(timed(works[way], device))
-            except RuntimeError as error:  # above all for want of memory
-                tqdm.write(f"without the time of {way}: {first_line(error)}")
-                del works[way]
-            bar.update()
-    return {way: statistics.median(seconds[way][1:]) for way in works}
+def loss_job(job):
+    """Numbers, seconds and memory of one way; way = "reference": the eager loss in float64."""
+    way, device = job["way"], job["device"]
+    reference, dtype = way == "reference", DTYPES[job["dtype"]]
+    inputs, logits = loss_bytes(job)
+    check_room(2 * inputs + {"eager": 3, "compiled": 2}.get(way, 0) * logits, device)
+    hidden, weight, target = loss_inputs(job, torch.float64 if reference else dtype)
+    if way == "floor":
+        products = three_products(hidden, weight, device)
+        return {"seconds": [timed(products, device) for _ in range(1 + job["repeats"])][1:]}
+    loss = loss_way("eager" if reference else way, device)
+    heads = [w.requires_grad_() for w in (weight.unbind() if way in BY_HEAD else [weight])]
+    hidden.requires_grad_()
 
+    def once():
+        value = loss(hidden, heads, target)
+        return value, *torch.autograd.grad(value, [hidden, *heads])
 
-def apart_from(a, b):
-    """The largest difference, as a share of the largest value of b."""
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-
-
-def loss_differences(size, dtype, device):
-    """Ours against eager in float64 on few rows: relative differences of loss, hidden's and weight's gradient."""
-    *given, target = loss_inputs((*size[:3], min(size[3], 64), size[4]), dtype, device)
-    results = []
-    for way, kind in (("ours", dtype), ("eager", torch.float64)):
-        inputs = [x.detach().to(kind).requires_grad_() for x in given]
-        loss = loss_way(way, device)(*inputs, target)
-        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
-    return [apart_from(a, b) for a, b in zip(*results, strict=True)]
-
-
-def compare_losses(sizes, dtypes, repeats, ways=LOSSES):
-    """Print the tables of `loss`: sizes {name: (K, V, D, N, shared)}, dtypes {name: type}."""
-    device, rows, checks, able = pick_device("auto"), [], [], []
-    for way in ways:
-        try:
-            loss_way(way, device)
-            able.append(way)
-        except (ImportError, ValueError) as error:
-            print(f"without {way}: {first_line(error)}")
-    bar = tqdm(total=len(sizes) * len(dtypes) * (len(able) + (len(able) + 1) * (1 + repeats)), desc="loss")
-    for (name, size), (kind, dtype) in product(sizes.items(), dtypes.items()):
-        K, V, D, N, shared = size
-        checks.append((name, kind, *(f"{x:.1e}" for x in loss_differences(size, dtype, device))))
-        memory = {}
-        for way in able:
-            try:
-                held = HOLDS.get(way, 0) * N * K * V + 2 * (N * D * (1 if shared else K) + K * V * D)
-                check_room(held * dtype.itemsize, device)
-                measure = loss_memory if device == "cuda" else partial(apart, loss_memory)
-                memory[way] = measure(way, size, dtype, device)
-                bar.update()
-            except Exception as error:  # whatever stops another's code, the others can be measured
-                tqdm.write(f"{name} {kind} without {way}: {first_line(error)}")
-                bar.update(2 + repeats)
-        if not memory:
-            continue
-        times = loss_times(memory, size, dtype, device, repeats, bar)
-        floor = times.pop("floor", math.nan)
-        for way, seconds in times.items():
-            extra = memory[way]
-            shown = ("-", "-") if extra is None else (f"{extra / 1e6:.0f}", f"{extra / (4 * N * K * V):.1%}")
-            rows.append((name, kind, way, in_words(seconds), f"{seconds / floor:.2f}", *shown))
-        rows.append((name, kind, "floor", in_words(floor), "1.00", "", ""))
-    bar.close()
-    print(f"Forward and backward, median of {repeats}; floor: the three matrix products alone. Memory: beside inputs "
-          "and gradients, and as a share of the logits in float32.")  # fmt: skip
-    print(table(rows, ["size", "type", "way", "time", "of floor", "extra MB", "of logits"]))
-    print("Ours against eager in float64, 64 rows, largest difference as a share of the largest value:")
-    print(table(checks, ["size", "type", "loss", "hidden's gradient", "weight's gradient"]))
+    value, of_hidden, *of_heads = once()  # this also compiles, and fills tables that are made once
+    numbers = {"loss": [value.item()], "hidden": sample_of(of_hidden), "weight": sample_of(torch.cat(of_heads))}
+    del value, of_hidden, of_heads
+    seconds = [timed(once, device) for _ in range(job["repeats"])]
+    if device == "cpu":  # each block by itself, so that it leaves when it is freed: gaps in the heap are nobody's need
+        glibc("mallopt", -3, 2**16)  # M_MMAP_THRESHOLD
+    before = forget_peak(device)
+    once()
+    return {"numbers": numbers, "seconds": seconds, "peak": None if before is None else peak(device) - before - inputs}
 
 
 def bench_loss(cfg):
-    """The loss of K heads, ours and others'."""
-    print(machine(device := pick_device("auto")))
-    ways = chosen(cfg.ways, dict.fromkeys(LOSSES), "ways")
+    """The loss of K heads: ours, peers', and the floor below all of them."""
     sizes, dtypes = chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
-    if device == "cpu":
-        train.keep_memory()  # as train.py does: gradients of the size of the weights come and go
-    compare_losses(sizes, dtypes, cfg.repeats, ways)
+    ways = {**chosen(cfg.ways, dict.fromkeys(LOSSES), "ways"), "floor": None}
+    for size, dtype in product(sizes, dtypes):
+        job = new_job("loss", f"{size}, {dtype}", dtype, cfg.repeats, **sizes[size])
+        answers = compare(cfg, job, {"N": min(job["N"], 64)}, ways, "reference")
+        floor = answers.get("floor", {"seconds": [math.nan]})["seconds"]
+        for way, answer in answers.items():
+            took = statistics.median(answer["seconds"])
+            values = {"case": job["case"], "way": way, "seconds": took, "of floor": took / statistics.median(floor)}
+            if way != "floor":
+                values |= {"extra MB": in_units(answer, 1e6), "differs by": answer["differs"]}
+            record(cfg, values, job["device"], answer.get("versions"))
 
 
 # -----------------------------------------------------------------------------
@@ -671,73 +657,47 @@ TRAIN_SIZES = {
     "marvis": dict(text_vocab_size=49152, n_codebooks=32, codebook_size=2048,
                    backbone="llama-250M", decoder="llama-60M"),
 }  # fmt: skip
-WARM_UP = 3  # steps
-TEXT_ROWS, FRAMES = 40, 152  # of each utterance, the stop frame among these
-FRACTIONS = {"1/16": 1 / 16, "1": 1.0}  # of the frames, for the depth decoder
-# Who trains, and with which AdamW: as train.py sets it up, with sparse_embeddings, and with step_in_backward too; as
-# torch gives it, fused
-STEPS = [("ours", "own"), ("ours", "sparse"), ("ours", "in backward"),
-         *product(("transformers", "marvis", "sesame-finetune"), ("default", "fused"))]  # fmt: skip
+FRACTIONS = {"1/16": 1 / 16, "1": 1.0}
+# ours as train.py sets it up, then with its keys sparse_embeddings, and step_in_backward too; peers with torch's AdamW
+STEPS = {"ours": [], "ours sparse": ["--sparse_embeddings=True"],
+         "ours in backward": ["--sparse_embeddings=True", "--step_in_backward=True"], "ours compiled": [],
+         "transformers": [], "transformers compiled": []}  # fmt: skip
+WARM_UP = 3  # steps in which the optimizer's state is made and a process gets the memory that it goes on with
+TINY_MIMI = dict(hidden_size=16, num_filters=2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                 intermediate_size=8, codebook_size=8, codebook_dim=4, upsample_groups=4,
+                 vector_quantization_hidden_dimension=4)  # fmt: skip
 
 
-def step_label(way, optimizer):
-    return way if optimizer == "own" else f"{way} {optimizer}"
+def csm_of(job):
+    sizes = {key: job[key] for key in ("text_vocab_size", "n_codebooks", "codebook_size", "backbone", "decoder")}
+    return CSM(CSMConfig(**sizes, stop="zeros", decoder_fraction=job["fraction"]))  # peers stop at zeros, too
 
 
-def csm_config(size, fraction):
-    return CSMConfig(**size, stop="zeros", decoder_fraction=fraction)  # as all the others stop
-
-
-def csm_batch(c, utterances, seed):
+def csm_batch(c, job, seed):
     """tokens (B, S, K + 1), segment (B, S) as `Batches` gives them."""
     rng, rows = np.random.default_rng(seed), []
-    for _ in range(utterances):
-        codes = rng.integers(1, c.codebook_size, (FRAMES - 1, c.n_codebooks))
-        rows.append(c.layout(rng.integers(0, c.text_vocab_size, TEXT_ROWS), codes))
+    for _ in range(job["utterances"]):
+        text = rng.integers(0, c.text_vocab_size, job["text_rows"])
+        rows.append(c.layout(text, rng.integers(1, c.codebook_size, (job["frames"] - 1, c.n_codebooks))))
     return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
 
 
-# For each way: a model, what it makes of a batch beforehand, and its loss of that.
+def transformers_csm(ours):
+    """The same model in transformers, by weights.py's export: (model, what it takes of a batch, its loss of that)."""
+    from transformers import CsmConfig, CsmForConditionalGeneration
 
-
-def ours_way(c):
-    model = CSM(c)
-    return model, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
-
-
-def transformers_way(c):
-    """CsmForConditionalGeneration of these sizes. Its codec, which here has nothing to do, is a tiny one."""
-    from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
-
-    def stack(s, context, **more):
-        rope = {"rope_type": "default", "rope_theta": s.rope_theta}
-        if s.rope_scaling:  # the same frequencies, told with a context shorter than the positions, as its check wants
-            factor, low, high, original = s.rope_scaling
-            rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low * context / original,
-                     "high_freq_factor": high * context / original,
-                     "original_max_position_embeddings": context}  # fmt: skip
-        return dict(
-            num_hidden_layers=s.n_layer, num_attention_heads=s.n_head, num_key_value_heads=s.n_kv_head,
-            hidden_size=s.d_model, intermediate_size=s.d_ff, head_dim=s.head_dim, rms_norm_eps=s.norm_eps,
-            num_codebooks=c.n_codebooks, vocab_size=c.audio_vocab_size, rope_parameters=rope, **more,
-        )  # fmt: skip
-
-    codec = MimiConfig(hidden_size=16, num_filters=2, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                       intermediate_size=8, codebook_size=8, codebook_dim=4, upsample_groups=4,
-                       vector_quantization_hidden_dimension=4)  # fmt: skip
-    model = CsmForConditionalGeneration(CsmConfig(
-        **stack(c.backbone, 1024, max_position_embeddings=c.backbone.max_positions, text_vocab_size=c.text_vocab_size),
-        depth_decoder_config=stack(c.decoder, 16, backbone_hidden_size=c.backbone.d_model),
-        codec_config=codec.to_dict(), tie_codebooks_embeddings=True, codebook_pad_token_id=c.audio_vocab_size - 1,
-        bos_token_id=0, pad_token_id=0, audio_token_id=0, audio_eos_token_id=0,
-    ))  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        weights.export(ours, folder)
+        config = CsmConfig.from_pretrained(folder, codec_config=TINY_MIMI)  # a codec has nothing to do here
+        model = CsmForConditionalGeneration.from_pretrained(folder, config=config)
+    fraction = ours.config.decoder_fraction
 
     def prepare(tokens, segment):
-        """Frames the depth decoder leaves out have no label beyond codebook 0; drawn as ours draws them."""
+        """Frames that the depth decoder leaves out have no label beyond codebook 0. They are drawn as ours are."""
         frames = segment == AUDIO
         labels = torch.where(frames[..., None], tokens[..., :-1], -100)
         kept = torch.ones_like(frames)
-        kept[frames] = torch.rand(int(frames.sum())) < c.decoder_fraction
+        kept[frames] = torch.rand(int(frames.sum())) < fraction
         kept |= (tokens[..., :-1] == 0).all(-1)
         labels[..., 1:].masked_fill_(~kept[..., None], -100)
         return tokens, (segment == TEXT)[..., None], frames[..., None], labels
@@ -750,532 +710,220 @@ def transformers_way(c):
     return model, prepare, loss
 
 
-def masked(tokens, segment):
-    """tokens, and which of their columns count (B, S, C): what all who come from Sesame's own code take."""
-    text = torch.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
-    return tokens, torch.where(text, (segment == TEXT)[..., None], (segment == AUDIO)[..., None])
+def train_job(job):
+    """Numbers of one pass, or seconds of steps and the peak of the process, of one way in STEPS."""
+    device, way = job["device"], job["way"]
+    with torch.device("meta"):  # weights, gradients, two means of AdamW, and a quarter more
+        check_room(20 * sum(p.numel() for p in csm_of(job).parameters()), device)
+    torch.manual_seed(0)
+    ours = csm_of(job)
+    model, prepare, loss = ours, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+    if way.startswith("transformers"):
+        model, prepare, loss = transformers_csm(ours)
+    model.to(device).train()
+    net = torch.compile(model, dynamic=True) if way.endswith("compiled") else model
 
-
-def clone(variable):
-    """Put the clone that an environment variable names on Python's path. Raises ImportError where it names none."""
-    if variable not in os.environ:
-        raise ImportError(f"the environment variable {variable} names no clone of its repository")
-    sys.path.insert(0, os.environ[variable])
-
-
-def register(flavors, c):
-    """Our sizes among theirs, under the names "backbone" and "decoder"."""
-    from torchtune.models import llama3_2
-
-    def stack(s):
-        return llama3_2.llama3_2(
-            vocab_size=1, num_layers=s.n_layer, num_heads=s.n_head, num_kv_heads=s.n_kv_head, embed_dim=s.d_model,
-            max_seq_len=s.max_positions, intermediate_dim=s.d_ff, norm_eps=s.norm_eps, rope_base=int(s.rope_theta),
-            scale_factor=int(s.rope_scaling[0]),
-        )  # fmt: skip
-
-    flavors.update(backbone=partial(stack, c.backbone), decoder=partial(stack, c.decoder))
-
-
-def marvis_way(c):
-    clone("MARVIS")
-    from marvis_tts import models
-
-    register(models.FLAVORS, c)
-    vocabularies = c.text_vocab_size, c.audio_vocab_size, c.n_codebooks
-    model = models.Model(models.ModelArgs("backbone", "decoder", *vocabularies, pad_multiple=16))
-    model.setup_caches(1, training=True)
-    return model, masked, lambda net, *batch: net(*batch, decoder_fraction=c.decoder_fraction)["loss"]
-
-
-def finetune_way(c):
-    if c.decoder_fraction != 1 / 16:
-        raise ValueError("its depth decoder trains on 1/16 of the frames, whatever one asks")
-    clone("CSM_FINETUNE")
-    # what it imports to read settings, to encode and to speak, and does not need to train
-    sys.modules.update({name: MagicMock() for name in ("dotenv", "moshi", "moshi.models", "generator")})
-    finetune = import_module("utils")
-    models = import_module("models")  # Sesame's own, which only now can be found
-
-    register(models.FLAVORS, c)
-    vocabularies = c.text_vocab_size, c.audio_vocab_size, c.n_codebooks
-    model = finetune.init_weights(models.Model(models.ModelArgs("backbone", "decoder", *vocabularies)))
-    model.decoder_loss_weight, model.forward = 0.5, types.MethodType(finetune.forward, model)
-    return model, masked, lambda net, *batch: net(*batch)
-
-
-WAYS = {"ours": ours_way, "transformers": transformers_way, "marvis": marvis_way, "sesame-finetune": finetune_way}
-
-
-def make_optimizers(model, kind):
-    """AdamW as a kind of `STEPS` has it."""
-    if kind in ("own", "sparse", "in backward"):
-        flags = [f"--sparse_embeddings={kind != 'own'}"]
-        optimizers = train.make_optimizers(model, configurator.configure(Path(train.__file__), flags))
-        if kind == "in backward":
-            train.hook_steps(optimizers, lambda optimizer, _: optimizer.step())
-        return optimizers
-    return [torch.optim.AdamW(model.parameters(), fused=kind == "fused" or None)]
-
-
-def product_share(step, device):
-    """Share of a step's time that goes into matrix products; attention's own kernels are not counted."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
-    with torch.profiler.profile() as profiler:
-        timed(step, device)
-    events = profiler.key_averages()
-    names = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
-    matrix = [event for event in events if event.key in names]
-    if device == "cpu":
-        return sum(e.self_cpu_time_total for e in matrix) / sum(e.self_cpu_time_total for e in events)
-    # a kernel's time stands twice: under its own name, and under that of the operation that launched it
-    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    return sum(e.self_device_time_total for e in matrix) / sum(e.self_device_time_total for e in kernels)
-
-
-def train_steps(way, optimizer, size, dtype, fraction, utterances, compiled, repeats, device):
-    """Whole steps of one way: {"seconds": one number a step, "peak": bytes or None, "products": their share}.
-
-    The first `WARM_UP` steps, in which the optimizer's state is made and a process gets the memory it goes on with, are
-    not among them. The peak is of all steps, on a CPU that of the whole process, with the model, but without what it
-    took to make it.
-    """
-    c = csm_config(size, fraction)
-    with torch.device(device):
-        torch.manual_seed(0)
-        model, prepare, loss = WAYS[way](c)
-    model.train()
-    net = torch.compile(model, dynamic=True) if compiled else model
-    optimizers = make_optimizers(model, optimizer)
-    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    def step(seed, *batch):
-        torch.manual_seed(seed)  # the frames for the depth decoder are drawn anew, by each way as many in the mean
-        if way != "ours":  # which itself takes to the device what it needs there
-            batch = [x.to(device) for x in batch]
-        with autocast():
-            value = loss(net, *batch)
-        value.backward()
-        for each in optimizers:
-            each.step()
-            each.zero_grad()
-        return value
-
-    seconds = []
-    forget_peak(device)
-    for seed in range(WARM_UP + repeats + 1):
+    def passed(seed):
         torch.manual_seed(seed)
-        batch = prepare(*csm_batch(c, utterances, seed))
-        if seed < WARM_UP + repeats:
-            seconds.append(timed(partial(step, seed, *batch), device))
-        if way == "ours" and device == "cpu" and not seed:
-            train.keep_memory()  # as train.py does after the first step
-    highest, products = peak(device), product_share(partial(step, seed, *batch), device)
-    return {"seconds": seconds[WARM_UP:], "peak": highest, "products": products}
+        batch = prepare(*csm_batch(ours.config, job, seed))
+        torch.manual_seed(seed)  # ours draws the depth decoder's frames in the pass, transformers did so in `prepare`
+        with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
+            return loss(net, *[x.to(device) for x in batch])
+
+    if not job["repeats"]:
+        value = passed(0)
+        value.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return {"numbers": {"loss": [value.item()], "gradient": [norm.item()]}}
+    backward, update = make_optimizer(model, way, device)
+    forget_peak(device)
+    seconds = [timed(lambda: (backward(passed(seed)), update()), device)  # noqa: B023
+               for seed in range(WARM_UP + job["repeats"])]  # fmt: skip
+    return {"seconds": seconds[WARM_UP:], "peak": peak(device)}
 
 
-def csm_operations(size, fraction, utterances):
-    """Operations of a step: 6 for each weight of a matrix and each row that goes through it.
-
-    A weight makes a product and a sum forwards and twice as many backwards. The backbone has B S rows, codebook 0's
-    head N (one a frame), the depth decoder and its projection K for each of the M = fraction N frames it sees, its
-    heads one each for M frames. Embeddings are only looked up; attention's own products are not counted.
-    """
-    with torch.device("meta"):
-        model = CSM(csm_config(size, fraction))
-
-    def count(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters() if p.ndim > 1)
-
-    N, K = utterances * FRAMES, model.config.n_codebooks
-    rows = utterances * (TEXT_ROWS + FRAMES) * count(model.backbone) + N * model.codebook0_head.numel()
-    M = fraction * N
-    return 6 * (rows + M * K * count(model.decoder, model.projection) + M * model.decoder_heads.numel())
-
-
-def csm_bytes(size):
-    """What the weights, their gradients and AdamW's two means take, and a quarter more for activations."""
-    with torch.device("meta"):
-        return 1.25 * 16 * sum(p.numel() for p in CSM(csm_config(size, 1.0)).parameters())
-
-
-def matrix_rate():
-    """Operations a second of a GPU in a product of two 8192 x 8192 matrices in bfloat16."""
-    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
-    seconds = [timed(lambda: a @ b, "cuda") for _ in range(20)]
-    return 2 * 8192**3 / statistics.median(seconds[5:])
-
-
-def paired(ours, theirs):
-    """Our parameters with those of transformers they equal: (ours, theirs, whether one is the other transposed)."""
-    names = {"text_embedding": "embed_text_tokens", "projection": "depth_decoder.model.inputs_embeds_projector",
-             "audio_embedding": "backbone_model.embed_tokens.embed_audio_tokens", "codebook0_head": "lm_head.weight",
-             "decoder_heads": "depth_decoder.codebooks_head.weight", "backbone": "backbone_model",
-             "decoder": "depth_decoder.model"}  # fmt: skip
-    inner = {"attn": "self_attn", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    for name, p in ours.named_parameters():
-        first, *rest = name.split(".")
-        q = theirs.get_parameter(".".join([names[first], *(inner.get(part, part) for part in rest)]))
-        yield p, q, name == "decoder_heads"
-
-
-def csm_differences(size, fraction=1.0):
-    """Ours against transformers with the same weights, on the same frames, in float32: relative differences of the
-    loss and, the largest of all parameters, of the gradients."""
-    c = csm_config(size, fraction)
-    torch.manual_seed(0)
-    (ours, _, our_loss), (theirs, prepare, their_loss) = ours_way(c), transformers_way(c)
-    with torch.no_grad():
-        for p, q, turned in paired(ours, theirs):
-            q.copy_(p.mT if turned else p)
-    batch = csm_batch(c, 2, 0)
-    torch.manual_seed(0)
-    prepared = prepare(*batch)
-    torch.manual_seed(0)  # for the same frames
-    losses = our_loss(ours, *batch), their_loss(theirs, *prepared)
-    for loss in losses:
-        loss.backward()
-    worst = max(apart_from(p.grad.mT if turned else p.grad, q.grad) for p, q, turned in paired(ours, theirs))
-    return apart_from(*(loss.detach() for loss in losses)), worst
-
-
-def compare_steps(sizes, dtypes, repeats, ways, fractions, large_batch=0):
-    """Print the table of `train`: sizes {name: those of a CSMConfig}, dtypes names, ways (way, optimizer)."""
-    device, rows, absent, told, base = pick_device("auto"), [], set(), set(), {}
-    rate = matrix_rate() if device == "cuda" else math.nan
-    batches = (2, large_batch) if device == "cuda" and large_batch else (2,)
-    runs = [(*way, False) for way in ways]
-    runs += [(*way, True) for way in ways if device == "cuda" and way[1] in ("own", "fused")]  # these compiled too
-    runs = list(product(product(sizes, dtypes, fractions, batches), runs))
-    for setting, run in tqdm(runs, "train"):
-        (name, kind, fraction, utterances), (way, optimizer, compiled) = setting, run
-        if way in absent:
-            continue
-        label = step_label(way, optimizer) + " compiled" * compiled
-        try:
-            check_room(csm_bytes(sizes[name]), device)
-            how = way, optimizer, sizes[name], kind, fraction, utterances, compiled, repeats, device
-            result = apart(train_steps, *how)
-        except Exception as error:  # whatever stops another's code, the others can be measured
-            if (way, str(error)) not in told:
-                tqdm.write(f"without {label} ({name}, {kind}, {fraction:.4g}): {first_line(error)}")
-            told.add((way, str(error)))
-            absent |= {way} if isinstance(error, ImportError) else set()
-            continue
-        seconds = statistics.median(result["seconds"])
-        if way == "ours":
-            base.setdefault(setting, seconds)  # of the first of ours
-        times = in_words(seconds), f"{seconds / base.get(setting, math.nan):.2f}"
-        memory = "-" if result["peak"] is None else f"{result['peak'] / 1e9:.2f}"
-        rest = f"{utterances * FRAMES / seconds:.4g}", memory, f"{result['products']:.0%}"
-        rows.append((name, kind, f"{fraction:.4g}", utterances, label, *times, *rest))
-        if device == "cuda":
-            used = csm_operations(sizes[name], fraction, utterances) / seconds / rate
-            rows[-1] += f"{utterances * (TEXT_ROWS + FRAMES) / seconds:.4g}", f"{used:.1%}"
-    print(f"Forward, backward, AdamW; median of {repeats} steps; {TEXT_ROWS} text ids and {FRAMES} frames each; "
-          "products: the share of the time that goes into matrix products")  # fmt: skip
-    head = ["size", "type", "fraction", "utterances", "way", "step", "of ours", "frames/s", "peak GB", "products"]
-    if device == "cuda":
-        head += ["tokens/s", "MFU"]
-        print("tokens/s: rows. MFU: 6 (B S P_backbone + N P_head0 + M K P_decoder + M P_heads) operations a step, P "
-              f"weights, N frames, M = fraction N, against {rate / 1e12:.0f} T/s of an 8192^3 product in bfloat16")
-    print(table(rows, head))
+def make_optimizer(model, way, device):
+    """backward(loss) and update() of a way: ours as train.py has them, peers with torch's fused AdamW."""
+    if way.startswith("ours"):
+        keys = configurator.configure(HERE / "train.py", ["--grad_clip=0", *STEPS[way]])
+        optimizer = Optimizer(model, keys, torch.device(device))
+        return optimizer.backward, optimizer.step
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return torch.Tensor.backward, lambda: (optimizer.step(), optimizer.zero_grad())
 
 
 def bench_train(cfg):
-    """A step that trains a CSM, ours and others'."""
-    print(machine(pick_device("auto")))
+    """A step that trains a CSM: forward, backward, AdamW."""
     sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
-    ways = chosen(cfg.ways, {step_label(*way): way for way in STEPS}, "ways").values()
-    fractions = chosen(cfg.fractions, FRACTIONS, "fractions").values()
-    try:
-        loss, gradient = csm_differences(TRAIN_SIZES["small"])
-        print(f"Ours against transformers with the same weights, small, float32, all frames: the loss differs by "
-              f"{loss:.1e}, the gradients by at most {gradient:.1e} of the largest of each")  # fmt: skip
-    except ImportError as error:
-        print(f"not compared with transformers: {first_line(error)}")
-    compare_steps(sizes, dtypes, cfg.repeats, ways, fractions, cfg.large_batch)
+    fractions, ways = chosen(cfg.fractions, FRACTIONS, "fractions"), chosen(cfg.ways, STEPS, "ways")
+    if not cfg.ways and pick_device("auto") == "cpu":
+        ways = [way for way in ways if "compiled" not in way]
+    for size, dtype, fraction, B in product(sizes, dtypes, fractions, map(int, cfg.batches.split(","))):
+        job = new_job("train", f"{size}, {dtype}, {fraction} of the frames, batch of {B}", dtype, cfg.repeats,
+                      **sizes[size], fraction=fractions[fraction], utterances=B, text_rows=40, frames=152)  # fmt: skip
+        for way, answer in compare(cfg, job, TRAIN_SIZES["small"], ways, "ours").items():
+            took = statistics.median(answer["seconds"])
+            record(cfg, {"case": job["case"], "way": way, "seconds": took, "frames/s": B * job["frames"] / took,
+                         "peak GB": in_units(answer, 1e9), "differs by": answer["differs"]},
+                   job["device"], answer.get("versions"))  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
-# codecs with network weights
+# codecs
 
-# For each way: a codec of full size with random weights, which it saves in its own layout, and the path of that.
-
-
-def codes_of_one_length(model):
-    """Fills the codebooks: entries of one length, so that their direction decides and none is always the nearest."""
-    for name, x in model.state_dict().items():
-        if "codebook" in name and x.ndim > 1:
-            x.copy_(0.1 * F.normalize(torch.randn_like(x), dim=-1))
-    return model.eval()
-
-
-def transformers_mimi(folder):
-    from transformers import MimiConfig, MimiModel
-
-    model = codes_of_one_length(MimiModel(MimiConfig()))
-    model.save_pretrained(folder)
-    encode = lambda wav: model.encode(wav[:, None]).audio_codes  # noqa: E731
-    return folder, model, encode, lambda codes: model.decode(codes).audio_values[:, 0]
-
-
-def moshi_mimi(folder):
-    from moshi.models.loaders import get_mimi
-    from safetensors.torch import save_file
-
-    model, path = codes_of_one_length(get_mimi(None, num_codebooks=32)), os.path.join(folder, "model.safetensors")
-    save_file(model.state_dict(), path)
-    return path, model, lambda wav: model.encode(wav[:, None]), lambda codes: model.decode(codes)[:, 0]
-
-
-def transformers_encodec(folder):
-    from transformers import EncodecConfig, EncodecModel
-
-    model = codes_of_one_length(EncodecModel(EncodecConfig()))
-    model.save_pretrained(folder)
-    encode = lambda wav: model.encode(wav[:, None], bandwidth=6.0).audio_codes[0]  # noqa: E731
-    return folder, model, encode, lambda codes: model.decode(codes[None], [None]).audio_values[:, 0]
-
-
-def encodec_encodec(folder):
-    sys.modules.setdefault("torchaudio", MagicMock())  # with which it reads files
-    from encodec import EncodecModel
-
-    model, path = codes_of_one_length(EncodecModel.encodec_model_24khz(pretrained=False)), f"{folder}/model.th"
-    model.set_target_bandwidth(6.0)
-    torch.save(model.state_dict(), path)
-    return path, model, lambda wav: model.encode(wav[:, None])[0][0], lambda codes: model.decode([(codes, None)])[:, 0]
-
-
-def transformers_dac(rate, books, strides, folder):
-    from transformers import DacConfig, DacModel
-
-    config = DacConfig(sampling_rate=rate, n_codebooks=books, downsampling_ratios=strides)
-    model = codes_of_one_length(DacModel(config))
-    model.save_pretrained(folder)
-    encode = lambda wav: model.encode(wav[:, None]).audio_codes  # noqa: E731
-    return folder, model, encode, lambda codes: model.decode(audio_codes=codes).audio_values
-
-
-def descript_dac(rate, books, strides, folder):
-    if "audiotools" not in sys.modules:  # which it needs to read files and to train
-        base = type("BaseModel", (torch.nn.Module,), {"INTERN": [], "EXTERN": []})
-        sys.modules["audiotools"] = MagicMock(ml=MagicMock(BaseModel=base))
-        sys.modules["audiotools.ml"] = sys.modules["audiotools"].ml
-    import dac
-
-    sizes = dict(n_codebooks=books, encoder_rates=strides, decoder_rates=strides[::-1])
-    model, path = codes_of_one_length(dac.DAC(sample_rate=rate, **sizes)), os.path.join(folder, "weights.pth")
-    torch.save({"state_dict": model.state_dict()}, path)
-    decode = lambda codes: model.decode(model.quantizer.from_codes(codes)[0])[:, 0]  # noqa: E731
-    return path, model, lambda wav: model.encode(wav[:, None])[1], decode
-
-
-def dac_ways(*sizes):
-    return {"transformers": partial(transformers_dac, *sizes), "descript-audio-codec": partial(descript_dac, *sizes)}
-
-
-# Our codec and its options, seconds of audio, and who else has it
-CODEC_SIZES = {
-    "mimi": ("mimi", {}, 10, {"transformers": transformers_mimi, "moshi": moshi_mimi}),
-    "encodec": ("encodec", {}, 10, {"transformers": transformers_encodec, "encodec": encodec_encodec}),
-    "dac24": ("dac", {"sample_rate": 24000}, 3, dac_ways(24000, 32, [2, 4, 5, 8])),
-    "dac44": ("dac", {}, 2, dac_ways(44100, 9, [2, 4, 8, 8])),
-    "nanocodec": ("nanocodec", {}, 5, {}),
-    "audiocodec44k": ("audiocodec44k", {}, 2, {}),
-    "xtts": ("xtts", {}, 10, {}),
-}
-AT_ONCE = 4  # recordings in a batch, together as long as the one alone
+CODECS = {  # our codec and its options, seconds of audio, its name and sizes in transformers, peers
+    "mimi": ("mimi", {}, 10, "Mimi", {}, ["transformers", "moshi"]),
+    "encodec": ("encodec", {}, 10, "Encodec", {}, ["transformers"]),
+    "dac24": ("dac", {"sample_rate": 24000}, 3, "Dac",
+              dict(sampling_rate=24000, n_codebooks=32, downsampling_ratios=[2, 4, 5, 8]), ["transformers"]),
+    "dac44": ("dac", {}, 2, "Dac",
+              dict(sampling_rate=44100, n_codebooks=9, downsampling_ratios=[2, 4, 8, 8]), ["transformers"]),
+    "nanocodec": ("nanocodec", {}, 5, "", {}, []),
+    "audiocodec44k": ("audiocodec44k", {}, 2, "", {}, []),
+    "xtts": ("xtts", {}, 10, "", {}, []),
+}  # fmt: skip
+COLUMNS = ("encode", "decode", "stream in", "stream out")
 STREAMED = 2  # seconds, frame by frame
 
 
-def open_network(name, options, path, device):
-    """Our codec with the weights at `path`, or random ones where that is empty."""
-    if path:
-        return codecs.load_codec(name, path, **options).to(device)
-    codec = codes_of_one_length(codecs.CODECS[name](**options)).requires_grad_(False)
-    for module in codec.modules():
-        if isinstance(module, codecs.RVQ):
-            module.measure()
-    return codec.to(device)
+def codes_of_one_length(model):
+    """Fill the codebooks with entries of one length, so that their direction decides and none is always the nearest."""
+    for name, x in model.state_dict().items():
+        if "codebook" in name and x.ndim > 1:
+            x.copy_(0.1 * F.normalize(torch.randn_like(x), dim=-1))
+    model.load_state_dict(model.state_dict())  # what a codec keeps of its tables is made anew
+    return model.eval().requires_grad_(False)
 
 
-def check_codecs(ours, encode, decode, wav):
-    """The share of codes that ours has in common with another's, and how far their waveforms of the same codes are
-    apart. Raises ValueError where they do not do the same work."""
-    codes = encode(wav)
-    alike = (ours.encode(wav) == codes).double().mean().item()
-    a, b = ours.decode(codes), decode(codes)
-    n = min(a.shape[1], b.shape[1])
-    difference = apart_from(a[:, :n], b[:, :n])
-    if alike < 0.95 or difference > 1e-3:
-        raise ValueError(f"{alike:.1%} of the codes agree, the waveforms differ by {difference:.1e}")
-    return alike, difference
+# A way: job -> (model, encode: wav (B, n) -> codes (B, K, T), decode, stream in: pieces of wav, stream out: of codes)
 
 
-def codec_works(encode, decode, wav, codes):
-    """{column: what to time}: one recording, and a batch of as much audio."""
-    n, t = wav.shape[1] // AT_ONCE, codes.shape[2] // AT_ONCE
-    wavs, parts = wav[:, : n * AT_ONCE].view(AT_ONCE, n), torch.cat(codes[..., : t * AT_ONCE].chunk(AT_ONCE, 2))
-    return {"encode": lambda: encode(wav), "decode": lambda: decode(codes),
-            "encode batch": lambda: encode(wavs), "decode batch": lambda: decode(parts)}  # fmt: skip
+def our_codec(job):
+    if job["weights"] and os.listdir(job["weights"]):
+        codec = codecs.load_codec(job["codec"], job["weights"], **job["options"])
+    else:
+        codec = codes_of_one_length(codecs.CODECS[job["codec"]](**job["options"]))
+    stream_in = None if codec.encoder_context or not codec.streams else lambda wavs: list(codec.encode_stream(wavs))
+    return codec, codec.encode, codec.decode, stream_in, (
+        (lambda codes: list(codec.decode_stream(codes))) if codec.streams else None)  # fmt: skip
 
 
-def streams(codec, wav, codes):
-    """{column: what to time}: frame by frame, as far as the codec can."""
-    wavs, parts = wav.split(codec.samples_per_frame, 1), codes.split(1, 2)
-    works = {"encode stream": lambda: list(codec.encode_stream(wavs)),
-             "decode stream": lambda: list(codec.decode_stream(parts))}  # fmt: skip
-    return {column: work for column, work in works.items()
-            if codec.streams and not (column == "encode stream" and codec.encoder_context)}  # fmt: skip
+def transformers_codec(job):
+    import transformers
+
+    _, _, _, name, options, _ = CODECS[job["size"]]
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = codes_of_one_length(getattr(transformers, f"{name}Model")(config))
+    model.save_pretrained(job["weights"])
+    if name == "Encodec":  # 6 kbit/s are 8 codebooks
+        return (model, lambda wav: model.encode(wav[:, None], bandwidth=6.0).audio_codes[0],
+                lambda codes: model.decode(codes[None], [None]).audio_values[:, 0], None, None)  # fmt: skip
+    wave = (lambda out: out[:, 0]) if name == "Mimi" else (lambda out: out)
+    return (model, lambda wav: model.encode(wav[:, None]).audio_codes,
+            lambda codes: wave(model.decode(audio_codes=codes).audio_values), None, None)  # fmt: skip
 
 
-def moshi_streams(model, wav, codes):
-    def run(step, pieces):
-        with model.streaming(1):
-            for piece in pieces:
-                step(piece)
+def moshi_codec(job):
+    from moshi.models.loaders import get_mimi
+    from safetensors.torch import save_file
 
-    wavs, parts = wav[:, None].split(model.frame_size, 2), codes.split(1, 2)
-    return {"encode stream": lambda: run(model.encode, wavs), "decode stream": lambda: run(model.decode, parts)}
+    model = codes_of_one_length(get_mimi(None, num_codebooks=job["n_codebooks"]))
+    save_file(model.state_dict(), os.path.join(job["weights"], "model.safetensors"))
 
+    def stream(step):
+        def run(pieces):
+            with model.streaming(1):
+                for piece in pieces:
+                    step(piece)
 
-def codec_times(works, repeats, device):
-    """works {way: {column: what to time}} -> the same with median seconds, taken in turns."""
-    seconds = {way: {column: [] for column in mine} for way, mine in works.items()}
-    for column in next(iter(works.values())):
-        for _ in range(1 + repeats):
-            for way in works:
-                if column in works[way]:
-                    seconds[way][column].append(timed(works[way][column], device))
-    return {way: {column: statistics.median(s[1:]) for column, s in mine.items()} for way, mine in seconds.items()}
+        return run
 
-
-def make_peers(size, folder, device):
-    """{way: (path of its weights, model, encode, decode)} of those that are installed."""
-    peers = {}
-    for way, make in CODEC_SIZES[size][3].items():
-        os.mkdir(place := os.path.join(folder, way))
-        try:
-            peers[way] = make(place)
-            peers[way][1].to(device)
-        except ImportError as error:
-            tqdm.write(f"{size} without {way}: {first_line(error)}")
-    return peers
+    encode, decode = (lambda wav: model.encode(wav[:, None])), (lambda codes: model.decode(codes)[:, 0])
+    return model, encode, decode, stream(encode), stream(decode)
 
 
 @torch.no_grad()
-def compare_codec(size, repeats, device):
-    """Times of one size, {way: {column: times real time}}, and [(size, way, share of codes alike, difference)]."""
-    name, options, length, _ = CODEC_SIZES[size]
+def codec_job(job):
+    """Numbers, or seconds of what a way can do and the peak of the process meanwhile."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        peers = make_peers(size, folder, device)
-        loaded = {way: open_network(name, options, path, device) for way, (path, *_) in peers.items()}
-        ours = next(iter(loaded.values()), None) or open_network(name, options, "", device)
-        rate, frame = ours.frame_rate, ours.samples_per_frame
-        wav = 0.1 * torch.randn(1, round(length * rate) * frame, device=device)
-        short, codes = wav[:, : round(STREAMED * rate) * frame], ours.encode(wav)
-        few = codes[..., : round(STREAMED * rate)]
-        works = {"ours": codec_works(ours.encode, ours.decode, wav, codes) | streams(ours, short, few)}
-        for way, (_, model, encode, decode) in peers.items():
-            works[way] = codec_works(encode, decode, wav, codes)
-            works[way] |= moshi_streams(model, short, few) if way == "moshi" else {}
-        checks = [(size, way, *check_codecs(loaded[way], *peers[way][2:], short)) for way in peers]
-        times = codec_times(works, repeats, device)
-    seconds = {column: STREAMED if column.endswith("stream") else length for column in times["ours"]}
-    return {way: {column: seconds[column] / s for column, s in mine.items()} for way, mine in times.items()}, checks
-
-
-def codec_memory(size, minutes):
-    """The most bytes that a process holds while it encodes so many minutes, codec and recording included, and those of
-    the samples themselves."""
-    name, options, *_ = CODEC_SIZES[size]
-    torch.manual_seed(0)
-    codec = open_network(name, options, "", "cpu")
-    wav = torch.randn(1, int(minutes * 60 * codec.sample_rate)).mul_(0.1)
-    forget_peak("cpu")
-    codec.encode(wav)
-    return peak("cpu"), wav.nbytes
-
-
-def compare_codecs(sizes, repeats, minutes):
-    """Print the tables of the codecs with network weights."""
-    device, rows, checks, memory = pick_device("auto"), [], [], []
-    columns = ["encode", "decode", "encode batch", "decode batch", "encode stream", "decode stream"]
-    for size in tqdm(sizes, "codecs"):
-        speeds, checked = compare_codec(size, repeats, device)
-        checks += checked
-        for way, mine in speeds.items():
-            cells = [f"{mine[column]:.3g} x" if column in mine else "" for column in columns]
-            rows.append((size, way, f"{CODEC_SIZES[size][2]} s", *cells))
-        most, samples = apart(codec_memory, size, minutes)
-        if most is not None:
-            memory.append((size, f"{most / 1e6:.0f}", f"{(most + samples * (60 / minutes - 1)) / 1e9:.2f}"))
-    print(f"\nTimes faster than real time, median of {repeats}, float32; batch: {AT_ONCE} recordings, together as long "
-          f"as the one; stream: {STREAMED} s frame by frame")  # fmt: skip
-    print(table(rows, ["codec", "way", "audio", *columns]))
-    if checks:
-        print("Ours with another's weights against it:")
-        checks = [(size, way, f"{alike:.2%}", f"{difference:.1e}") for size, way, alike, difference in checks]
-        print(table(checks, ["codec", "way", "codes alike", "waveforms differ by"]))
-    print(f"All that a process holds while it encodes {minutes:g} minutes on a CPU; an hour: with the samples of one")
-    print(table(memory, ["codec", "MB", "GB for an hour"]))
-
-
-@torch.no_grad()
-def compare_prepare(speech, repeats):
-    """Print what prepare.py reaches of the codec's own speed: Mimi at its full size, the same recordings."""
-    paths, device = read_speech(speech), torch.device(pick_device("auto"))
-    if not paths:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            transformers_mimi(folder)
-        except ImportError as error:
-            print(f"prepare.py is not measured: {first_line(error)}")
-            return
-        codec = codecs.load_codec("mimi", folder).to(device)
-        codec.save(folder)
-        wavs = [codecs.read_audio(path, codec.sample_rate) for path in paths]
-        seconds = [len(wav) / codec.sample_rate for wav in wavs]
-        rows = [Utterance("", "", path, "", "", seconds=s) for path, s in zip(paths, seconds, strict=True)]
-        ordered = [wavs[i].numpy() for i in prepare.longest_first(rows)]
-        pool = prepare.start_pool(0)
-
-        def own():
-            if device.type == "cuda":
-                list(prepare.encode_batches(codec, ordered, device, prepare.batch_seconds))
-            else:
-                for wav in wavs:
-                    codec.encode(wav[None])
-
-        def prepared():
-            list(prepare.encode_all(codec, rows, pool, device, folder, prepare.batch_seconds))
-
-        times = codec_times({"own": {"": own}, "prepare": {"": prepared}}, repeats, device.type)
-        pool.shutdown()
-    own, prepared = times["own"][""], times["prepare"][""]
-    speeds = f"{sum(seconds) / own:.3g} x real time, prepare.py {sum(seconds) / prepared:.3g} x, {own / prepared:.0%}"
-    print(f"\n{len(wavs)} recordings, {sum(seconds):.0f} s, to Mimi's codes: the codec alone {speeds} of that")
+    way = {"ours": our_codec, "transformers": transformers_codec, "moshi": moshi_codec}[job["way"]]
+    model, encode, decode, stream_in, stream_out = way(job)
+    device, rng, size = job["device"], np.random.default_rng(0), job["samples_per_frame"]
+    frames, few = (round(seconds * job["frame_rate"]) for seconds in (job["seconds"], STREAMED))
+    model.to(device)
+    wav = torch.from_numpy(0.1 * rng.standard_normal((1, frames * size), np.float32)).to(device)
+    codes = torch.from_numpy(rng.integers(job["codebook_size"], size=(1, job["n_codebooks"], frames))).to(device)
+    if not job["repeats"]:
+        return {"numbers": {"codes": encode(wav).flatten().tolist(), "waveform": sample_of(decode(codes))}}
+    works = {"encode": (encode, wav), "decode": (decode, codes),
+             "stream in": (stream_in, wav[:, : few * size].split(size, 1)),
+             "stream out": (stream_out, codes[..., :few].split(1, 2))}  # fmt: skip
+    forget_peak(device)
+    seconds = {column: [timed(partial(*work), device) for _ in range(1 + job["repeats"])][1:]
+               for column, work in works.items() if work[0]}  # fmt: skip
+    return {"seconds": seconds, "peak": peak(device)}
 
 
 def bench_codec(cfg):
-    """What mel keeps; the speed and memory of all others, ours and others'; that of prepare.py."""
-    parts = chosen(cfg.sizes, {"mel": None, **CODEC_SIZES, "prepare": None}, "sizes")
-    print(machine(pick_device("auto")))
-    if "mel" in parts:
-        bench_mel(cfg)
-    if networks := [size for size in parts if size in CODEC_SIZES]:
-        compare_codecs(networks, cfg.repeats, cfg.minutes)
-    if "prepare" in parts:
-        compare_prepare(cfg.speech, cfg.repeats)
+    """What mel keeps; speed and memory of the codecs with network weights."""
+    for size, known in chosen(cfg.sizes, {"mel": None, **CODECS}, "sizes").items():
+        if not known:
+            bench_mel(cfg)
+            continue
+        name, options, usual, _, _, peers = known
+        with torch.device("meta"):
+            facts = vars(codecs.CODECS[name](**options))
+        facts = {key: facts[key] for key in ("samples_per_frame", "frame_rate", "n_codebooks", "codebook_size")}
+        length = cfg.seconds or usual
+        job = new_job("codec", f"{size}, {length:g} s", "float32", cfg.repeats, size=size, codec=name, options=options,
+                      seconds=length, **facts)  # fmt: skip
+        ways = chosen(cfg.ways, dict.fromkeys(["ours", *peers]), "ways")
+        for way, answer in compare(cfg, job, {"seconds": STREAMED}, ways, "ours").items():
+            values = {"case": job["case"], "way": way}
+            for column in COLUMNS:
+                audio, took = STREAMED if "stream" in column else length, answer["seconds"].get(column)
+                values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
+            values |= {"peak GB": in_units(answer, 1e9), "differs by": answer["differs"]}
+            record(cfg, values, job["device"], answer.get("versions"))
+
+
+def bench_mel(cfg):
+    """mel at some frame rates: word errors of held-out digits through it."""
+    rows, every = read_raw(cfg.raw), read_raw(cfg.raw, every=True)
+    training = sorted({path for path, _, _ in every} - {path for path, _, _ in rows})
+    training = [training[i] for i in np.random.default_rng(0).permutation(len(training))[:800]]
+    training = [codecs.read_audio(path, RATE) for path in training]
+    rows = rows[: cfg.limit or None]
+    wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
+    length = sum(map(len, wavs)) / RATE
+    for frame_rate in (10, 12.5, 16, 20):
+        codec, codes, out = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training), [], []
+        into = timed(lambda: codes.extend(codec.encode(wav[None]) for wav in wavs), "cpu")  # noqa: B023
+        back = timed(lambda: out.extend(codec.decode(c)[0] for c in codes), "cpu")  # noqa: B023
+        results = [("", row[1], recognise(o[: len(w)], RATE)) for row, o, w in zip(rows, out, wavs, strict=True)]
+        bits = round(codec.n_codebooks * math.log2(codec.codebook_size) * frame_rate)
+        record(cfg, {"case": f"mel, digits, {frame_rate:g} frames/s", "bit/s": bits,
+                     "word errors %": error_percent(results)["all"], "encode, x real time": length / into,
+                     "decode, x real time": length / back})  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# all together
+
+
+def bench_gpu(cfg):
+    """The kernel's tests, then loss and train. Raises ValueError without a GPU or if a test fails."""
+    if pick_device("auto") != "cuda":
+        raise ValueError("bench.py gpu needs a GPU that torch can use")
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "", "tests/test_loss.py"], cwd=HERE).returncode:
+        raise ValueError("a test of the loss fails on this GPU, so nothing is timed")
+    for cfg.name in ("loss", "train"):
+        BENCHES[cfg.name](cfg)
 
 
 BENCHES = {
-    "data": bench_data, "codec": bench_codec, "sample": bench_sample, "families": bench_families, "loss": bench_loss,
-    "train": bench_train,
+    "data": bench_data, "sample": bench_sample, "codec": bench_codec, "loss": bench_loss, "train": bench_train,
+    "gpu": bench_gpu, "report": bench_report, "work": work,
 }  # fmt: skip
 
 

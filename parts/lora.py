@@ -1,17 +1,17 @@
-"""LoRA: a trained model learns a voice or a language by a small addition to its linear layers.
+"""LoRA: a trained model learns a voice or a language by small adapters beside its linear layers (Hu et al. 2021).
 
-The base's weights W stay as they are; two thin matrices beside each chosen one are trained instead (Hu et al. 2021):
+The weights W of the base are frozen; two thin matrices beside each chosen one are trained:
 
                   +---- W (O, I), frozen ------------------------+
         x (.., I) |                                              (+)  y (.., O)
                   +---- dropout -- A (R, I) -- scale -- B (O, R) +
 
-- scale = alpha / R, or with rs alpha / sqrt(R), under which large ranks learn as fast as small ones (rsLoRA,
-  Kalajdzievski 2023)
-- A starts random, B at zero: a new adapter changes nothing
-- no parameter of the base changes its name: beside `q_proj.weight` stand `q_proj.lora_<name>.a` and `.b`
-- several adapters share one base; one at a time is active, and choosing it copies nothing
-- an adapter is saved alone, with its base's fingerprint, and merged into the base's own weights
+- scale = alpha / R; with rs alpha / sqrt(R), so that large ranks learn as fast as small ones (rsLoRA, Kalajdzievski
+  2023)
+- A starts random and B at zero: a new adapter changes nothing
+- the parameters of the base keep their names; `q_proj.weight` gets `q_proj.lora_<name>.a` and `.b` beside it
+- several adapters share one base; one at a time is active, and switching copies nothing
+- an adapter is saved alone, with the fingerprint of its base, and can be merged into the base's weights
 
 Letters in shapes: I inputs and O outputs of a linear layer, R rank.
 """
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from parts.files import need
 from parts.tensors import need_tensors
 
-SETTINGS = ("rank", "alpha", "dropout", "rs", "base")  # what an adapter is, besides its matrices
+SETTINGS = ("rank", "alpha", "dropout", "rs", "base")  # an adapter is these and its matrices
 FIELDS = {
     "rank": lambda x: type(x) is int and 1 <= x <= 2**16, "rs": bool, "base": str,
     "alpha": lambda x: type(x) in (int, float) and 0 < x < math.inf,
@@ -37,7 +37,7 @@ FIELDS = {
 
 
 class Adapter(nn.Module):
-    """What is added to one linear layer's output: x (.., I) -> (.., O), in float32 unless cast."""
+    """The term added to the output of one linear layer: x (.., I) -> (.., O), in float32 unless cast."""
 
     def __init__(self, linear, settings):
         super().__init__()
@@ -51,11 +51,11 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         x = F.dropout(x.to(self.a.dtype), self.settings["dropout"], self.training)
-        return F.linear(self.scale * F.linear(x, self.a), self.b)  # scaled where it is thinnest
+        return F.linear(self.scale * F.linear(x, self.a), self.b)  # scaled at the rank, where the tensor is smallest
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with adapters beside its weight; `active` is the name of the one that counts, or None."""
+    """A linear layer with adapters beside its weight; `active` is the name of the one in use, or None."""
 
     active = None
 
@@ -67,38 +67,36 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), name="default"):
-    """Freeze a model and put a new adapter beside its linear layers: it is active, and alone is trained from now on.
+    """Freeze a model and put a new adapter beside its linear layers. It is active, and only it is trained.
 
-    targets: regular expressions, searched in the names of nn.Linear modules and of their weights (nn.Linear itself, not
-    what derives from it). dropout: share of x that the adapter does not see in training.
-
-    Raises ValueError, and leaves the model alone, for numbers out of range, a name that is taken or no word, a pattern
-    that finds nothing, or a weight that other modules share.
+    targets: regular expressions that match names of nn.Linear modules or of their weights (not of subclasses).
+    dropout: on the adapter's input. Raises ValueError, and leaves the model unchanged, for numbers out of range, a name
+    that is taken or invalid, a pattern without a match, or a weight that modules share.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         given = f"rank = {rank}, alpha = {alpha}, dropout = {dropout}"
-        raise ValueError(f"lora: {given}: they must be at least 1, above 0, and at least 0 but below 1")
+        raise ValueError(f"lora: {given}: need rank >= 1, alpha > 0, 0 <= dropout < 1")
     linears = find_linears(model, targets)
     largest = max(min(linear.in_features, linear.out_features) for linear in linears.values())
     if rank > largest:
-        raise ValueError(f"lora: rank = {rank} is above {largest}, at which any change to the largest layer fits in")
+        raise ValueError(f"lora: rank = {rank} is above {largest}, the full rank of the largest layer")
     settings = dict(rank=rank, alpha=alpha, dropout=dropout, rs=rs, base=base_fingerprint(model))
     attach(model, {path: Adapter(linear, settings) for path, linear in linears.items()}, name)
 
 
 def cast_base(model, dtype):
-    """Keep the base in this type, where float32 is too large: its parameters; buffers and adapters stay as they are."""
+    """Cast the parameters of the base to a smaller type; buffers and adapters keep theirs."""
     for p in base_parameters(model).values():
         p.data = p.data.to(dtype)
 
 
 def find_linears(model, patterns):
-    """{name: module} of the linear layers that the patterns find, in the model's order. Raises ValueError."""
+    """{name: module} of the linear layers that match a pattern, in the model's order. Raises ValueError."""
     linears = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, LoRALinear)}
     found = set()
     if not patterns:
-        raise ValueError("lora: no linear layer is named")
+        raise ValueError("lora: lora_targets is empty: name linear layers")
     for pattern in patterns:
         try:
             hits = {name for name in linears if any(re.search(pattern, x) for x in (name, f"{name}.weight"))}
@@ -106,31 +104,31 @@ def find_linears(model, patterns):
             raise ValueError(f"lora: {pattern!r} is not a regular expression ({e})") from None
         if not hits:
             some = ", ".join(list(linears)[:: max(1, len(linears) // 4)])
-            raise ValueError(f"lora: {pattern!r} finds no nn.Linear; there is {some or 'none'}")
+            raise ValueError(f"lora: {pattern!r} matches no nn.Linear; some are {some or 'none'}")
         found |= hits
     holders = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
     for name in sorted(found):
         if holders.count(id(linears[name].weight)) > 1:
-            raise ValueError(f"lora: {name}.weight is shared, merging would change another module: leave it out")
+            raise ValueError(f"lora: {name}.weight is shared with a module that merging would change: leave it out")
     return {name: m for name, m in linears.items() if name in found}
 
 
 def attach(model, chosen, name):
-    """Freeze the model, put {linear layer's name: Adapter} in place, and make it the active one. Raises ValueError."""
+    """Freeze the model, add {linear layer's name: Adapter}, and make it the active one. Raises ValueError."""
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"lora: an adapter's name is made of letters, digits, _ and -, not {name!r}")
+        raise ValueError(f"lora: adapter name {name!r}: use letters, digits, _ and - only")
     if name in adapters(model):
-        raise ValueError(f"lora: there is an adapter {name!r} already")
+        raise ValueError(f"lora: the model has an adapter {name!r} already")
     model.requires_grad_(False)
     for path, adapter in chosen.items():
         linear = model.get_submodule(path)
-        linear.__class__ = LoRALinear  # not a new module in its place: whoever holds it keeps holding it
+        linear.__class__ = LoRALinear  # the module stays the same object, so that references to it stay valid
         linear.add_module(f"lora_{name}", adapter.train(linear.training))
     use_adapter(model, name)
 
 
 def adapters(model):
-    """{adapter's name: {linear layer's name: Adapter}} of all there are."""
+    """{adapter's name: {linear layer's name: Adapter}} of a model."""
     found = {}
     for path, module in model.named_modules():
         for child, adapter in module.named_children() if isinstance(module, LoRALinear) else ():
@@ -139,15 +137,15 @@ def adapters(model):
 
 
 def find_adapter(model, name):
-    """{linear layer's name: Adapter} of one adapter. Raises ValueError where it is not there."""
-    there = adapters(model)
-    if name not in there:
-        raise ValueError(f"lora: there is no adapter {name!r}, there is {', '.join(there) or 'none'}")
-    return there[name]
+    """{linear layer's name: Adapter} of one adapter. Raises ValueError for an unknown name."""
+    known = adapters(model)
+    if name not in known:
+        raise ValueError(f"lora: unknown adapter {name!r}; choose from {', '.join(known) or 'none'}")
+    return known[name]
 
 
 def use_adapter(model, name):
-    """Make this adapter the active one; None: the bare base. Raises ValueError for one that is not there."""
+    """Make this adapter the active one; None: the base alone. Raises ValueError for an unknown name."""
     if name is not None:
         find_adapter(model, name)
     for module in model.modules():
@@ -156,21 +154,21 @@ def use_adapter(model, name):
 
 
 def matrices(chosen):
-    """{linear layer's name + ".lora_a" or ".lora_b": parameter}: the adapter's own name is not in it."""
+    """{linear layer's name + ".lora_a" or ".lora_b": parameter}, without the name of the adapter."""
     return {f"{path}.lora_{key}": p for path, adapter in chosen.items() for key, p in adapter.named_parameters()}
 
 
 def adapter_state(model, name="default"):
-    """All that `load_adapter` needs: the SETTINGS, and "weights", the `matrices` on the CPU. Raises ValueError."""
+    """A dict for `load_adapter`: the SETTINGS, and "weights", the `matrices` on the CPU. Raises ValueError."""
     chosen = find_adapter(model, name)
     weights = {key: p.detach().to("cpu", copy=True) for key, p in matrices(chosen).items()}
     return {**next(iter(chosen.values())).settings, "weights": weights}
 
 
 def load_adapter(model, state, name="default"):
-    """Add an adapter from what `adapter_state` gave, under any name; otherwise as `add_lora`.
+    """Add the adapter in a dict of `adapter_state` under any name, and make it the active one.
 
-    Raises ValueError, and leaves the model alone, for one that is incomplete or was trained on another base.
+    Raises ValueError, and leaves the model unchanged, if it is incomplete or was trained on another base.
     """
     if missing := [key for key in (*SETTINGS, "weights") if key not in state]:
         raise ValueError(f"lora: adapter {name!r} lacks {', '.join(missing)}: adapter_state makes whole ones")
@@ -185,7 +183,7 @@ def load_adapter(model, state, name="default"):
 
 
 def set_adapter(model, state, name="default"):
-    """Give an adapter that is there the matrices of what `adapter_state` gave. Raises ValueError."""
+    """Replace the matrices of an adapter by those of a dict of `adapter_state`. Raises ValueError."""
     need(state, FIELDS, f"lora: adapter {name!r}")
     fill(find_adapter(model, name), state["weights"], name)
 
@@ -199,10 +197,10 @@ def fill(chosen, weights, name):
 
 @torch.no_grad()
 def merge(model, name="default"):
-    """Add an adapter to the base's weights and remove all adapters: the layers are plain nn.Linear again, frozen.
+    """Add an adapter to the weights of the base and remove all adapters. The layers are plain nn.Linear again, frozen.
 
-    Sums are made in float32 and rounded to the weight's own type; `model.float()` before it, and nothing is lost.
-    Raises ValueError where the adapter is not there.
+    The sum is float32, then rounded to the type of the weight; `model.float()` before it avoids that. Raises ValueError
+    for an unknown name.
     """
     for path, adapter in find_adapter(model, name).items():
         weight = model.get_submodule(path).weight
@@ -223,10 +221,10 @@ def base_parameters(model):
 
 
 def base_fingerprint(model):
-    """16 hex digits that change when a parameter of the base has another name, shape or value.
+    """16 hex digits that change with the name, shape or value of any parameter of the base.
 
-    Values are compared as bfloat16: a base is the same one in float32 and in bfloat16, but cast to float16 another one.
-    On the meta device there are no values.
+    Values count as bfloat16, so a base cast to bfloat16 keeps its fingerprint (cast to float16 it does not). On the
+    meta device only names and shapes count.
     """
     digest = hashlib.sha256()
     for name, p in sorted(base_parameters(model).items()):

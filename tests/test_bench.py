@@ -1,137 +1,316 @@
-"""bench.py: the benches of loss, training step and codecs, at sizes that take a moment. No time is asserted."""
+"""bench.py: the protocol of its peers, equality before speed, the rows and their report, at sizes that take a moment.
+No time is asserted."""
 
-from types import SimpleNamespace
+import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
-import soundfile
 import torch
-import transformers
-from test_codec_networks import TINY as TINY_CODECS
-from test_codec_networks import mimi, noise
+from test_codec_networks import noise
 from test_train import run, write_tokens
 
 import bench
+from parts import configurator
 
+ROOT = Path(bench.__file__).parent
 STACK = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, rope_scaling=bench.LLAMA3_ROPE)
 TINY = dict(text_vocab_size=50, n_codebooks=4, codebook_size=16, backbone=STACK, decoder={**STACK, "d_model": 16})
+HEADS = dict(K=3, V=19, D=8, N=40, shared=False)
+JOBS = {"loss": bench.loss_job, "train": bench.train_job, "codec": bench.codec_job}
+
+PEER = '''"""A peer that knows nothing but bench.py's docstring: the loss in numpy."""
+import json, os, sys
+import numpy as np
+
+job, kind = json.load(sys.stdin), sys.argv[1]
+with open(sys.argv[2], "a") as log:
+    log.write(json.dumps({**job, "pid": os.getpid()}) + "\\n")
+if kind == "fails":
+    sys.exit("it cannot do this")
+if kind == "mute":
+    sys.exit(print("Done."))
+K, V, D, N = (job[key] for key in "KVDN")
+rng = np.random.default_rng(0)
+hidden = rng.standard_normal((N, K, D), np.float32)
+weight = rng.standard_normal((K, V, D), np.float32) * np.float32(D**-0.5)
+target = rng.integers(V, size=(N, K))
+logits = np.einsum("nkd,kvd->nkv", hidden, weight).astype(float)
+logits -= np.log(np.exp(logits).sum(2, keepdims=True))
+dlogits = (np.exp(logits) - np.eye(V)[target]) / N
+loss = -np.take_along_axis(logits, target[..., None], 2).sum() / N + (kind == "wrong")
+flat = [np.einsum(f, dlogits, x).ravel() for f, x in (("nkv,kvd->nkd", weight), ("nkv,nkd->kvd", hidden))]
+spread = [x[:: max(1, len(x) // 1000)].tolist() for x in flat]
+answer = {"way": "numpy", "versions": {"numpy": np.__version__}, "seconds": [0.5] * job["repeats"], "peak": None,
+          "numbers": {"loss": [float(loss)], "hidden": spread[0], "weight": spread[1]}}
+if kind == "silent":
+    del answer["numbers"]
+print("a line that is not the answer")
+print(json.dumps(answer))
+'''
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Measure in this process, not each time in a fresh one."""
-    monkeypatch.setattr(bench, "apart", lambda work, *args: work(*args))
+    """Do our own jobs in this process, not each in a fresh one."""
+    ask = bench.ask
+    monkeypatch.setattr(bench, "ask", lambda command, job:
+                        JOBS[job["benchmark"]](job) if command == bench.WORK else ask(command, job))  # fmt: skip
+    bench.tell.cache_clear()
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Run a benchmark with flags: the rows that it adds."""
+    def rows(*argv):
+        path = tmp_path / "rows.jsonl"
+        path.unlink(missing_ok=True)
+        bench.main(configurator.configure(bench.__file__, [*argv, f"--results={path}"], ["name"]))
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# peers
+
+
+@pytest.fixture
+def peer(tmp_path, monkeypatch):
+    """kind -> (--peer=..., the jobs that the peer got so far)."""
+    monkeypatch.setattr(bench, "LOSS_SIZES", {"tiny": HEADS})
+    (tmp_path / "peer.py").write_text(PEER)
+    log = tmp_path / "log"
+
+    def make(kind):
+        return f"--peer={sys.executable} {tmp_path / 'peer.py'} {kind} {log}", lambda: [
+            json.loads(line) for line in log.read_text().splitlines()]  # fmt: skip
+
+    return make
+
+
+def test_a_peer_is_compared_and_timed_in_processes_of_its_own(here, measure, peer):
+    flag, jobs = peer("right")
+    rows = measure("loss", "--ways=ours", "--dtypes=float32", "--repeats=2", flag)
+    numbers, times = jobs()
+    assert (numbers["repeats"], times["repeats"]) == (0, 2) and len({numbers["pid"], times["pid"], os.getpid()}) == 3
+    assert {key: times[key] for key in HEADS} == HEADS and times["dtype"] == "float32" and times["threads"] == 1
+    values = {row["values"]["way"]: row["values"] for row in rows}
+    assert set(values) == {"ours", "floor", "numpy"}
+    assert values["numpy"]["seconds"] == 0.5 and values["numpy"]["extra MB"] == "not known"
+    assert values["numpy"]["of floor"] == 0.5 / values["floor"]["seconds"]
+    assert [word for word in values["numpy"]["differs by"].split() if word.isalpha()] == ["loss", "hidden", "weight"]
+    row = next(row for row in rows if row["values"]["way"] == "numpy")
+    assert row["benchmark"] == "loss" and {"torch", "numpy"} == set(row["versions"])
+    assert set(row["machine"]) == {"cpu", "cores", "instructions"} and row["command"].startswith("python bench.py loss")
+
+
+def test_equality_comes_before_speed(here, measure, peer):
+    flag, jobs = peer("wrong")
+    rows = measure("loss", "--ways=ours", "--dtypes=float32", flag)
+    assert [job["repeats"] for job in jobs()] == [0]  # it was never timed
+    (values,) = [row["values"] for row in rows if row["values"]["way"] == "numpy"]
+    assert set(values) == {"case", "way", "not timed, its numbers differ by"}
+
+
+@pytest.mark.parametrize("kind, line", [
+    ("fails", "tiny, float32 without peer: exit code 1: it cannot do this"),
+    ("mute", "tiny, float32 without peer: it printed no JSON object, but 'Done.'"),
+])  # fmt: skip
+def test_a_peer_that_fails_is_one_line(here, measure, peer, capsys, kind, line):
+    flag, _ = peer(kind)
+    rows = measure("loss", "--ways=ours", "--dtypes=float32", "--repeats=1", flag)
+    assert {row["values"]["way"] for row in rows} == {"ours", "floor"}
+    assert [out for out in capsys.readouterr().out.splitlines() if "without" in out] == [line]
+
+
+def test_a_peer_without_numbers_is_not_compared(here, measure, peer):
+    rows = measure("loss", "--ways=ours", "--dtypes=float32", "--repeats=1", peer("silent")[0])
+    assert [row["values"]["differs by"] for row in rows if row["values"]["way"] == "numpy"] == ["not compared"]
+
+
+def test_a_command_that_does_not_exist():
+    with pytest.raises(ValueError, match="/no/such/program: No such file"):
+        bench.ask(["/no/such/program"], {"threads": 1, "repeats": 0})
+
+
+def test_our_own_ways_answer_as_peers_do():
+    job = bench.new_job("loss", "tiny", "float32", 1, **HEADS, way="ours")
+    answer = bench.ask(bench.WORK, job)
+    assert len(answer["seconds"]) == 1 and set(answer["numbers"]) == {"loss", "hidden", "weight"}
+    with pytest.raises(ValueError, match="exit code 1: its kernels need a GPU"):
+        bench.ask(bench.WORK, {**job, "way": "liger"})
+
+
+def test_what_is_not_installed_is_one_line(measure, monkeypatch, capsys):
+    def absent(command, job):
+        raise ValueError("exit code 1: ModuleNotFoundError: No module named 'x'")
+
+    bench.tell.cache_clear()
+    monkeypatch.setattr(bench, "ask", absent)
+    assert measure("loss", "--ways=eager", "--sizes=csm-512,valle") == []
+    lines = [f"without {way}: exit code 1: ModuleNotFoundError: No module named 'x'" for way in ("eager", "floor")]
+    assert sorted(capsys.readouterr().out.splitlines()) == lines
+
+
+def test_the_order_of_the_ways_is_drawn(here, measure, monkeypatch):
+    monkeypatch.setattr(bench, "LOSS_SIZES", {"tiny": HEADS})
+    monkeypatch.setattr(bench.random, "sample", lambda ways, n: sorted(ways))
+    rows = measure("loss", "--ways=ours,eager", "--dtypes=float32", "--repeats=1")
+    assert [row["values"]["way"] for row in rows] == ["eager", "floor", "ours"]
+
+
+@pytest.mark.parametrize("wrong", [{"a": [1.0, 2.0, 3.001]}, {"a": [1.0, 2.0]}, {"a": [1.0, 2.0, float("nan")]}, {}])
+def test_numbers_that_differ(wrong):
+    right = {"a": [1.0, 2.0, 3.0]}
+    assert bench.differences(right, right, "float32") == {"a": (0.0, False)}
+    assert bench.differences(wrong, right, "float32")["a"][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows and their report
+
+
+def row(**more):
+    values = {"case": "a", "way": "ours", "seconds": 1.234567, **more.pop("values", {})}
+    machine = {"cpu": "Slow", "cores": 2, "instructions": "AVX2"}
+    return {"benchmark": "loss", "date": "2026-01-02", "machine": machine, "commit": "abc", "versions": {"torch": "2"},
+            "command": "python bench.py loss", "values": values, "note": "", **more}  # fmt: skip
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    def text(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        bench.main(configurator.configure(bench.__file__, ["report", f"--results={path}"], ["name"]))
+        return capsys.readouterr().out
+
+    return text
+
+
+def test_the_report(report):
+    last = row(values={"way": "c", "differs by": "x"}, note="N.")
+    text = report(row(), row(values={"way": "b", "seconds": 4321}), last)
+    assert text == """# Benchmarks
+
+`python bench.py report > BENCHMARKS.md` prints this page from `benchmarks.jsonl`.
+Nothing is measured on a GPU yet.
+
+## loss, 2026-01-02, Slow, 2 cores, AVX2
+
+    python bench.py loss
+
+Measured with commit abc, torch 2.
+
+| case | way | seconds |
+| --- | --- | --- |
+| a | ours | 1.23 |
+| a | b | 4,321 |
+
+| case | way | seconds | differs by |
+| --- | --- | --- | --- |
+| a | c | 1.23 | x |
+
+N.
+"""
+
+
+def test_machines_and_days_have_tables_of_their_own_and_a_later_row_counts(report):
+    gpu = {**row()["machine"], "gpu": "Fast"}
+    text = report(row(), row(date="2026-01-03"), row(machine=gpu), row(values={"seconds": 9.0}))
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## loss, 2026-01-02, Slow, 2 cores, AVX2", "## loss, 2026-01-03, Slow, 2 cores, AVX2",
+                        "## loss, 2026-01-02, Fast, 2 cores, AVX2"]  # fmt: skip
+    assert "on a GPU" not in text and text.count("| a | ours | 9 |") == 1 and text.count("| a | ours |") == 3
+
+
+def test_a_file_that_holds_no_rows(report):
+    with pytest.raises(ValueError, match="line 2, is not a row of results"):
+        report(row(), {"values": {}})
+
+
+def test_the_page_is_the_report_and_has_no_empty_cell(report):
+    rows = [json.loads(line) for line in (ROOT / "benchmarks.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = report(*rows)
+    assert (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8") == text
+    assert not [line for line in text.splitlines() if line.startswith("|") and "|  |" in line]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what can be chosen
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["loss", "--sizes=huge"], "sizes = 'huge': choose from csm-512"),
+    (["loss", "--dtypes=int8"], "dtypes = 'int8': choose from float32"),
+    (["loss", "--ways=ours,theirs"], "ways = 'theirs': choose from ours, eager"),
+    (["train", "--sizes=huge"], "sizes = 'huge': choose from small, marvis"),
+    (["train", "--ways=ours,eager"], "ways = 'eager': choose from ours, ours sparse, ours in backward"),
+    (["train", "--fractions=1/3"], "fractions = '1/3': choose from 1/16, 1"),
+    (["codec", "--sizes=dac"], "sizes = 'dac': choose from mel, mimi, .*, xtts"),
+    (["families"], "data, sample, codec, loss, train, gpu, report, .*not 'families'"),
+])  # fmt: skip
+def test_what_is_chosen_has_to_exist(measure, argv, message):
+    with pytest.raises(ValueError, match=message):
+        measure(*argv)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_needed(measure):
+    with pytest.raises(ValueError, match="needs a GPU"):
+        measure("gpu")
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="10000.0 GB"):
+        bench.check_room(1e13, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss and step
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_all_losses_are_one_number(shared):
-    hidden, weight, target = bench.loss_inputs((3, 19, 8, 40, shared), torch.float32, "cpu")
-    results = []
+    job = bench.new_job("loss", "tiny", "float32", 0, **{**HEADS, "shared": shared})
+    right = bench.loss_job({**job, "way": "reference"})["numbers"]
     for way in ("ours", "eager", "torch chunked"):
-        loss = bench.loss_way(way, "cpu")(hidden, weight, target)
-        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
-    for loss, grad in results[1:]:
-        torch.testing.assert_close(loss, results[0][0])
-        torch.testing.assert_close(grad, results[0][1])
-
-
-def test_what_cannot_run_here_says_so():
-    with pytest.raises(ValueError, match="GPU"):
-        bench.loss_way("liger", "cpu")
-    with pytest.raises(ValueError, match="10000.0 GB"):
-        bench.check_room(1e13, "cpu")
+        off = bench.differences(bench.loss_job({**job, "way": way})["numbers"], right, "float32")
+        assert not any(far for _, far in off.values()), (way, off)
 
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_logits():
     """In a fresh process: eager holds them about three times, less the gradients, which come later; ours does not."""
-    size = (8, 2051, 32, 1024, False)
+    job = bench.new_job("loss", "some", "float32", 1, K=8, V=2051, D=32, N=1024, shared=False)
     logits = 4 * 8 * 2051 * 1024
-    extra = bench.apart(bench.loss_memory, "eager", size, torch.float32, "cpu")
-    if extra is None:
+    eager, ours = (bench.ask(bench.WORK, {**job, "way": way})["peak"] for way in ("eager", "ours"))
+    if eager is None:
         pytest.skip("this system does not tell a process's peak")
-    assert 1.5 * logits < extra < 4 * logits
-    assert bench.loss_memory("ours", size, torch.float32, "cpu") < logits / 8
-
-
-def test_the_table_of_losses(here, capsys):
-    ways = ("ours", "eager", "torch chunked", "liger")
-    bench.compare_losses({"tiny": (3, 19, 8, 40, True)}, bench.DTYPES, 1, ways)
-    out = capsys.readouterr().out
-    assert "without liger: its kernels need a GPU" in out
-    rows = [line.split() for line in out.splitlines() if line.split()[0] == "tiny"]
-    assert [row[2] for row in rows[:4]] == ["ours", "eager", "torch", "floor"]
-    assert len(rows) == 2 * 4 + 2
-    assert max(float(x) for x in rows[-2][2:]) < 1e-5 and max(float(x) for x in rows[-1][2:]) < 2e-2
+    assert 1.5 * logits < eager < 4 * logits
+    assert ours < logits / 8
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_ours_equals_transformers(fraction):
     """At a fraction too: so that both are timed on the same frames."""
-    loss, gradient = bench.csm_differences(TINY, fraction)
-    assert loss < 1e-6 and gradient < 1e-5
+    job = bench.new_job("train", "tiny", "float32", 0, **TINY, fraction=fraction, utterances=2, text_rows=9, frames=20)
+    ours, theirs = (bench.train_job({**job, "way": way})["numbers"] for way in ("ours", "transformers"))
+    off = bench.differences(theirs, ours, "float32")
+    assert off["loss"][0] < 1e-6 and off["gradient"][0] < 1e-5
 
 
-def test_the_table_of_steps(here, capsys, monkeypatch):
-    monkeypatch.delenv("MARVIS", raising=False)
-    ways = [("ours", "own"), ("transformers", "default"), ("transformers", "fused"), ("marvis", "default")]
-    bench.compare_steps({"tiny": TINY}, ["float32", "bfloat16"], 1, ways, (0.25,))
-    captured = capsys.readouterr()
-    assert captured.out.count("without marvis default (tiny, float32, 0.25): the environment variable MARVIS") == 1
-    rows = [line.split() for line in captured.out.splitlines() if line.startswith("tiny")]
-    assert [row[4] for row in rows] == ["ours", "transformers", "transformers"] * 2
-    assert all(0 < int(row[-1].rstrip("%")) < 100 for row in rows)
-
-
-def test_operations_of_a_step():
-    """By hand: one block of attention (q, o: D D, k, v: D D / 2) and feed-forward (3 D F), heads of 19 classes."""
-    backbone, decoder = 3 * 32 * 32 + 3 * 32 * 48, 3 * 16 * 16 + 3 * 16 * 48
-    rows, frames = 2 * 192, 2 * 152
-    expected = rows * backbone + frames * 19 * 32 + frames / 4 * (4 * (decoder + 32 * 16) + 3 * 19 * 16)
-    assert bench.csm_operations(TINY, 1 / 4, 2) == 6 * expected
-
-
-@pytest.mark.parametrize("name, key, value, message", [
-    ("loss", "sizes", "huge", "sizes = 'huge': there is csm-512"),
-    ("loss", "dtypes", "int8", "dtypes = 'int8': there is float32"),
-    ("loss", "ways", "ours,theirs", "ways = 'theirs': there is ours, eager"),
-    ("train", "sizes", "huge", "sizes = 'huge': there is small, marvis"),
-    ("train", "dtypes", "int8", "dtypes = 'int8': there is float32"),
-    ("train", "ways", "ours,eager", "ways = 'eager': there is ours, ours sparse, ours in backward, transformers def"),
-    ("train", "fractions", "1/3", "fractions = '1/3': there is 1/16, 1"),
-])  # fmt: skip
-def test_what_is_chosen_has_to_be_there(name, key, value, message):
-    keys = dict(sizes="", dtypes="", ways="", fractions="", repeats=1)
-    with pytest.raises(ValueError, match=message):
-        bench.main(SimpleNamespace(**{**keys, "name": name, key: value}))
+def test_rows_of_steps(here, measure, monkeypatch):
+    monkeypatch.setattr(bench, "TRAIN_SIZES", {"small": TINY})
+    rows = measure("train", "--fractions=1", "--dtypes=float32", "--repeats=1")
+    assert {row["values"]["way"] for row in rows} == {"ours", "ours sparse", "ours in backward", "transformers"}
+    assert all(row["values"]["seconds"] > 0 and row["values"]["peak GB"] > 0 for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# families
-
-
-def test_what_is_missing_of_a_run_is_made(monkeypatch, tmp_path):
-    ran = []
-    done = SimpleNamespace(returncode=0)
-    monkeypatch.setattr(bench.subprocess, "run", lambda command, cwd: ran.append(command[1:]) or done)
-    monkeypatch.chdir(tmp_path)
-    assert bench.trained("digits", 7, "data/digits") == "out/digits_7"
-    run = ["train.py", "config/digits.py", "--seed=7", "--out_dir=out/digits_7"]
-    assert ran == [["data/digits/prepare.py"], ["prepare.py", "config/digits.py"], run]
-    there = {"data/digits/metadata.csv": "", "data/digits/tokens/meta.json": "", "out/digits_7/last.pt": "",
-             "out/digits_7/metrics.jsonl": '{"iter": 500}\n'}  # fmt: skip
-    for name, text in there.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    ran.clear()
-    bench.trained("digits", 7, "data/digits")
-    assert ran == [[*run, "--init_from=resume"]]
-    (tmp_path / "out/digits_7/metrics.jsonl").write_text('{"iter": 500}\n{"iter": 2900}\n')
-    ran.clear()
-    bench.trained("digits", 7, "data/digits")
-    assert ran == []
-    monkeypatch.setattr(bench.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=1))
-    with pytest.raises(ValueError, match="python train.py config/digits.py .* failed"):
-        bench.trained("digits", 8, "data/digits")
+# digits
 
 
 def test_new_strings_are_in_no_recording_of_their_voice():
@@ -142,20 +321,20 @@ def test_new_strings_are_in_no_recording_of_their_voice():
     assert bench.new_strings(rows, "a", 12, seed=1) == strings != bench.new_strings(rows, "b", 12, seed=1)
 
 
-def test_table_of_families(monkeypatch, tmp_path, capsys):
-    tokens = write_tokens(tmp_path / "tokens")
-    run(tokens, tmp_path / "out", "--max_iters=4")
-    monkeypatch.setattr(bench, "trained", lambda recipe, seed, raw: str(tmp_path / "out"))
-    rows = [("", "one two", "a"), ("", "three", "b"), ("", "two", "a")]
-    monkeypatch.setattr(bench, "read_raw", lambda raw, every: rows)
-    monkeypatch.setattr(bench, "recognise", lambda wav, rate: "one two")
-    how = dict(speaker="a", temperature=None, strings=0, seed=1, show_errors=False)
-    bench.bench_families(SimpleNamespace(recipes="digits", seeds="1,2", raw="", **how))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[-2:]] == [["digits", "1"], ["digits", "2"]]
-    row = lines[-1].split()
-    assert row[3:7] == ["3", "x", "16", "x"]
-    assert "33.3% a" in lines[-1]  # "two" heard as "one two": an error in three words
+def test_models_speak_in_several_processes_as_in_one(tmp_path, measure, monkeypatch):
+    run(write_tokens(tmp_path / "tokens"), tmp_path / "out", "--max_iters=4")
+    (tmp_path / "metadata.csv").write_text("audio,text,speaker\n1.wav,one two,a\n2.wav,three,b\n3.wav,two,a\n")
+    flags = [f"--raw={tmp_path}", f"--ckpt={tmp_path / 'out' / 'best.pt'}", "--strings=0"]
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr(bench.os, "cpu_count", lambda cores=cores: cores)
+        (only,) = measure("sample", *flags)
+        found.append({key: value for key, value in only["values"].items() if key != "real-time factor"})
+    assert found[0] == found[1]
+    assert list(found[0])[2:] == ["a, word errors %", "b, word errors %", "mean %", "ended"]
+    assert found[0]["mean %"] == (found[0]["a, word errors %"] + found[0]["b, word errors %"]) / 2
+    with pytest.raises(ValueError, match="speaker = 'c': choose from a, b"):
+        measure("sample", *flags, "--speaker=c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,69 +343,40 @@ def test_table_of_families(monkeypatch, tmp_path, capsys):
 OPTIONS = {"channels": 4, "width": 16}
 
 
-def tiny_encodec(folder):
-    model = transformers.EncodecModel(transformers.EncodecConfig(num_filters=4, hidden_size=16, codebook_dim=16))
-    bench.codes_of_one_length(model).save_pretrained(folder)
-    encode = lambda wav: model.encode(wav[:, None], bandwidth=6.0).audio_codes[0]  # noqa: E731
-    return folder, model, encode, lambda codes: model.decode(codes[None], [None]).audio_values[:, 0]
-
-
-def absent(folder):
-    raise ImportError("it is not here")
-
-
 @pytest.fixture
 def small(monkeypatch):
-    ways = {"absent": absent, "transformers": tiny_encodec}
+    theirs = dict(num_filters=4, hidden_size=16, codebook_dim=16)
     dac = {"channels": 4, "decoder_channels": 32, "n_codebooks": 2}
-    sizes = {"one": ("encodec", OPTIONS, 1, ways), "alone": ("dac", dac, 1, {})}
-    monkeypatch.setattr(bench, "CODEC_SIZES", sizes)
+    sizes = {"one": ("encodec", OPTIONS, 1, "Encodec", theirs, ["transformers"]), "alone": ("dac", dac, 1, "", {}, [])}
+    monkeypatch.setattr(bench, "CODECS", sizes)
     monkeypatch.setattr(bench, "STREAMED", 0.4)
 
 
-def test_the_table_of_codecs(small, here, capsys):
-    with torch.no_grad():
-        bench.compare_codecs(["one", "alone"], 1, 0.1)
-    captured = capsys.readouterr()
-    assert "one without absent: it is not here" in captured.out + captured.err
-    rows = [line.split() for line in captured.out.splitlines() if line.split()[:1] in (["one"], ["alone"])]
-    rows = [row for row in rows if row[1] != "without"]
-    assert [row[:2] for row in rows[:4]] == [["one", "ours"], ["one", "transformers"], ["alone", "ours"],
-                                             ["one", "transformers"]]  # fmt: skip
-    assert [row.count("x") for row in rows[:3]] == [6, 4, 4]  # no peer here streams, nor does DAC
-    assert float(rows[3][2].rstrip("%")) > 98 and float(rows[3][3]) < 1e-5  # a code may tie with another
-    assert [row[0] for row in rows[4:]] == ["one", "alone"] and all(float(row[2]) > 0.001 for row in rows[4:])
+def test_rows_of_codecs(small, here, measure):
+    rows = [row["values"] for row in measure("codec", "--sizes=one,alone", "--repeats=1")]
+    found = {(row["case"].split(",")[0], row["way"]): row for row in rows}
+    assert set(found) == {("one", "ours"), ("one", "transformers"), ("alone", "ours")}
+    able = [sum(value != "none" for key, value in row.items() if "real time" in key)
+            for row in (found["one", "ours"], found["one", "transformers"], found["alone", "ours"])]  # fmt: skip
+    assert able == [4, 2, 2]  # transformers has no stream, nor does DAC
+    assert found["one", "transformers"]["differs by"].startswith("codes ")
+
+
+def test_codecs_that_do_other_work_are_not_timed(small, here, measure, monkeypatch):
+    right = bench.transformers_codec
+
+    def wrong(job):
+        model, encode, decode, *rest = right(job)
+        return model, encode, lambda codes: decode(codes) + 0.01, *rest
+
+    monkeypatch.setattr(bench, "transformers_codec", wrong)
+    rows = [row["values"] for row in measure("codec", "--sizes=one", "--repeats=1")]
+    assert ["waveform" in row["not timed, its numbers differ by"] for row in rows if len(row) == 3] == [True]
 
 
 @torch.no_grad()
-def test_codecs_that_do_other_work_are_not_compared(small, tmp_path):
-    path, _, encode, decode = tiny_encodec(tmp_path)
-    ours, wav = bench.open_network("encodec", OPTIONS, path, "cpu"), 0.1 * noise(1, 9600)
-    assert bench.check_codecs(ours, encode, decode, wav)[0] > 0.98
-    with pytest.raises(ValueError, match=r"% of the codes agree, the waveforms differ by 0"):
-        bench.check_codecs(ours, lambda wav: encode(wav).roll(1, 2), ours.decode, wav)
-    with pytest.raises(ValueError, match=r"\d% of the codes agree, the waveforms differ by .*e-0"):
-        bench.check_codecs(ours, encode, lambda codes: decode(codes) + 0.01, wav)
-
-
-def test_unknown_codecs():
-    with pytest.raises(ValueError, match="sizes = 'dac': there is mel, mimi, .*, xtts, prepare"):
-        bench.main(SimpleNamespace(name="codec", sizes="mimi,dac"))
-
-
 def test_random_codebooks_are_in_use():
-    codec = bench.open_network("encodec", OPTIONS, "", "cpu")
-    assert len(codec.encode(0.1 * noise(1, 24000)).unique()) > 8
-    torch.testing.assert_close(codec.quantizer.lengths, codec.quantizer.codebooks.square().sum(2))
-
-
-def test_what_prepare_reaches(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "transformers_mimi", lambda folder: mimi(folder, **TINY_CODECS["mimi"]))
-    (tmp_path / "wavs").mkdir()
-    for i in range(3):
-        soundfile.write(tmp_path / "wavs" / f"{i}.wav", 0.1 * noise(8000 + 4000 * i).numpy(), 24000)
-    (tmp_path / "metadata.csv").write_text("2|two\n0|zero\n1|one\n")
-    bench.compare_prepare(str(tmp_path), 1)
-    assert "3 recordings, 2 s, to Mimi's codes: the codec alone" in capsys.readouterr().out
-    bench.compare_prepare("", 1)
-    assert "no real speech" in capsys.readouterr().out
+    codec, encode, *_ = bench.our_codec({"codec": "encodec", "options": OPTIONS, "weights": ""})
+    codes = encode(wav := 0.1 * noise(1, 24000))
+    codec.load_state_dict(codec.state_dict())
+    assert len(codes.unique()) > 8 and torch.equal(encode(wav), codes)

@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import itertools
+import json
 import random
 import sys
 from collections import defaultdict
@@ -243,13 +244,16 @@ def test_word_errors():
 def test_error_rates_pool_words_not_utterances():
     heard = [("a", "one two three", "one two three"), ("a", "one", "two"), ("b", "one two", "")]
     assert bench.error_rates(heard) == {"a": (2, 4, 1), "b": (1, 2, 2), "all": (3, 6, 3)}
-    assert "50.0%" in bench.report(heard).splitlines()[-1]
+    assert bench.error_percent(heard) == {"a": 25.0, "b": 100.0, "all": 50.0}
 
 
 def test_bench_from_the_command_line(made, tmp_path, capsys):
-    bench.main(configurator.configure(bench.__file__, ["data", f"--raw={made}", "--limit=4"], ["name"]))
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["all", "4", "18"]
+    results = tmp_path / "rows.jsonl"
+    argv = ["data", f"--raw={made}", "--limit=4", f"--results={results}"]
+    bench.main(configurator.configure(bench.__file__, argv, ["name"]))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("case all  utterances 4  words 18")
+    assert json.loads(results.read_text().splitlines()[-1])["values"]["words"] == 18
     with pytest.raises(ValueError, match="data.*'dta'"):
         bench.main(SimpleNamespace(name="dta"))
     with pytest.raises(FileNotFoundError, match=r"metadata\.csv: no such file"):
-        bench.main(SimpleNamespace(name="data", raw=str(tmp_path)))
+        bench.main(SimpleNamespace(name="data", raw=str(tmp_path), limit=0))
