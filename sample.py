@@ -55,7 +55,7 @@ out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; 
 speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
 reference = ""  # recording of a voice to clone
 reference_text = ""  # its transcript, word for word; XTTS and VALL-E need none
-temperature: "float | None >= 0" = None  # 0: the likeliest code; None, here and below: as in training, else the family's
+temperature: "float | None >= 0" = None  # 0: likeliest code; None, here and below: as in training, or the family's
 top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
 repetition_penalty: "float | None > 0" = None  # kani, xtts: makes codes spoken before less likely; 1: off
