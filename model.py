@@ -1,25 +1,25 @@
-"""The architectures: text ids and codec frames in, a loss or new frames out.
+"""The models: text ids and codec frames in, a loss or new frames out.
 
-One transformer is there for every family; what a family adds is how the K codebooks of a frame are predicted:
+All families share one transformer. A family adds how the K codebooks of a frame are predicted:
 
     CSM    Sesame CSM, Marvis TTS: a backbone predicts codebook 0 of the next frame, a small depth decoder runs along
            the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
-    Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, which is the
-           embedding once more, predicts the next token.
-    XTTS   the GPT of XTTS-v2: K = 1. Latents read off a recording of the voice stand before text and codes.
-    VallE  VALL-E v2: all K codebooks at once from one hidden state, frame by frame or, masked, all frames in a few
-           rounds.
+    Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, tied to the
+           embedding, predicts the next token.
+    XTTS   the GPT of XTTS-v2: K = 1. Latents of a recording of the voice come before text and codes.
+    VallE  VALL-E v2: all K codebooks at once from one hidden state; either frame by frame, or all frames in a few
+           rounds of demasking.
 
 Notable features:
 - pre-norm RMSNorm, grouped-query attention, rotary positions (with llama-3 frequency scaling), SwiGLU, no biases; where
   a published model differs (LFM2, GPT-2, VALL-E), a field of its config says so
 - a static key/value cache sized up front; one code path for training, prefill and single steps
-- `layout` says how an utterance becomes rows, and both training and generation call it
-- `multi_codebook_cross_entropy` is the only loss: neither the logits nor their gradient are ever held whole
-- `contract_check` compares teacher forcing with cached generation before anything is trained or spoken
+- `Family` is the contract of all four families; `layout` makes rows of an utterance for training and generation alike
+- `contract_check` compares teacher forcing with cached generation before a model is trained or speaks
+- `multi_codebook_cross_entropy`, last in the file, is the only loss: it never holds all logits or all their gradient
 
-Letters in shapes: B batch, S rows, K codebooks, C = K + 1 columns, T frames, D width, H heads, V classes, N frames of a
-batch, n of one chunk of it.
+Letters in shapes: B batch, S rows, K codebooks, C columns, T frames, D width, H heads, V classes, N frames of a batch,
+n of one chunk of it, L latents, R rows and M bands of a reference.
 """
 
 import math
@@ -40,10 +40,1825 @@ from parts.tensors import fault
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton for this machine: the kernel's PyTorch twin does its work
+except ImportError:  # no Triton for this machine: the loss uses the kernel's PyTorch twin
     triton = None
 
 IGNORE = -100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+def fixed(default, mode=None):
+    """A field of a config that is a key of train.py. Trained weights fix it. mode: the only mode of the family in which
+    it has an effect."""
+    return field(default=default, kw_only=True, metadata={"key": "fixed", "mode": mode})
+
+
+def free(default, mode=None):
+    """A field of a config that is a key of train.py and may change from run to run; `mode` as for `fixed`."""
+    return field(default=default, kw_only=True, metadata={"key": "free", "mode": mode})
+
+
+@dataclass
+class TransformerConfig:
+    n_layer: "1 <= int <= 1000"
+    n_head: "1 <= int <= 10000"
+    n_kv_head: "1 <= int <= 10000"
+    d_model: "1 <= int <= 100000"
+    d_ff: "1 <= int <= 1000000"
+    head_dim: "0 <= int <= 100000" = 0  # 0: d_model / n_head
+    max_positions: "1 <= int <= 10000000" = 2048
+    rope_theta: "float >= 0" = 500_000.0  # 0: no rotary positions
+    rope_scaling: "tuple | None > 0" = None  # llama 3: factor, low and high frequency factor, original context
+    norm_eps: "0 <= float < 1" = 1e-5
+    layers: str = ""  # a letter each: "a" attention, "c" gated short convolution (LFM2); empty: attention throughout
+    feed_forward: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # geglu: VALL-E, gelu: GPT-2
+    bias: bool = False  # biases throughout, and LayerNorm for RMSNorm (GPT-2)
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
+    final_norm: bool = True
+    dropout: "0 <= float < 1" = 0.0  # on the output of attention and feed-forward layer
+    recompute: bool = False  # gradient checkpointing of each block
+
+
+LLAMA3_ROPE = (32.0, 1.0, 4.0, 8192)
+LFM2 = dict(rope_theta=1_000_000.0, qk_norm=True)
+GPT2 = dict(rope_theta=0.0, feed_forward="gelu", bias=True)
+VALLE = dict(rope_theta=10_000.0, feed_forward="geglu", final_norm=False, norm_eps=1e-6)
+PRESETS = {
+    "llama-1B": dict(n_layer=16, n_head=32, n_kv_head=8, d_model=2048, d_ff=8192, rope_scaling=LLAMA3_ROPE),
+    "llama-250M": dict(n_layer=6, n_head=12, n_kv_head=3, d_model=1536, d_ff=8192, rope_scaling=LLAMA3_ROPE),
+    "llama-100M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=8192, rope_scaling=LLAMA3_ROPE),
+    "llama-60M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=4096, rope_scaling=LLAMA3_ROPE),
+    "lfm2-350M": dict(n_layer=16, n_head=16, n_kv_head=8, d_model=1024, d_ff=4608, layers="ccaccaccacacacac", **LFM2),
+    "gpt2-xtts": dict(n_layer=30, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **GPT2),
+    "valle-60M": dict(n_layer=12, n_head=8, n_kv_head=8, d_model=512, d_ff=2048, **VALLE),
+    "valle-400M": dict(n_layer=24, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **VALLE),
+}
+
+
+def transformer_config(given, dropout=None, recompute=None, **overrides):
+    """A TransformerConfig from a preset's name, a dict of its fields, or another TransformerConfig.
+
+    overrides replace fields; so do dropout and recompute, unless they are None. Raises ValueError for an unknown preset
+    and impossible sizes.
+    """
+    if dropout is not None:
+        overrides["dropout"] = dropout
+    if recompute is not None:
+        overrides["recompute"] = recompute
+    if isinstance(given, TransformerConfig):
+        given = asdict(given)
+    if isinstance(given, str):
+        if given not in PRESETS:
+            raise ValueError(f"unknown preset {given!r:.60}; choose from {', '.join(PRESETS)}, or give a dict of sizes")
+        given = PRESETS[given]
+    try:
+        c = TransformerConfig(**{**given, **overrides})
+    except TypeError as e:
+        raise ValueError(f"transformer sizes {given!r:.200}: {str(e).split(') ')[-1]:.100}") from None
+    check_fields(c)
+    if not c.head_dim and c.d_model % c.n_head:
+        raise ValueError(f"d_model = {c.d_model} is not a multiple of n_head = {c.n_head}: give head_dim")
+    c.head_dim = c.head_dim or c.d_model // c.n_head
+    c.rope_scaling = c.rope_scaling and tuple(c.rope_scaling)
+    if c.rope_scaling and len(c.rope_scaling) != 4:
+        raise ValueError(f"rope_scaling = {c.rope_scaling!r:.60} must have 4 numbers, as {LLAMA3_ROPE}")
+    c.layers = c.layers or "a" * c.n_layer
+    if len(c.layers) != c.n_layer or set(c.layers) - set("ac"):
+        raise ValueError(f"layers = {c.layers!r:.60} must have one letter, a or c, for each of {c.n_layer} layers")
+    if c.n_head % c.n_kv_head or c.head_dim % 2:
+        raise ValueError(f"{c.n_head} heads over {c.n_kv_head} key/value heads of width {c.head_dim}: "
+                         "the first must be a multiple of the second, and the width must be even")
+    return c
+
+
+def rope_table(c):
+    """Cosines and sines (2, max_positions, head_dim / 2) of rotary positions (Su et al. 2021), with llama 3's scaling.
+
+    Wavelengths beyond the original context are stretched by `factor`, those well inside it stay, between them the two
+    are blended (Llama 3.1).
+    """
+    # in float32, as the released models were trained: exact angles differ from these by 3e-4 at position 2047
+    frequency = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    if c.rope_scaling:
+        factor, low, high, original = c.rope_scaling
+        turns = original * frequency / (2 * math.pi)  # full rotations within the original context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - blend) * frequency / factor + blend * frequency
+    angle = torch.outer(torch.arange(c.max_positions, dtype=torch.float32), frequency)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, table):
+    """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by table (2, [B,] S, 1, head_dim / 2)."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+TAPS = 3  # of the short convolution
+
+
+class Cache:
+    """Keys and values of earlier rows, sized up front.
+
+    `memory` holds for each attention layer its keys and values (2, B, n_kv_head, length, head_dim), for each short
+    convolution its last inputs (B, D, TAPS - 1). `used` counts the stored rows; the transformer advances it when all
+    layers have stored theirs.
+    """
+
+    def __init__(self, config, batch, length, device, dtype):
+        attention = (2, batch, config.n_kv_head, length, config.head_dim)
+        convolution = (batch, config.d_model, TAPS - 1)
+        shapes = [attention if letter == "a" else convolution for letter in config.layers]
+        self.memory = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.used = 0
+
+    def extend(self, layer, k, v):
+        """Store the keys and values of the new rows; return those of all rows so far."""
+        end = self.used + k.shape[2]
+        keys, values = self.memory[layer]
+        keys[:, :, self.used : end] = k
+        values[:, :, self.used : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def lead(self, layer, x):
+        """The new inputs x (B, D, S) of a convolution, with the TAPS - 1 inputs before them in front."""
+        x = torch.cat([self.memory[layer] * (self.used > 0), x], -1)
+        self.memory[layer] = x[..., 1 - TAPS :]
+        return x
+
+
+SMALL = 2**20  # elements: recomputing smaller tensors costs a tenth of a small model's step and saves little memory
+
+
+def recompute(function, *inputs, least=0):
+    """function(*inputs) with gradient checkpointing: only the inputs are kept, the backward pass recomputes the rest.
+
+    Inputs with fewer than `least` elements are not worth it: then all is kept.
+    """
+    if torch.is_grad_enabled() and inputs[0].numel() >= least:
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
+def in_chunks(function, size, inputs, parameters):
+    """The sum of function(*chunk) over chunks of the rows of `inputs`, at most `size` rows each.
+
+    function returns tensors that add up over rows. The first, a scalar, has a gradient to the inputs and to the trained
+    `parameters`. It is formed in the forward pass, like that of the loss, so that the activations of a chunk are freed
+    before the next one; the backward pass, which can run once, only multiplies by the gradient of the sum. Gradient
+    checkpointing would bound the memory too, but runs each chunk forward twice. In float16 all rows are one chunk,
+    because gradients must be scaled before they are formed.
+    """
+    rows = len(inputs[0])
+    half = _product_type(inputs[0]) == torch.float16
+    parameters = [p for p in parameters if p.requires_grad]
+    trained = torch.is_grad_enabled() and (parameters or any(x.requires_grad for x in inputs))
+    if rows <= size or (trained and half):
+        return function(*inputs)
+    size = math.ceil(rows / math.ceil(rows / size))  # chunks of nearly equal size
+    if trained:
+        return _InChunks.apply(function, size, len(inputs), *inputs, *parameters)
+    chunks = zip(*(x.split(size) for x in inputs), strict=True)
+    return [sum(numbers) for numbers in zip(*(function(*chunk) for chunk in chunks), strict=True)]
+
+
+class _InChunks(torch.autograd.Function):
+    """`in_chunks` for training: sums over chunks, and gradients to inputs and parameters."""
+
+    @staticmethod
+    def forward(ctx, function, size, n, *tensors):
+        inputs, parameters = tensors[:n], tensors[n:]
+        wanted = ctx.needs_input_grad[3:]
+        sums = [torch.zeros_like(p) for p in parameters]
+        totals, by_chunk = 0, []
+        device = inputs[0].device.type if inputs[0].device.type != "meta" else "cpu"  # autocast knows no meta
+
+        def add(grad, to):
+            to += grad
+            return grad.new_zeros(()).expand_as(grad)  # the gradient itself is freed at once, not at the chunk's end
+
+        hooks = [p.register_hook(partial(add, to=to)) for p, to in zip(parameters, sums, strict=True)]
+        try:
+            for chunk in zip(*(x.split(size) for x in inputs), strict=True):
+                with torch.enable_grad():
+                    chunk = [x.detach().requires_grad_(w) for x, w in zip(chunk, wanted, strict=False)]
+                    numbers = function(*chunk)
+                    leaves = [x for x in chunk if x.requires_grad]
+                    with torch.autocast(device, enabled=False):  # a backward pass takes the types of the forward pass
+                        grads = torch.autograd.grad(numbers[0], [*leaves, *parameters])
+                by_chunk.append(grads[: len(leaves)])
+                totals = [total + x.detach() for total, x in zip(totals or [0] * len(numbers), numbers, strict=True)]
+                del numbers, grads  # frees the chunk's graph before the next one is made
+        finally:
+            for hook in hooks:
+                hook.remove()
+        of_inputs = iter([torch.cat(grads) for grads in zip(*by_chunk, strict=True)])
+        ctx.grads = [next(of_inputs) if w else None for w in wanted[:n]] + sums
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factor, *_):
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("gradients in chunks allow only one backward pass: set decoder_chunk=0 for more")
+        if not (_can_look(factor) and factor == 1):
+            for grad in grads:
+                _multiply(grad, factor.view(1), 0)
+        return None, None, None, *grads
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the type of x, for which a GPU has a kernel. On a CPU it is several operations, which would keep two
+    more copies of x in float32; so a large x is recomputed there."""
+
+    def forward(self, x):
+        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
+        return F.rms_norm(*inputs) if x.is_cuda else recompute(F.rms_norm, *inputs, least=SMALL)
+
+
+def norm(c):
+    return (nn.LayerNorm if c.bias else RMSNorm)(c.d_model, c.norm_eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or with a mask."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.grouped = c.n_kv_head != c.n_head
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.bias)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        S = x.shape[1]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # (B, S, H, head_dim)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # views, and so is y below: nothing is copied
+        causal = S > 1 and mask is None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+            if causal and cache.used:  # is_causal aligns its triangle to the first key, here it must end at the last
+                causal = False
+                mask = torch.ones(S, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.used)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class ShortConvolution(nn.Module):
+    """Gated causal convolution of each channel over TAPS rows (LFM2, Liquid AI 2025). It takes the place of attention
+    and uses neither mask nor positions."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.in_proj = nn.Linear(c.d_model, 3 * c.d_model, bias=False)
+        self.taps = nn.Parameter(torch.empty(c.d_model, 1, TAPS))  # the last one is the row's own
+        self.out_proj = nn.Linear(c.d_model, c.d_model, bias=False)
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        before, after, x = self.in_proj(x).chunk(3, -1)
+        x = (before * x).mT  # (B, D, S)
+        x = F.pad(x, (TAPS - 1, 0)) if cache is None else cache.lead(layer, x)
+        return self.out_proj(after * F.conv1d(x, self.taps.to(x.dtype), groups=x.shape[1]).mT)
+
+
+class FeedForward(nn.Module):
+    """Two matrices with a GELU between them (GPT-2), or with a gate: SwiGLU, GEGLU (Shazeer 2020)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.kind = c.feed_forward
+        if self.kind != "gelu":
+            self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
+
+    def forward(self, x):
+        wide = [self.up_proj(x)] if self.kind == "gelu" else [self.gate_proj(x), self.up_proj(x)]
+        return recompute(self.narrow, *wide, least=SMALL)  # the other tensors of width d_ff are cheap to recompute
+
+    def narrow(self, x, up=None):
+        if up is None:
+            return self.down_proj(F.gelu(x, approximate="tanh"))
+        gate = F.silu if self.kind == "swiglu" else F.gelu
+        return self.down_proj(gate(x) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, c, letter):
+        super().__init__()
+        self.attn_norm = norm(c)
+        self.attn = Attention(c) if letter == "a" else ShortConvolution(c)
+        self.mlp_norm = norm(c)
+        self.mlp = FeedForward(c)
+        self.dropout = c.dropout
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache, layer), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Transformer over embeddings: x (B, S, D) -> (B, S, D), final norm included.
+
+    Causal, or with a boolean mask (S, S) or (B, 1, S, S): true where a row sees another. Positions count from 0, or are
+    given as positions (B, S). With a cache the rows continue those already in it. Raises ValueError beyond
+    `max_positions`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
+        self.norm = norm(config) if config.final_norm else nn.Identity()
+        self.register_buffer("rope", rope_table(config) if config.rope_theta else None, persistent=False)
+
+    def cache(self, batch, length):
+        weight = self.layers[0].attn_norm.weight
+        return Cache(self.config, batch, length, weight.device, weight.dtype)
+
+    def forward(self, x, cache=None, mask=None, positions=None):
+        start = cache.used if cache is not None else 0
+        end = start + x.shape[1]
+        if end > self.config.max_positions:
+            raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
+        rope = self.rope
+        if rope is not None:  # (2, [B,] S, 1, head_dim / 2)
+            rope = (rope[:, start:end] if positions is None else rope[:, positions]).unsqueeze(-2)
+        for i, block in enumerate(self.layers):
+            if self.config.recompute and self.training:  # training has no cache
+                x = recompute(block, x, rope, mask)
+            else:
+                x = block(x, rope, mask, cache, i)
+        if cache is not None:
+            cache.used = end
+        return self.norm(x)
+
+
+def init_weights(model):
+    """Every initialisation: standard deviation 0.02, output layers scaled down by depth (GPT-2), norms 1, biases 0.
+
+    Heads are so small that the loss starts at ln V. A short convolution keeps the variance of its input.
+    """
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        elif name.endswith("taps"):
+            nn.init.normal_(p, std=TAPS**-0.5)
+        else:
+            nn.init.normal_(p, std=1 / p.shape[-1] if "head" in name else 0.02)
+    for transformer in (module for module in model.modules() if isinstance(module, Transformer)):
+        for name, p in transformer.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                p.data /= math.sqrt(2 * transformer.config.n_layer)
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=None, generator=None):
+    """Draw classes (...) from logits (..., V): temperature 0 takes the likeliest, top_k and top_p cut the tail.
+
+    top_k 0 and top_p 1 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together reach it.
+    The repetition penalty (Keskar et al. 2019) divides the positive logits of the classes `seen` (n,) and multiplies
+    the negative ones; 1: off.
+    """
+    if seen is not None and repetition_penalty != 1:
+        past = logits[..., seen]
+        past = torch.where(past > 0, past / repetition_penalty, past * repetition_penalty)
+        logits = logits.index_copy(-1, seen, past)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = p.sort(descending=True)
+        kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
+        p = torch.zeros_like(p).scatter(-1, order, kept)
+    return torch.multinomial(p.flatten(0, -2) if p.ndim > 1 else p[None], 1, generator=generator).view(p.shape[:-1])
+
+
+def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+    """A `choose` for `generate` with these settings of `sample_code`."""
+    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    return lambda logits, seen=None: sample_code(logits, **settings, seen=seen, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what every family has
+
+
+@dataclass
+class FamilyConfig:
+    """The fields that all families have. `text_bos` and `text_eos` (-1: none) are the marks around every text.
+
+    Raises ValueError for a value out of range, and for values that do not fit together.
+    """
+
+    text_vocab_size: "1 <= int <= 10000000"
+    n_codebooks: "1 <= int <= 1000"
+    codebook_size: "1 <= int <= 10000000"
+    backbone: TransformerConfig
+    text_bos: "int >= -1" = -1
+    text_eos: "int >= -1" = -1
+    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input frames blanked, so that the text has to be read
+    dropout: "0 <= float | None < 1" = free(None)  # on the output of each layer; None: as backbone and decoder say
+    recompute: bool | None = free(None)  # gradient checkpointing: less memory, more time; None: likewise
+
+    mode = None  # a family with several modes makes this a field
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("text_bos", "text_eos"):
+            if (mark := getattr(self, name)) >= self.text_vocab_size:
+                raise ValueError(f"{name} = {mark} is none of the {self.text_vocab_size} text ids")
+        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
+
+    @property
+    def n_marks(self):
+        return (self.text_bos >= 0) + (self.text_eos >= 0)
+
+    def marked(self, text):
+        """Text ids (n,) with the marks around them (n + n_marks,)."""
+        marks = [[mark] if mark >= 0 else [] for mark in (self.text_bos, self.text_eos)]
+        return np.concatenate([marks[0], text, marks[1]]).astype(np.int64)
+
+
+def in_order(text, codes, prompt):
+    """The parts of an utterance as (segment, text ids or codes), those of a prompt first."""
+    parts = [(TEXT, text)] if prompt is None else [(TEXT, prompt[0]), (PROMPT, prompt[1]), (TEXT, text)]
+    return parts if codes is None else [*parts, (AUDIO, codes)]
+
+
+class Family(nn.Module):
+    """The contract of all families. A family adds how it predicts the K codebooks of a frame.
+
+    layout(text, codes=None, prompt=None) -> tokens (S, C), segment (S,), both int64
+        One utterance, text ids (n,) and codes (T, K), as rows. `segment` says what each row is (parts/segment.py). A
+        prompt (text ids, codes) is another utterance of the same voice. It comes first, and no loss falls on its
+        frames. Without codes the rows end where speech begins: generation starts from the rows that training sees.
+    length(text, frames, prompt_text=0, prompt_frames=0) -> S
+        The number of rows that `layout` makes of these numbers of text ids and frames (numbers or arrays).
+        prompt_frames 0: no prompt.
+    stop_frame() -> (K,)
+        The frame that ends an utterance.
+    forward(tokens (B, S, C), segment (B, S)) -> loss, stats {name: (sum, count)}
+        The loss of a batch, a scalar. Sums and counts add up over batches and ranks. "loss" counts frames;
+        "loss_by_codebook" and "accuracy_by_codebook" are (K,); "stop_missed" (in eval mode) counts the stop frames that
+        the model does not predict.
+    teacher_forced_logits(text, codes) -> (T + 1, K, V)
+        The logits of an utterance's frames and its stop frame, from one pass over all of its rows.
+    generate(text, prompt=None, max_frames=1125, choose=sample_code)
+        A generator that yields frames (K,) int64 as they are made. It returns True where the model ended the utterance,
+        False where max_frames or the last position cut it off. `choose(logits of the allowed classes, seen=earlier
+        codes of this codebook) -> class` picks a code; see `sampler`. Raises ValueError where text and prompt leave no
+        position for a frame.
+
+    A family with `reference` also takes features (B, R, M) of recordings of the voice: `reference` is the last argument
+    of forward and teacher_forced_logits, and a keyword of generate.
+
+    In training the batch lies on the host, and forward picks its rows there: the length of a selection depends on its
+    values, so on a GPU each nonzero() would make the host wait. Row numbers and targets then follow by `to_device`.
+    """
+
+    causal = True  # frames are made one after the other
+    reference = False  # the voice comes from the features of a recording
+    transcript = False  # a voice prompt needs its text
+    vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
+    draw = dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # how its authors sample, see sampler
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # of the config, not of the model: worker processes get a copy of what they call
+        self.layout, self.length = config.layout, config.length
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def max_rows(self):
+        """The most rows that an utterance may have."""
+        return self.config.backbone.max_positions
+
+    def stop_frame(self):
+        return self.config.stop_frame()
+
+    def forward(self, tokens, segment):
+        raise NotImplementedError
+
+    def teacher_forced_logits(self, text, codes):
+        raise NotImplementedError
+
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+        raise NotImplementedError
+
+    def small_set_freeze(self, utterances):
+        """Patterns for `freeze`: parameters to leave alone where a trained model continues on so few utterances."""
+        return []
+
+    def chunked_parameters(self):
+        """Parameters whose gradients `in_chunks` forms, so that all of them are in memory at the same time."""
+        return []
+
+    def stacks(self):
+        """The configs of the model's transformers."""
+        return [module.config for module in self.modules() if isinstance(module, Transformer)]
+
+    def to_device(self, x):
+        """x on the model's device. The host does not wait for the copy: it comes from pinned memory."""
+        device = self.device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+
+    def rows(self, *utterance, **options):
+        """`layout` as tensors (1, S, C), (1, S) on the model's device."""
+        return [torch.from_numpy(x)[None].to(self.device) for x in self.layout(*utterance, **options)]
+
+    def blanked(self, x, spoken):
+        """x (B, S, D) with a random share `frame_dropout` of the rows `spoken` (B, S) set to 0 in training."""
+        if not (self.training and self.config.frame_dropout):
+            return x
+        blank = spoken & (torch.rand(spoken.shape, device=spoken.device) < self.config.frame_dropout)
+        return x.masked_fill(self.to_device(blank)[..., None], 0)
+
+    def frames_left(self, taken, max_frames, rows_per_frame=1):
+        """How many frames fit behind `taken` rows, at most max_frames. Raises ValueError where none fits."""
+        left = (self.max_rows - taken) // rows_per_frame
+        if left < 1:
+            raise ValueError(f"text and prompt take {taken} rows, the model has {self.max_rows} positions")
+        return min(max_frames, left)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM
+
+
+@dataclass(kw_only=True)
+class CSMConfig(FamilyConfig):
+    """Sizes of a CSM and how it trains."""
+
+    decoder: TransformerConfig
+    stop: Literal["class", "zeros"] = "class"  # see stop_frame
+    decoder_fraction: "0 < float <= 1" = free(0.0625)  # share of the frames the depth decoder trains on
+    decoder_chunk: "int >= 0" = free(96)  # frames per depth-decoder chunk (bounds memory; GPU: more is faster); 0: all
+    decoder_loss_weight: "float >= 0" = free(1.0)  # of the depth decoder's loss beside the backbone's
+    arch: str = field(default="csm", init=False)
+
+    SPARE = 3  # classes per codebook beyond the codes, as in the released models
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.decoder = transformer_config(self.decoder, self.dropout, self.recompute)
+        if self.n_codebooks < 2:
+            raise ValueError("a CSM needs at least 2 codebooks: one for the backbone, the others for the depth decoder")
+        if self.decoder.max_positions < self.n_codebooks:
+            places = self.decoder.max_positions
+            raise ValueError(f"the depth decoder's {places} positions are fewer than {self.n_codebooks} codebooks")
+
+    @property
+    def audio_vocab_size(self):
+        return self.codebook_size + self.SPARE
+
+    def stop_frame(self):
+        """K zeros, or with stop = "class" class `codebook_size` in codebook 0.
+
+        That class is a spare one, so no speech looks like the end. The released weights end with zeros.
+        """
+        frame = np.zeros(self.n_codebooks, np.int64)
+        frame[0] = self.codebook_size if self.stop == "class" else 0
+        return frame
+
+    def layout(self, text, codes=None, prompt=None):
+        """See Family. tokens (S, K + 1): a row holds a text id in its last column, or a frame in the others.
+
+        The text stands between its marks, and a stop frame follows the frames, in the prompt too.
+        """
+        K = self.n_codebooks
+        blocks, segments = [], []
+        for kind, part in in_order(text, codes, prompt):
+            ids = self.marked(part) if kind == TEXT else np.concatenate([part, self.stop_frame()[None]])
+            block = np.zeros((len(ids), K + 1), np.int64)
+            block[:, K if kind == TEXT else slice(0, K)] = ids
+            blocks.append(block)
+            segments.append(np.full(len(ids), kind, np.int64))
+        return np.concatenate(blocks), np.concatenate(segments)
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + self.n_marks + prompt_frames + 1, 0)
+        return text + self.n_marks + frames + 1 + prompt
+
+
+class CSM(Family):
+    """Conversational Speech Model (Sesame 2025), also Marvis TTS.
+
+    Row s of the backbone predicts codebook 0 of row s + 1. For one frame the depth decoder reads K places: the
+    backbone's state that predicted the frame, then the embeddings of codebooks 0 .. K - 2. Its place k >= 1 predicts
+    codebook k.
+    """
+
+    transcript = True
+    draw = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)
+
+    def __init__(self, config):
+        super().__init__(config)
+        K, V, D = config.n_codebooks, config.audio_vocab_size, config.backbone.d_model
+        self.text_embedding = nn.Embedding(config.text_vocab_size, D)
+        self.audio_embedding = nn.Embedding(K * V, D)  # code v of codebook k is its row k * V + v
+        self.backbone = Transformer(config.backbone)
+        self.decoder = Transformer(config.decoder)
+        self.projection = nn.Linear(D, config.decoder.d_model, bias=False)
+        self.codebook0_head = nn.Parameter(torch.empty(V, D))
+        self.decoder_heads = nn.Parameter(torch.empty(K - 1, V, config.decoder.d_model))
+        self.register_buffer("offset", torch.arange(K) * V, persistent=False)
+        init_weights(self)
+
+    def look_up(self, tokens, segment):
+        """Rows -> x (B, S, D): a text row's text embedding, the sum of a frame's K code embeddings, zero for padding.
+
+        Also frames (F,), the flat numbers of the rows that hold a frame, and codes (F, K, D), the embeddings of their
+        codes. Backbone and depth decoder share this look-up, so that the table gets one gradient.
+        """
+        K, kind = self.config.n_codebooks, segment.flatten()
+        text = (kind == TEXT).nonzero()[:, 0]
+        frames = (kind >= PROMPT).nonzero()[:, 0]
+        ids, text_rows, frame_rows = map(self.to_device, (tokens.flatten(0, 1), text, frames))
+        words = self.text_embedding(ids[text_rows, K])
+        codes = self.audio_embedding(ids[frame_rows, :K] + self.offset)
+        x = codes.new_zeros(len(kind), codes.shape[-1])
+        x = x.index_copy(0, text_rows, words).index_copy(0, frame_rows, codes.sum(1))
+        return x.view(*segment.shape, -1), frames, codes
+
+    def embed(self, tokens, segment):
+        """The rows alone: (B, S, D)."""
+        return self.look_up(tokens, segment)[0]
+
+    def depth_inputs(self, state, codes):
+        """state (N, D), codes (N, k) of codebooks 0 .. k - 1 -> depth decoder inputs (N, k + 1, D_decoder)."""
+        codes = self.audio_embedding(codes + self.offset[: codes.shape[1]])
+        return self.projection(torch.cat([state[:, None], codes], 1))
+
+    def chunked_parameters(self):
+        # all that the depth decoder computes with, but for the embeddings: these are looked up before
+        decoder = [*self.projection.parameters(), *self.decoder.parameters(), self.decoder_heads]
+        return decoder if self.config.decoder_chunk else []
+
+    def forward(self, tokens, segment):
+        """See Family. Codebook 0 is predicted at every frame, the others at a random `decoder_fraction` of the frames
+        (in eval mode at all) and at every stop frame, `decoder_chunk` frames at a time.
+        """
+        c, K, S = self.config, self.config.n_codebooks, segment.shape[1]
+        x, frames, codes = self.look_up(tokens, segment)
+        spoken = segment == AUDIO
+        hidden = self.backbone(self.blanked(x, spoken))
+
+        target = (spoken.flatten()[frames] & (frames % S > 0)).nonzero()[:, 0]  # (N,) which of the frames to predict
+        rows = frames[target]
+        frame = tokens.flatten(0, 1)[rows, :K]  # (N, K)
+        stopping = (frame == torch.from_numpy(c.stop_frame()).to(frame.device)).all(-1)
+        kept = torch.ones_like(stopping)
+        if self.training and c.decoder_fraction < 1:
+            kept = stopping | (torch.rand(len(frame), device=frame.device) < c.decoder_fraction)
+        kept = kept.nonzero()[:, 0]  # (N',) which of those the depth decoder sees
+        n, m = len(frame), len(kept)
+
+        before = codes.index_select(0, self.to_device(target[kept]))[:, :-1]  # (N', K - 1, D)
+        rows, frame, kept = map(self.to_device, (rows - 1, frame, kept))
+        state = hidden.flatten(0, 1).index_select(0, rows)  # (N, D)
+        loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, frame[:, :1])
+
+        def depth(state, before, frame):
+            """What a chunk of the frames adds to the losses' means."""
+            x = self.decoder(self.projection(torch.cat([state[:, None], before], 1)))[:, 1:]
+            losses, correct = multi_codebook_cross_entropy(x, self.decoder_heads, frame)
+            losses = losses * (len(frame) / max(m, 1))
+            return losses.mean(), losses, correct
+
+        inputs = state.index_select(0, kept), before, frame[kept, 1:]
+        decoder_loss, losses, correct = in_chunks(depth, c.decoder_chunk or m, inputs, self.chunked_parameters())
+        loss = loss0[0] + c.decoder_loss_weight * decoder_loss
+
+        with torch.no_grad():
+            counts = torch.full((K,), m, device=self.device)
+            counts[0] = n
+            stats = {
+                "loss": (loss.detach() * n, n),
+                "backbone_loss": (loss0[0] * n, n),
+                "decoder_loss": (decoder_loss * m, m),
+                "c0_accuracy": (correct0[0], n),
+                "loss_by_codebook": (torch.cat([loss0, losses]).detach() * counts, counts),
+                "accuracy_by_codebook": (torch.cat([correct0, correct]), counts),
+            }
+            if not self.training:
+                ends = state[self.to_device(stopping)]
+                missed = (ends @ self.codebook0_head.T).argmax(-1) != c.stop_frame()[0]
+                stats["stop_missed"] = (missed.sum(), len(missed))
+        return loss, stats
+
+    def teacher_forced_logits(self, text, codes):
+        tokens, segment = self.rows(text, codes)
+        hidden = self.backbone(self.embed(tokens, segment))
+        spoken = segment[0, 1:] == AUDIO
+        state = hidden[0, :-1][spoken]
+        frame = tokens[0, 1:, : self.config.n_codebooks][spoken]
+        depth = self.decoder(self.depth_inputs(state, frame[:, :-1]))[:, 1:]
+        first = state @ self.codebook0_head.T
+        others = torch.einsum("nkd,kvd->nkv", depth, self.decoder_heads)
+        return torch.cat([first[:, None], others], 1)
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+        c = self.config
+        tokens, segment = self.rows(text, None, prompt)
+        taken = tokens.shape[1]
+        max_frames = self.frames_left(taken, max_frames)
+        cache = self.backbone.cache(1, taken + max_frames)
+        depth_cache = self.decoder.cache(1, c.n_codebooks)
+        stop = torch.from_numpy(c.stop_frame()).to(self.device)
+        row = torch.zeros(1, 1, c.n_codebooks + 1, dtype=torch.long, device=self.device)
+        audio = torch.full((1, 1), AUDIO, device=self.device)
+        x = self.embed(tokens, segment)
+        for _ in range(max_frames):
+            state = self.backbone(x, cache)[:, -1]
+            frame = self._frame(state, depth_cache, choose)
+            if frame is None or torch.equal(frame, stop):
+                return True
+            yield frame
+            row[0, 0, :-1] = frame
+            x = self.embed(row, audio)
+        return False
+
+    def _frame(self, state, cache, choose):
+        """The frame (K,) that follows state (1, D), or None where codebook 0 says stop."""
+        c = self.config
+        logits = state[0] @ self.codebook0_head.T
+        frame = [choose(logits[: c.codebook_size + (c.stop == "class")])]
+        if frame[0] == c.codebook_size:
+            return None
+        cache.used = 0  # each frame is a sequence of its own
+        x = self.depth_inputs(state, frame[0].view(1, 1))
+        for k in range(1, c.n_codebooks):
+            depth = self.decoder(x, cache)[0, -1]
+            frame.append(choose((depth @ self.decoder_heads[k - 1].T)[: c.codebook_size]))
+            x = self.projection(self.audio_embedding(frame[k].view(1, 1) + self.offset[k]))
+        return torch.stack(frame)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kani
+
+
+@dataclass(kw_only=True)
+class KaniConfig(FamilyConfig):
+    """Sizes of a Kani, its vocabulary and how it trains.
+
+    One vocabulary: text ids, then special tokens (start and end of speech, of the human's turn and of the AI's), then
+    the codes, codebook after codebook. With 64,400 text ids these are the ids of the released models.
+    """
+
+    first_special: "int >= 0" = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
+    vocab_size: "int >= 0" = 0  # rows of the embedding; 0: as many as tokens
+    loss_on: Literal["all", "audio", "codebook"] = free("all")  # codebook: audio, each code against its own codebook
+    drop_repeats: bool = free(False)  # leave out frames equal to the one before, as published; it loses timing
+    arch: str = field(default="kani", init=False)
+
+    CODES = 9  # from the first special token to the first code; the last three places are not used
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.first_special = self.first_special or self.text_vocab_size + 1
+        self.speech, self.end_of_speech, self.human, self.end_of_human, self.ai, self.end_of_ai = (
+            self.first_special + i for i in range(6))  # fmt: skip
+        self.first_code = self.first_special + self.CODES
+        tokens = self.first_code + self.n_codebooks * self.codebook_size
+        self.vocab_size = self.vocab_size or tokens
+        if self.first_special < self.text_vocab_size:
+            raise ValueError(f"first_special = {self.first_special} is one of {self.text_vocab_size} text ids")
+        if self.vocab_size < tokens:
+            raise ValueError(f"vocab_size = {self.vocab_size}: text, special tokens and codes need {tokens}")
+
+    def stop_frame(self):
+        """Class `codebook_size`, end of speech, in codebook 0."""
+        frame = np.zeros(self.n_codebooks, np.int64)
+        frame[0] = self.codebook_size
+        return frame
+
+    def layout(self, text, codes=None, prompt=None, every=False):
+        """See Family. tokens (S, 1): a row is one token.
+
+        The text stands between the marks of the human's turn. In the AI's turn follow start of speech, the codes, all K
+        of a frame and then those of the next, and end of speech.
+
+        `drop_repeats` leaves out a frame equal to the one before it, unless `every` frame is asked for. The released
+        models were trained so; continue them so. A new model should not be: nothing then says how long a sound lasts,
+        so that pauses and long vowels come out too short.
+        """
+        offset = self.first_code + self.codebook_size * np.arange(self.n_codebooks)
+        rows, segments = [], []
+        for kind, part in in_order(text, codes, prompt):
+            if kind == TEXT:
+                around = [self.human], [self.end_of_human, self.ai, self.speech]
+                ids = np.concatenate([around[0], self.marked(part), around[1]])
+            else:
+                if self.drop_repeats and not every:
+                    part = np.concatenate([part[:1], part[1:][(part[1:] != part[:-1]).any(1)]])
+                ids = np.concatenate([(part + offset).ravel(), [self.end_of_speech, self.end_of_ai]])
+            rows.append(ids.astype(np.int64))
+            segments.append(np.full(len(ids), kind, np.int64))
+        return np.concatenate(rows)[:, None], np.concatenate(segments)
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """See Family. With drop_repeats `layout` may make fewer rows; this is an upper bound."""
+        around = self.n_marks + 6
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + around + self.n_codebooks * prompt_frames, 0)
+        return text + around + self.n_codebooks * frames + prompt
+
+
+class Kani(Family):
+    """KaniTTS (nineninesix 2025): a language model, LFM2 in the released ones, to which codes are words like any other.
+
+    The row of a token predicts the next one. Its state scores the rows of the embedding, which is the head as well.
+    """
+
+    transcript = True
+    # top_k, which its authors do not name, is the default of transformers
+    draw = dict(temperature=0.6, top_k=50, top_p=0.95, repetition_penalty=1.1)
+
+    def __init__(self, config):
+        super().__init__(config)
+        # no nn.Embedding, whose gradient could be sparse: as a head it has one everywhere
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.backbone.d_model))
+        self.backbone = Transformer(config.backbone)
+        barred = torch.zeros(config.n_codebooks, config.codebook_size + 1)
+        barred[1:, -1] = -math.inf  # speech ends between frames only
+        self.register_buffer("barred", barred, persistent=False)
+        init_weights(self)
+
+    def embed(self, tokens):
+        """tokens (B, S, 1) -> (B, S, D)."""
+        return F.embedding(self.to_device(tokens[..., 0]), self.embedding)
+
+    def heads(self):
+        """Rows of the embedding (K, V + 1, D): each codebook's V codes, and behind them end of speech."""
+        c, K = self.config, self.config.n_codebooks
+        codes = self.embedding[c.first_code : c.first_code + K * c.codebook_size].unflatten(0, (K, -1))
+        return torch.cat([codes, self.embedding[c.end_of_speech].expand(K, 1, -1)], 1)
+
+    def forward(self, tokens, segment):
+        """See Family. The loss is a mean over tokens; `loss_on` chooses them:
+
+            all       every one but the first, text included, against the whole vocabulary, as its authors train; of a
+                      prompt only its text
+            audio     codes, end of speech and of the turn, against the whole vocabulary
+            codebook  codes against their own codebook, end of speech against codebook 0: the classes that `generate`
+                      chooses from. The head then does a K-th of its work or less.
+
+        "loss" counts frames and ends of speech; by codebook, an end of speech counts in codebook 0.
+        """
+        c, token, spoken = self.config, tokens.flatten(), segment == AUDIO
+        codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: no code
+        hidden = self.backbone(self.blanked(self.embed(tokens), spoken)).flatten(0, 1)
+
+        codebook[token == c.end_of_speech] = 0
+        spoken = spoken.flatten()
+        frames = (spoken & (codebook == 0)).nonzero()[:, 0]  # (N,) rows of a first code, or of end of speech instead
+        if c.loss_on == "codebook":
+            loss, losses, correct, counts = self._score_codes(hidden, token, frames)
+        else:
+            wanted = spoken | (segment.flatten() == TEXT) if c.loss_on == "all" else spoken
+            rows = (wanted & (torch.arange(len(token), device=token.device) % segment.shape[1] > 0)).nonzero()[:, 0]
+            loss, losses, correct, counts = self._score_tokens(hidden, token[rows], rows, codebook[rows])
+        n = len(frames)
+        stats = {
+            "loss": (loss.detach() * n, n),
+            "c0_accuracy": (correct[0], n),
+            "loss_by_codebook": (losses, counts),
+            "accuracy_by_codebook": (correct, counts),
+        }
+        if not self.training:
+            ends = frames[token[frames] == c.end_of_speech]
+            state = hidden.index_select(0, self.to_device(ends - 1))
+            missed = (state @ self.heads()[0].T).argmax(-1) != c.codebook_size
+            stats["stop_missed"] = (missed.sum(), len(missed))
+        return loss, stats
+
+    def _score_tokens(self, hidden, token, rows, codebook):
+        """The loss of tokens (n,) in these rows against the whole vocabulary. Also sums of losses, numbers of tokens
+        ranked first and numbers of tokens by codebook, each (K,). codebook (n,): -1 where a token is no code."""
+        K = self.config.n_codebooks
+        counts = torch.bincount(codebook + 1, minlength=K + 1)[1:]
+        rows, token, group, counts = map(self.to_device, (rows - 1, token, codebook + 1, counts))
+        state = hidden.index_select(0, rows)
+        loss, correct, losses = multi_codebook_cross_entropy(state, self.embedding, token[:, None], each=True)
+        losses, correct = (losses.new_zeros(K + 1).index_add(0, group, y[:, 0].to(losses.dtype))[1:]
+                           for y in (losses, correct))  # fmt: skip
+        return loss[0], losses, correct, counts
+
+    def _score_codes(self, hidden, token, frames):
+        """The loss of the frames (N,) that begin in these rows, each code against its own codebook; and the same three
+        as `_score_tokens`."""
+        c, K = self.config, self.config.n_codebooks
+        places = torch.arange(K, device=token.device)
+        rows = (frames[:, None] + places).clamp(max=len(token) - 1)  # (N, K)
+        target = token[rows] - c.first_code - c.codebook_size * places
+        ends = token[frames] == c.end_of_speech
+        target[ends] = IGNORE
+        target[ends, 0] = c.codebook_size
+        rows, target, counts = map(self.to_device, (rows - 1, target, (target != IGNORE).sum(0)))
+        state = hidden.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        loss, correct = multi_codebook_cross_entropy(state, self.heads(), target, self.barred)
+        losses = loss * counts
+        return losses.sum() / counts.sum().clamp(min=1), losses.detach(), correct, counts
+
+    def teacher_forced_logits(self, text, codes):
+        """See Family. (T + 1, K, V + 1): the last class is end of speech."""
+        T, K = codes.shape
+        tokens, segment = self.rows(text, codes, every=True)
+        first = int((segment[0] == AUDIO).long().argmax())
+        hidden = self.backbone(self.embed(tokens))[0, first - 1 : first + T * K]
+        state = F.pad(hidden, (0, 0, 0, K - 1)).unflatten(0, (T + 1, K))
+        return torch.einsum("tkd,kvd->tkv", state, self.heads()) + self.barred
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+        """See Family. Allowed are the codes of the next codebook, and before a frame end of speech: whatever is chosen
+        can be decoded, and no other class is scored."""
+        c, K = self.config, self.config.n_codebooks
+        tokens, _ = self.rows(text, None, prompt)
+        taken = tokens.shape[1]
+        max_frames = self.frames_left(taken, max_frames, rows_per_frame=K)
+        cache = self.backbone.cache(1, taken + max_frames * K)
+        heads = self.heads()
+        frames = torch.zeros(max_frames, K, dtype=torch.long, device=heads.device)
+        x = self.embed(tokens)
+        for t in range(max_frames):
+            for k in range(K):
+                state = self.backbone(x, cache)[0, -1]
+                code = choose((heads[k] if k == 0 else heads[k, :-1]) @ state, seen=frames[:t, k])
+                if k == 0 and code == c.codebook_size:
+                    return True
+                frames[t, k] = code
+                x = heads[k, code].view(1, 1, -1)
+            yield frames[t]
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# XTTS
+
+
+@dataclass(kw_only=True)
+class XTTSConfig(FamilyConfig):
+    """Sizes of an XTTS and how it trains. The defaults are those of XTTS-v2."""
+
+    n_codebooks: "1 <= int <= 1000" = 1
+    reference_bands: "1 <= int <= 10000" = 80  # features of a row of the reference
+    reference_rate: "0 < float <= 100000" = 22050 / 256  # its rows in a second
+    n_latents: "1 <= int <= 10000" = fixed(32)  # vectors that describe the voice
+    conditioning_layers: "0 <= int <= 1000" = fixed(6)  # of the encoder that reads a recording of the voice
+    perceiver_layers: "1 <= int <= 1000" = fixed(2)  # of the perceiver that turns the encoder's output into latents
+    perceiver_heads: "1 <= int <= 1000" = fixed(8)  # of the perceiver's attention
+    chunk_seconds: "0 <= float <= 3600" = free(4.0)  # longer recordings: the mean of the latents of chunks; 0: whole
+    text_positions: "3 <= int <= 100000" = fixed(404)  # text ids, with 2 marks around them
+    code_positions: "6 <= int <= 100000" = fixed(608)  # frames, with 5 marks around them
+    text_loss_weight: "float >= 0" = free(0.01)  # of the text's loss beside that of the codes
+    hide_text_stop: bool = free(False)  # train without attention to the mark behind the text, as published
+    vocoder: bool = False  # a vocoder knows the model's states: that of XTTS-v2, for models that continue from XTTS-v2
+    arch: str = field(default="xtts", init=False)
+
+    STOPS = 4  # stop codes that a recording ends with
+
+    def __post_init__(self):
+        super().__post_init__()
+        # the backbone itself counts latents, text and codes in one row
+        positions = self.n_latents + self.text_positions + self.code_positions
+        self.backbone = replace(self.backbone, max_positions=positions)
+        self.start_code = self.codebook_size
+        self.stop_code = self.codebook_size + 1
+        if self.n_codebooks != 1:
+            raise ValueError(f"an XTTS speaks in one codebook, the codec has {self.n_codebooks}: take n_codebooks = 1")
+        if min(self.text_bos, self.text_eos) < 0:
+            raise ValueError("an XTTS needs a tokenizer that has ids for the begin and the end of a text")
+
+    @property
+    def max_frames(self):
+        return self.code_positions - 1 - self.STOPS
+
+    def stop_frame(self):
+        return np.array([self.stop_code])
+
+    def layout(self, text, codes=None, prompt=None):
+        """See Family. tokens (S, 1):
+
+            text_bos  text  text_eos  start_code  codes  stop_code x 4
+            TEXT      TEXT  TEXT      PROMPT      AUDIO  AUDIO
+
+        A prompt adds no rows: the model gets its recording as the reference. Raises ValueError for more text ids or
+        frames than positions.
+        """
+        frames = [] if codes is None else [*codes[:, 0], *[self.stop_code] * self.STOPS]
+        self.length(len(text), max(0, len(frames) - self.STOPS))
+        tokens = np.array([self.text_bos, *text, self.text_eos, self.start_code, *frames], np.int64)
+        return tokens[:, None], np.repeat([TEXT, PROMPT, AUDIO], [len(text) + 2, 1, len(frames)])
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        """See Family. Raises ValueError as `layout` does."""
+        for what, count, most, key in (("text ids", text, self.text_positions - 2, "text_positions"),
+                                       ("frames", frames, self.max_frames, "code_positions")):  # fmt: skip
+            if (longest := int(np.max(count, initial=0))) > most:
+                raise ValueError(f"an utterance has {longest} {what}, the model has positions for {most}: raise {key}, "
+                                 "or leave such out with prepare.py's max_seconds and max_text_tokens")
+        return text + 3 + frames + self.STOPS
+
+
+class ConditioningBlock(nn.Module):
+    """Attention over a whole recording x (B, R, D) (Tortoise, Betker 2023). Its output is added to the normalised x."""
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm = nn.GroupNorm(math.gcd(32 if d_model > 64 else 16, d_model), d_model)  # groups as in Tortoise
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model)  # for each head its queries, keys and values
+        self.o_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        x = self.norm(x.mT).mT
+        q, k, v = self.qkv_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2).chunk(3, -1)  # (B, H, R, D / H)
+        return x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PerceiverBlock(nn.Module):
+    """Latents x (B, L, D) attend to themselves and to a context (B, R, D), then go through a GEGLU."""
+
+    HEAD_DIM = 64
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        d_ff, inner = 4 * d_model * 2 // 3, n_head * self.HEAD_DIM
+        self.q_proj = nn.Linear(d_model, inner, bias=False)
+        self.kv_proj = nn.Linear(d_model, 2 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
+        self.up_proj = nn.Linear(d_model, 2 * d_ff)
+        self.down_proj = nn.Linear(d_ff, d_model)
+
+    def forward(self, x, context):
+        qkv = self.q_proj(x), *self.kv_proj(torch.cat([x, context], 1)).chunk(2, -1)
+        y = F.scaled_dot_product_attention(*(y.unflatten(-1, (-1, self.HEAD_DIM)).transpose(1, 2) for y in qkv))
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
+        y, gate = self.up_proj(x).chunk(2, -1)
+        return x + self.down_proj(y * F.gelu(gate))
+
+
+class Conditioning(nn.Module):
+    """Features of recordings (B, R, M) -> latents (B, L, D), the same number for every length.
+
+    An encoder as in Tortoise, then a perceiver resampler (Alayrac et al. 2022).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        D, H = c.backbone.d_model, c.backbone.n_head
+        self.input = nn.Linear(c.reference_bands, D)
+        self.encoder = nn.ModuleList(ConditioningBlock(D, H) for _ in range(c.conditioning_layers))
+        self.latents = nn.Parameter(torch.empty(c.n_latents, D))
+        self.perceiver = nn.ModuleList(PerceiverBlock(D, c.perceiver_heads) for _ in range(c.perceiver_layers))
+        self.norm = nn.RMSNorm(D, 1e-12)
+
+    def encode(self, reference):
+        x = self.input(reference)
+        for block in self.encoder:
+            x = block(x)
+        return x
+
+    def forward(self, reference):
+        context = self.encode(reference)
+        x = self.latents.expand(len(context), -1, -1)
+        for block in self.perceiver:
+            x = block(x, context)
+        return self.norm(x)
+
+
+class XTTS(Family):
+    """The GPT of XTTS-v2 (Casanova et al. 2024): a GPT-2 over 32 latents of a voice, a text, and the codes of one
+    codebook.
+
+    Row s predicts row s + 1, within the text by one head, within the codes by another. Text and codes have tables of
+    positions of their own, each counted from 0; the latents, which come first, have none.
+    """
+
+    reference = True
+    draw = dict(temperature=0.75, top_k=50, top_p=0.85, repetition_penalty=5.0)
+
+    LONGEST = 30.0  # seconds of a reference that are used
+    SHORTEST = 0.33  # seconds of its last chunk
+
+    def __init__(self, config):
+        super().__init__(config)
+        D, V = config.backbone.d_model, config.codebook_size + 2
+        self.conditioning = Conditioning(config)
+        self.text_embedding = nn.Embedding(config.text_vocab_size, D)
+        self.text_positions = nn.Embedding(config.text_positions, D)
+        self.code_embedding = nn.Embedding(V, D)
+        self.code_positions = nn.Embedding(config.code_positions, D)
+        self.backbone = Transformer(config.backbone)
+        self.final_norm = nn.LayerNorm(D)  # after the backbone's own
+        self.text_head = nn.Linear(D, config.text_vocab_size)
+        self.code_head = nn.Linear(D, V)
+        self.vocoder = config.vocoder
+        init_weights(self)
+
+    @property
+    def max_rows(self):
+        return self.config.text_positions + self.config.code_positions
+
+    def small_set_freeze(self, utterances):
+        """See Family. Below 3,000 utterances only the tables and heads, the norms and the last two layers of the
+        backbone are trained.
+
+        That is the choice of public recipes for small sets of new languages (Amharic, Maltese), and that of Artetxe et
+        al. (2020): the words of a new language are learnt for a body that stays as it is.
+        """
+        if utterances >= 3000:
+            return []
+        lower = "|".join(map(str, range(self.config.backbone.n_layer - 2)))
+        return [r"^conditioning\.", *([rf"^backbone\.layers\.({lower})\."] if lower else [])]
+
+    def embed(self, latents, tokens, segment):
+        """latents (B, L, D), tokens (B, S, 1), segment (B, S) -> (B, L + S, D), zero for padding."""
+        kind, is_text = segment.flatten(), segment == TEXT
+        place = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
+        place = torch.where(is_text, place, place - is_text.sum(1, keepdim=True)).flatten()
+        text = (kind == TEXT).nonzero()[:, 0]
+        frames = (kind >= PROMPT).nonzero()[:, 0]
+        token, place, text, frames = map(self.to_device, (tokens.flatten(), place, text, frames))
+        words = self.text_embedding(token[text]) + self.text_positions(place[text])
+        codes = self.code_embedding(token[frames])
+        if self.training and self.config.frame_dropout:  # the codes alone, their positions stay
+            codes = codes * (torch.rand(len(codes), 1, device=codes.device) >= self.config.frame_dropout)
+        codes = codes + self.code_positions(place[frames])
+        x = codes.new_zeros(len(kind), codes.shape[-1])
+        x = x.index_copy(0, text, words).index_copy(0, frames, codes)
+        return torch.cat([latents, x.view(*segment.shape, -1)], 1)
+
+    def voice_latents(self, reference):
+        """The latents (1, L, D) of the first 30 s of one recording, from its features (R, M).
+
+        XTTS-v2 was trained on 3 to 6 s, so a longer recording is cut into chunks of `chunk_seconds` (0: not cut), and
+        the mean of their latents is taken. A very short last chunk is left out, and so is a chunk of padding.
+        """
+        c, rate = self.config, self.config.reference_rate
+        reference = torch.as_tensor(reference).to(self.conditioning.latents)[: math.ceil(self.LONGEST * rate)]
+        chunks = reference.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else len(reference))
+        chunks = [x for x in chunks if len(x) >= self.SHORTEST * rate and (x != x[0]).any()] or [reference]
+        return torch.stack([self.conditioning(x[None]) for x in chunks]).mean(0)
+
+    def forward(self, tokens, segment, reference):
+        """See Family. The loss of the codes plus `text_loss_weight` times that of the text.
+
+        "loss" counts the four stops of a recording as frames; "stop_missed" counts the first of them.
+
+        XTTS-v2 was trained with the row of text_eos hidden from the rows after it, but generates with it in sight.
+        `hide_text_stop` trains so too. Without, training sees what generation sees, and weights that are continued
+        learn to read that row.
+        """
+        c, L = self.config, self.config.n_latents
+        latents = self.conditioning(self.to_device(reference).to(self.conditioning.latents.dtype))
+        mask = None
+        if c.hide_text_stop:
+            text = segment == TEXT
+            seen = F.pad(~text | F.pad(text[:, 1:], (0, 1)), (L, 0), value=True)
+            mask = self.to_device((seen[:, None] & seen.new_ones(2 * seen.shape[1:]).tril())[:, None])
+        hidden = self.backbone(self.embed(latents, tokens, segment), mask=mask)[:, L:].flatten(0, 1)
+
+        kind, token = segment.flatten(), tokens.flatten()
+        first = torch.arange(len(kind), device=kind.device) % segment.shape[1] == 0  # no row predicts it
+        words, codes = (((kind == part) & ~first).nonzero()[:, 0] for part in (TEXT, AUDIO))
+        text_loss, text_correct = self._score(hidden, token, words, self.text_head)
+        loss, correct = self._score(hidden, token, codes, self.code_head)
+        total = loss[0] + c.text_loss_weight * text_loss[0]
+        n, m = len(codes), len(words)
+        counts = torch.full((1,), n, device=self.device)
+        stats = {
+            "loss": (total.detach() * n, n),
+            "c0_accuracy": (correct[0], n),
+            "text_loss": (text_loss[0].detach() * m, m),
+            "text_accuracy": (text_correct[0], m),
+            "loss_by_codebook": (loss.detach() * n, counts),
+            "accuracy_by_codebook": (correct, counts),
+        }
+        if not self.training:
+            ends = codes[(token[codes] == c.stop_code) & (token[codes - 1] != c.stop_code)]
+            state = self.final_norm(hidden.index_select(0, self.to_device(ends - 1)))
+            stats["stop_missed"] = ((self.code_head(state).argmax(-1) != c.stop_code).sum(), len(ends))
+        return total, stats
+
+    def _score(self, hidden, token, rows, head):
+        """Loss (1,) and number ranked first (1,) of the tokens in these rows (n,), by one of the heads."""
+        before, target = map(self.to_device, (rows - 1, token[rows, None]))
+        state = self.final_norm(hidden.index_select(0, before))
+        return multi_codebook_cross_entropy(state, head.weight, target, head.bias)
+
+    def _states(self, text, codes, reference):
+        """Final states (T + 1, D) of the rows that predict the codes (T, 1) and the stop behind them."""
+        tokens, segment = self.rows(text, codes)
+        hidden = self.final_norm(self.backbone(self.embed(self.voice_latents(reference), tokens, segment)))[0]
+        rows = (segment[0] == AUDIO).nonzero()[: len(codes) + 1, 0]
+        return hidden[rows + self.config.n_latents - 1]
+
+    def teacher_forced_logits(self, text, codes, reference):
+        return self.code_head(self._states(text, codes, reference))[:, None]
+
+    @torch.no_grad()
+    def latents(self, text, codes, reference):
+        """The input of XTTS's vocoder: for each code the state that predicted it, from one pass over all rows.
+
+        text ids (n,), codes (T, 1) as an array or tensor, reference (R, M) -> (T, D).
+        """
+        return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference, latents=False):
+        """See Family. With `latents` it yields in place of each frame the state (D,) that predicted it.
+
+        All classes are allowed; a start code ends the utterance as a stop code does. A prompt changes nothing. Raises
+        ValueError for a text that is too long.
+        """
+        c = self.config
+        x = self.embed(self.voice_latents(reference), *self.rows(text))
+        max_frames = min(max_frames, c.max_frames)
+        cache = self.backbone.cache(1, x.shape[1] + max_frames)
+        frames = torch.zeros(max_frames, 1, dtype=torch.long, device=x.device)
+        for t in range(max_frames):
+            state = self.final_norm(self.backbone(x, cache)[0, -1])
+            code = choose(self.code_head(state), seen=frames[:t, 0])
+            if code >= c.codebook_size:
+                return True
+            frames[t] = code
+            yield state if latents else frames[t]
+            x = (self.code_embedding(frames[t]) + self.code_positions.weight[t + 1])[None]
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VALL-E
+
+
+@dataclass(kw_only=True)
+class VallEConfig(FamilyConfig):
+    """Sizes of a VALL-E, how it trains and how it speaks.
+
+    "ar" and "nar" before a field's meaning: it is for that mode alone. The published models are nar, with level_weights
+    "normal" and without stretched_text, gray_length and whole_frames; they speak with guidance 2.5 and top_sigma 1.
+    """
+
+    mode: Literal["nar", "ar"] = fixed("nar")  # nar: all frames at once, out of masks; ar: one frame after the other
+    languages: "1 <= int <= 10000" = 1  # how many languages have an id
+    language: "int >= 0" = 0  # that of every utterance
+    shared_heads: bool = fixed(False)  # one feed-forward layer before the heads of all codebooks, instead of one each
+    level_attention: bool = fixed(False)  # for residual codecs: a frame's codebooks attend to each other
+    segmented_mask: bool = fixed(False, "nar")  # nar: text does not see prompt and frames, nor the prompt the frames
+    stretched_text: bool = fixed(True, "nar")  # nar: text positions run to the number of frames, see positions
+    mask_ratio: "0 <= float <= 1" = free(0.8, "nar")  # nar: share of the frames masked; 0: another for each utterance
+    frame_dropout: "0 <= float <= 1" = free(0.0, "ar")  # ar: share of the input frames masked
+    text_dropout: "0 <= float < 1" = free(0.0, "nar")  # nar: share of the utterances without text, for guidance
+    level_weights: Literal["decreasing", "normal", "equal"] = free("decreasing")  # normal: those in the middle
+    random_level: bool = free(False)  # train each utterance on one codebook, drawn for it, instead of on all
+    length_loss_weight: "float >= 0" = free(0.1, "nar")  # nar: of the loss of the lengths
+    gray_length: bool = True  # nar: lengths are written in a Gray code, see length_digits
+    rounds: "1 <= int <= 10000" = free(25, "nar")  # nar: of demasking, when it speaks
+    whole_frames: bool = free(True, "nar")  # nar: whole frames are masked again, not each codebook by itself
+    guidance: "float >= 0" = free(1.0, "nar")  # nar: classifier-free guidance scale; 1: off
+    top_sigma: "float >= 0" = 0.0  # nar: top-n-sigma sampling, in deviations below the best logit; 0: off
+    arch: str = field(default="valle", init=False)
+
+    LEVEL_WEIGHTS = {
+        "equal": lambda k, K: 1.0,
+        "decreasing": lambda k, K: 1 / (k + 1),
+        "normal": lambda k, K: 1.5 - max(k + 1, K - k) / K,
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.language < self.languages:
+            raise ValueError(f"language = {self.language} must be below languages = {self.languages}")
+        if self.level_attention and self.shared_heads:
+            raise ValueError("level_attention is between the heads' own layers: it cannot go with shared_heads")
+
+    @property
+    def separator(self):
+        """The text id that ends a part; the next one asks for the length; those after it are the languages."""
+        return self.text_vocab_size
+
+    @property
+    def mask_class(self):
+        return self.codebook_size + 1
+
+    def stop_frame(self):
+        """Class `codebook_size` in every codebook. Only mode ar has a stop frame."""
+        return np.full(self.n_codebooks, self.codebook_size)
+
+    def layout(self, text, codes=None, prompt=None):
+        """See Family. tokens (S, K + 1): a row holds a text id in its last column, or a frame in the others.
+
+        The order is that of VALL-E v2, with a separator between the parts: the text between its marks, the language,
+        the frames of a prompt, the frames of the utterance. The text of the prompt is not used.
+        """
+        K, end = self.n_codebooks, self.separator
+        text = np.concatenate([self.marked(text), [end, end + 2 + self.language, end]])
+        prompt_frames = np.zeros((0, K)) if prompt is None else prompt[1]
+        frames = np.zeros((0, K)) if codes is None else codes
+        if self.mode == "ar" and codes is not None:
+            frames = np.concatenate([codes, self.stop_frame()[None]])
+        counts = [len(text), len(prompt_frames), prompt is not None, len(frames)]
+        segment = np.repeat([TEXT, PROMPT, TEXT, AUDIO], counts)
+        tokens = np.zeros((len(segment), K + 1), np.int64)
+        tokens[segment == TEXT, K] = end
+        tokens[: len(text), K] = text
+        tokens[segment == PROMPT, :K] = prompt_frames
+        tokens[segment == AUDIO, :K] = frames
+        return tokens, segment
+
+    def length(self, text, frames, prompt_text=0, prompt_frames=0):
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_frames + 1, 0)
+        return text + self.n_marks + 3 + prompt + frames + (self.mode == "ar")
+
+
+DIGITS = 5  # of a length
+
+
+def length_digits(length, gray):
+    """Lengths (N,) -> their decimal digits (N, DIGITS), the most significant one first.
+
+    With `gray` a digit counts backwards where the number before it is odd (a reflected Gray code): neighbours differ in
+    one digit, so that digits which are guessed one by one cannot turn 19 or 20 into 10 or 29.
+    """
+    upto = length[:, None] // 10 ** torch.arange(DIGITS - 1, -1, -1, device=length.device)
+    return torch.where((upto // 10 % 2 == 1) & gray, 9 - upto % 10, upto % 10)
+
+
+def read_length(digits, gray):
+    """The inverse of `length_digits`: (N, DIGITS) -> lengths (N,)."""
+    length = torch.zeros_like(digits[:, 0])
+    for digit in digits.T:
+        length = 10 * length + torch.where((length % 2 == 1) & gray, 9 - digit, digit)
+    return length
+
+
+class LevelAttention(nn.Module):
+    """x + attention(x) across the K codebooks of each frame, x (N, K, D).
+
+    VALL-E v2's variant for residual codecs, which its author later removed for working less well: an encoder and a
+    decoder with this in place of the feed-forward layer.
+    """
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, heads, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class AudioEncoder(nn.Module):
+    """Frames (N, K) -> (N, D). Codes and their codebooks are embedded, normalised, and go through a residual
+    feed-forward layer; then learned weights sum the codebooks. With `heads`, see LevelAttention.
+
+    The result for a code depends only on the code and its codebook. So where there are more frames than classes, the
+    table is encoded, and the frames are looked up in it.
+    """
+
+    def __init__(self, K, V, D, heads=0):
+        super().__init__()
+        self.codes = nn.Parameter(torch.empty(V, K, D))
+        self.places = nn.Parameter(torch.empty(K, D))
+        self.attention = LevelAttention(D, heads) if heads else None
+        if heads:
+            self.out = nn.Linear(D, D)
+        else:
+            self.norm = nn.LayerNorm(D)
+            self.level_weights = nn.Parameter(torch.empty(K))
+            self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def forward(self, frames):
+        V, K, D = self.codes.shape
+        rows = frames * K + torch.arange(K, device=frames.device)  # of the table as (V * K, D)
+        few = len(frames) < V or self.attention is not None
+        x = (F.embedding(rows, self.codes.view(V * K, D)) if few else self.codes) + self.places
+        if self.attention is not None:
+            return self.out(self.attention(x).mean(1))
+        x = self.norm(x)
+        x = (x + self.mlp(x)) * self.level_weights.softmax(0)[:, None]
+        return x.sum(1) if few else F.embedding_bag(rows, x.view(V * K, D), mode="sum")
+
+
+class AudioDecoder(nn.Module):
+    """Hidden states (N, D) -> states for the heads of the codebooks: (N, K, D), or (N, D) where all share one."""
+
+    def __init__(self, K, D, shared, heads=0):
+        super().__init__()
+
+        def level():
+            if heads:
+                return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+            return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+        self.levels = nn.ModuleList(level() for _ in range(1 if shared else K))
+        self.attention = LevelAttention(D, heads) if heads else nn.Identity()
+
+    def forward(self, x):
+        x = [level(x) for level in self.levels]
+        return x[0] if len(x) == 1 else self.attention(torch.stack(x, 1))
+
+
+class VallE(Family):
+    """VALL-E v2 of e-c-k-e-r (2024-2025): all K codebooks of a frame at once, from one hidden state.
+
+    Mode nar is a masked transformer (MaskGIT, Chang et al. 2022) with attention in both directions. It learns to fill
+    in masked frames. To speak, it first predicts the number of frames, digit by digit, and starts with all of them
+    masked; in each round it fills in all masked frames and masks the least certain again, fewer in every round. In mode
+    ar row s predicts the frame of row s + 1.
+    """
+
+    RESCALE = 0.75  # share of the guided logits' spread that is set back to what it was
+    ASKED = 4  # in training, one of this many utterances trains the length
+
+    def __init__(self, config):
+        super().__init__(config)
+        K, V, D, heads = config.n_codebooks, config.codebook_size, config.backbone.d_model, 8 * config.level_attention
+        self.causal = config.mode == "ar"
+        self.text_embedding = nn.Embedding(config.text_vocab_size + 2 + config.languages, D)
+        self.prompt_encoder = AudioEncoder(K, V, D, heads)
+        self.frame_encoder = AudioEncoder(K, V + 2, D, heads)
+        self.backbone = Transformer(config.backbone)
+        self.decoder = AudioDecoder(K, D, config.shared_heads, heads)
+        self.heads = nn.Parameter(torch.empty(K, V + 1, D))
+        self.head_bias = nn.Parameter(torch.empty(K, V + 1))
+        if not self.causal:
+            self.length_heads = nn.Parameter(torch.empty(DIGITS, 10, D))
+            self.length_bias = nn.Parameter(torch.empty(DIGITS, 10))
+        init_weights(self)
+        for name, p in self.named_parameters():
+            if name in ("head_bias", "length_bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("encoder.norm.weight"):
+                nn.init.constant_(p, 0.1)  # louder frames drown the text, and the model learns to read it much later
+
+    def embed(self, tokens, segment):
+        """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""
+        K, kind, ids = self.config.n_codebooks, segment.flatten(), self.to_device(tokens.flatten(0, 1))
+        x = self.heads.new_zeros(len(ids), self.heads.shape[-1])
+        for part, columns, encode in ((TEXT, K, self.text_embedding), (PROMPT, slice(K), self.prompt_encoder),
+                                      (AUDIO, slice(K), self.frame_encoder)):  # fmt: skip
+            rows = self.to_device((kind == part).nonzero()[:, 0])
+            x = x.index_copy(0, rows, encode(ids[rows, columns]).to(x.dtype))
+        return x.view(*segment.shape, -1)
+
+    def positions(self, tokens, segment):
+        """Positions (B, S), which start again behind each separator; padding takes none.
+
+        With stretched_text the positions of the text run to the number of frames, where frames follow (compare
+        length-aware rotary embeddings, LARoPE, Kim et al. 2025). Attention then looks for a word about where it stands
+        in the recording.
+        """
+        used = (segment != PAD).long()
+        before = used.cumsum(1) - used
+        begins = F.pad((segment == TEXT) & (tokens[..., -1] == self.config.separator), (1, -1))
+        positions = before - torch.where(begins, before, 0).cummax(1).values
+        if self.config.stretched_text and not self.causal:
+            words = used * (begins.cumsum(1) == 0)
+            frames = (segment == AUDIO).sum(1, keepdim=True)
+            stretched = positions * frames // words.sum(1, keepdim=True).clamp(min=1)
+            positions = torch.where((words > 0) & (frames > 0), stretched, positions)
+        return self.to_device(positions)
+
+    def mask(self, segment):
+        """Which rows see which, (B, 1, 1 or S, S): all but padding; segmented, only parts up to their own."""
+        seen = (segment != PAD)[:, None]
+        if self.config.segmented_mask:
+            part = segment.cummax(1).values  # a prompt's separator belongs to it
+            seen = seen & (part[:, :, None] >= part[:, None])
+        return self.to_device(seen[:, None])
+
+    def states(self, tokens, segment):
+        """Hidden states (B, S, D) of rows, with the mode's mask."""
+        mask = None if self.causal else self.mask(segment)
+        return self.backbone(self.embed(tokens, segment), mask=mask, positions=self.positions(tokens, segment))
+
+    def logits(self, hidden):
+        """Hidden states (N, D) -> logits (N, K, V + 1)."""
+        state = self.decoder(hidden)
+        state = state if state.ndim == 3 else state[:, None].expand(-1, len(self.heads), -1)
+        return torch.einsum("nkd,kvd->nkv", state, self.heads) + self.head_bias
+
+    def masked(self, spoken):
+        """Which of the frames, spoken (B, S), are masked: drawn anew in training, always the same in evaluation."""
+        c, device = self.config, spoken.device
+        generator = None if self.training else torch.Generator(device).manual_seed(0)
+        share = c.mask_ratio
+        if self.causal:
+            share = c.frame_dropout if self.training else 0.0
+        elif share == 0:  # as many as in a random round of `_demask`
+            share = torch.cos(math.pi / 2 * torch.rand(len(spoken), 1, generator=generator, device=device))
+        return spoken & (torch.rand(spoken.shape, generator=generator, device=device) < share)
+
+    def without_text(self, tokens, segment):
+        """The segment (B, S) with the text, but not its marks, and the prompt turned into padding."""
+        c, ids = self.config, tokens[..., -1]
+        words = (segment == TEXT) & (ids < c.separator) & (ids != c.text_bos) & (ids != c.text_eos)
+        return segment.masked_fill(words | (segment.cummax(1).values == PROMPT), PAD)
+
+    def forward(self, tokens, segment):
+        """See Family. Mode nar predicts the masked frames, mode ar all frames.
+
+        As published, an utterance's loss is a mean over all its frames, in which a frame that is not predicted counts
+        as 0. All utterances have the same weight; level_weights gives the weights of the codebooks.
+        """
+        c, (B, S) = self.config, segment.shape
+        K, spoken = c.n_codebooks, segment == AUDIO
+        masked = self.masked(spoken)
+        seen = segment
+        drawn = torch.ones(B, K, device=segment.device)
+        if self.training and c.text_dropout:
+            dropped = torch.rand(B, 1, device=segment.device) < c.text_dropout
+            seen = torch.where(dropped, self.without_text(tokens, segment), segment)
+        if self.training and c.random_level:
+            drawn = F.one_hot(torch.randint(K, (B,), device=segment.device), K).float()
+        hidden = self.states(tokens.masked_fill(masked[..., None], c.mask_class), seen).flatten(0, 1)
+
+        rows = (spoken if self.causal else masked).flatten().nonzero()[:, 0]  # (N,) of the frames that are predicted
+        owner = rows // S
+        frame = tokens.flatten(0, 1)[rows, :K]
+        used = drawn[owner]
+        weight = 1 / spoken.sum(1)[owner]
+        factor = torch.tensor([c.LEVEL_WEIGHTS[c.level_weights](k, K) for k in range(K)], device=segment.device)
+        share = factor * (weight[:, None] * used).sum(0) / (factor * drawn).sum()
+        before, target, share, weight, counts = map(
+            self.to_device, (rows - int(self.causal), frame.masked_fill(used == 0, IGNORE), share, weight, used.sum(0))
+        )
+        losses, correct, each = multi_codebook_cross_entropy(
+            self.decoder(hidden.index_select(0, before)), self.heads, target, self.head_bias,
+            codebook_weight=share, row_weight=weight, each=True,
+        )  # fmt: skip
+        loss, stats = losses.sum(), {}
+        if not self.causal:
+            length_loss, stats = self.length_loss(tokens, segment)
+            loss = loss + c.length_loss_weight * length_loss
+        with torch.no_grad():
+            n = len(frame)
+            stats |= {
+                "loss": (loss.detach() * n, n),
+                "c0_accuracy": (correct[:, 0].sum(), counts[0]),
+                "loss_by_codebook": (each.sum(0), counts),
+                "accuracy_by_codebook": (correct.sum(0), counts),
+            }
+            if self.causal and not self.training:
+                last = rows[(frame == c.codebook_size).all(-1)] - 1
+                best = self.logits(hidden[self.to_device(last)]).argmax(-1)
+                stats["stop_missed"] = ((best != c.codebook_size).all(-1).sum(), len(last))
+        return loss, stats
+
+    def length_state(self, tokens, segment):
+        """Hidden states (B, D) at a mark in place of the first frame, which asks for the length. One frame is enough.
+
+        It takes a pass of its own, because a row that sees the frames can count them.
+        """
+        first = (segment == AUDIO).long().argmax(1)  # (B,)
+        S = int(first.max()) + 1
+        tokens, segment = tokens[:, :S], segment[:, :S]
+        mark = torch.arange(S, device=first.device) == first[:, None]
+        segment = segment.masked_fill(segment == AUDIO, PAD).masked_fill(mark, TEXT)
+        hidden = self.states(tokens.masked_fill(mark[..., None], self.config.separator + 1), segment)
+        row = torch.arange(len(first), device=first.device) * S + first
+        return hidden.flatten(0, 1).index_select(0, self.to_device(row))
+
+    def guess_length(self, state):
+        """The likeliest lengths (B,) in frames, by length_state's (B, D)."""
+        logits = torch.einsum("bd,kvd->bkv", state, self.length_heads) + self.length_bias
+        return read_length(logits.argmax(-1), self.config.gray_length)
+
+    def length_loss(self, tokens, segment):
+        """Mean cross-entropy of the lengths' digits, in training of one in ASKED utterances; and its stats."""
+        step = self.ASKED if self.training else 1
+        tokens, segment = tokens[::step], segment[::step]  # not the first ones: a batch may be sorted by length
+        state = self.length_state(tokens, segment)
+        length = self.to_device((segment == AUDIO).sum(1))
+        target = length_digits(length, self.config.gray_length)
+        loss = multi_codebook_cross_entropy(state, self.length_heads, target, self.length_bias)[0].mean()
+        with torch.no_grad():
+            error = (self.guess_length(state) - length).abs().sum()
+        n = len(length)
+        return loss, {"length_loss": (loss.detach() * n, n), "length_error": (error, n)}
+
+    def frame_logits(self, tokens, segment):
+        """Logits (T, K, V + 1) of the frames of one utterance, tokens (1, S, K + 1), segment (1, S).
+
+        Classifier-free guidance (Ho and Salimans 2022) moves them away from the logits without text and prompt; then
+        their spread over the frames is set back in part (Lin et al. 2024).
+        """
+        if self.config.guidance == 1:
+            return self.logits(self.states(tokens, segment)[segment == AUDIO])
+        both = torch.cat([segment, self.without_text(tokens, segment)])
+        logits, free = self.logits(self.states(tokens.expand(2, -1, -1), both)[both == AUDIO]).chunk(2)
+        guided = free + self.config.guidance * (logits - free)
+        if len(logits) == 1:
+            return guided
+        spread = (logits.std(0) / guided.std(0)).nan_to_num(1.0, 1.0)  # 1 where frames do not differ
+        return guided * (self.RESCALE * spread + 1 - self.RESCALE)
+
+    def teacher_forced_logits(self, text, codes):
+        """See Family. Mode nar: (T, K, V + 1), from a pass in which all frames are masked."""
+        tokens, segment = self.rows(text, codes)
+        spoken = segment == AUDIO
+        if self.causal:
+            return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
+        return self.frame_logits(tokens.masked_fill(spoken[..., None], self.config.mask_class), segment)
+
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None):
+        """See Family. `choose(logits (..., V + 1)) -> classes (...)` picks all codes of a frame, or of all frames in a
+        round. A stop in any codebook ends an utterance.
+
+        Mode nar predicts the number of `frames` where it is None, and then returns True if all of them fit. rounds:
+        None: as the config says.
+        """
+        most = self.frames_left(len(self.layout(text, None, prompt)[0]), max_frames)
+        if self.causal:
+            return (yield from self._speak(text, prompt, most, choose))
+        return (yield from self._demask(text, prompt, most, choose, frames, rounds or self.config.rounds))
+
+    @torch.no_grad()
+    def _speak(self, text, prompt, most, choose):
+        tokens, segment = self.rows(text, None, prompt)
+        x = self.embed(tokens, segment)
+        positions = self.positions(tokens, segment)
+        cache = self.backbone.cache(1, x.shape[1] + most)
+        for t in range(most):
+            frame = choose(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
+            if (frame == self.config.codebook_size).any():
+                return True
+            yield frame
+            x = self.frame_encoder(frame[None])[None]
+            positions = positions.new_full((1, 1), t)
+        return False
+
+    @torch.no_grad()
+    def _demask(self, text, prompt, most, choose, frames, rounds):
+        """All frames at once. A code's score is its probability in the last round, for codes that were kept too."""
+        c = self.config
+        if frames is None:
+            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
+            frames = int(self.guess_length(self.length_state(tokens, segment)))
+        T = max(1, min(frames, most))
+        tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt)
+        codes = tokens[0, -T:, :-1]  # a view: the rows change with it
+        score = torch.ones(T, c.n_codebooks, device=tokens.device)
+        for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
+            again = max(1, min(int(math.cos(math.pi / 2 * time) * T), T - s))
+            if c.whole_frames:
+                codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
+            else:
+                codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
+            logits = self.frame_logits(tokens, segment)
+            # the temperature falls to 0 in the last round, as in MaskGIT
+            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)
+            if c.top_sigma:
+                least = logits.amax(-1, keepdim=True) - c.top_sigma * logits.std(-1, keepdim=True)
+                logits = logits.masked_fill(logits < least, -math.inf)
+            score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
+            codes[codes == c.mask_class] = chosen[codes == c.mask_class]
+        yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
+        return frames == T
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# build and check a model of any family
+
+
+ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "xtts": (XTTS, XTTSConfig), "valle": (VallE, VallEConfig)}
+
+
+def build(arch, meta, options):
+    """A fresh model for a token folder: `meta` its meta.json, `options` the run's keys, or an older model's config.
+
+    Each family takes the options that it has. They win over meta, whose tokenizer may have fewer ids than published
+    weights. Raises ValueError for an unknown family or sizes that do not fit.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r:.60}; choose from {', '.join(ARCHS)}")
+    model, config = ARCHS[arch]
+    names = {f.name for f in fields(config) if f.init}
+    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
+
+
+def contradiction(config, options):
+    """The first of these options that contradicts the config of trained weights, or None.
+
+    A backbone or decoder is a dict, or a preset's name. Of a dict all sizes are compared except those that may change
+    from run to run, of a preset only the shapes. Raises ValueError for impossible sizes.
+    """
+    for f in fields(config):
+        if f.name not in options or not f.init or f.metadata.get("key") == "free":
+            continue
+        asked = options[f.name]
+        wanted = getattr(replace(config, **{f.name: asked}), f.name)
+        named = asked if isinstance(asked, dict) else PRESETS.get(asked, ()) if isinstance(asked, str) else ()
+        if isinstance(wanted, TransformerConfig):
+            loose = {"dropout", "recompute"} | (set() if named is asked else {"rope_theta", "rope_scaling", "norm_eps"})
+            same = all(getattr(wanted, x) == getattr(getattr(config, f.name), x) for x in {*named} - loose)
+        else:
+            same = wanted == getattr(config, f.name)
+        if not same:
+            return f.name
+    return None
+
+
+def facts(meta):
+    """Fields of a config that a token folder's meta.json fixes, as a dict."""
+    codec = meta["codec"]
+    tokenizer = meta["tokenizer"]
+    known = dict(
+        text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
+        n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
+    )  # fmt: skip
+    if reference := codec.get("reference"):
+        rate = codec["frame_rate"] * reference["rows_per_frame"]
+        known |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
+    return known
+
+
+def check_finite(model):
+    """Raise ValueError with the name of the first parameter that holds NaN or infinite numbers."""
+    for name, p in model.named_parameters():
+        if words := fault(p, p):
+            raise ValueError(f"{name} {words}")
+
+
+def contract_check(model, text, codes, **side):
+    """Compare teacher forcing with generation on one utterance: text ids (n,), codes (T, K), `side` the model's other
+    inputs, such as `reference`.
+
+    Every logit of every codebook and frame must agree. Where training and generation disagree by one step, the loss
+    falls but the audio is noise. Returns {"max_difference", "loss_at_shift", "ln_v"}, where loss_at_shift is the
+    cross-entropy of codebook 0 against the frame before the one it is trained to predict (shift 0), that one (1), and
+    the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ, where a trained model
+    predicts another shift, or where weights or logits are not finite.
+    """
+    check_finite(model)
+    T = len(codes)
+    training = model.training
+    model.eval()
+    ends = model.stop_frame()[None] if model.causal else codes[:0]
+    forced = iter(np.concatenate([codes, ends]).ravel().tolist())
+    generated = []
+
+    def choose(logits, seen=None):
+        generated.extend(logits.float().reshape(-1, logits.shape[-1]))
+        chosen = [next(forced) for _ in range(logits[..., 0].numel())]
+        return torch.tensor(chosen, device=logits.device).view(logits.shape[:-1])
+
+    with torch.no_grad():
+        length = {} if model.causal else {"frames": T, "rounds": 1}  # one round, in which all frames are masked
+        for _ in model.generate(text, max_frames=T + 1, choose=choose, **side, **length):
+            pass
+        whole = model.teacher_forced_logits(text, codes, **side).float()
+    flat = whole.flatten(0, 1)
+    if flat.isnan().any() or not flat.isfinite().any():
+        raise ValueError("contract check failed: the model's logits are not finite: its training diverged, or its "
+                         "config is another model's")  # fmt: skip
+    difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(generated))
+    scale = float(flat[flat.isfinite()].abs().max())  # a fresh model has small heads and small logits
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    model.train(training)
+    if not difference <= (1e-3 if exact else 0.1) * scale:
+        raise ValueError("contract check failed: generation and teacher forcing differ by "
+                         f"{difference:.3g} in the logits (scale {scale:.3g}): "
+                         "the model would generate from other rows than it was trained on")
+    codebook0 = torch.as_tensor(codes, device=whole.device)[:, 0]
+    shifts = range(3) if T > 2 else ()
+    loss = [float(F.cross_entropy(whole[1 : T - 1, 0], codebook0[s : T - 2 + s])) for s in shifts]
+    ln_v = math.log(whole.shape[-1])
+    if loss and min(loss) < min(loss[1] - 0.5, ln_v - 0.5):
+        raise ValueError(f"contract check failed: codebook 0 fits the frame at shift {loss.index(min(loss))} best, "
+                         "it must be shift 1 (cross-entropy at shifts 0, 1, 2: "
+                         f"{', '.join(f'{x:.2f}' for x in loss)}; ln V {ln_v:.2f})")
+    return {"max_difference": difference, "loss_at_shift": loss, "ln_v": ln_v}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
@@ -404,1760 +2219,3 @@ def _launch_softmax_kernel(tile, target, scale, loss, correct, V, smoothing, z_l
         tile, target, scale, loss, correct, tile.stride(1), *target.stride()[:2], n, J, V, smoothing, z_loss,
         BLOCK=block, num_warps=max(1, min(16, block // 256)),
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the transformer
-
-
-def fixed(default, mode=None):
-    """A field of a config that is a key of train.py and that the weights fix: what goes on from them cannot change it.
-    mode: that of the family in which alone it has an effect."""
-    return field(default=default, metadata={"key": "fixed", "mode": mode})
-
-
-def free(default, mode=None):
-    """A field of a config that is a key of train.py and may change from run to run; `mode` as for `fixed`."""
-    return field(default=default, metadata={"key": "free", "mode": mode})
-
-
-@dataclass
-class TransformerConfig:
-    n_layer: "1 <= int <= 1000"
-    n_head: "1 <= int <= 10000"
-    n_kv_head: "1 <= int <= 10000"
-    d_model: "1 <= int <= 100000"
-    d_ff: "1 <= int <= 1000000"
-    head_dim: "0 <= int <= 100000" = 0  # 0: d_model / n_head
-    max_positions: "1 <= int <= 10000000" = 2048
-    rope_theta: "float >= 0" = 500_000.0  # 0: no rotary positions
-    rope_scaling: "tuple | None > 0" = None  # llama 3: factor, low and high frequency factor, original context
-    norm_eps: "0 <= float < 1" = 1e-5
-    layers: str = ""  # a letter each: "a" attention, "c" gated short convolution (LFM2); empty: attention throughout
-    feed_forward: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # geglu: VALL-E, gelu: GPT-2
-    bias: bool = False  # biases throughout, and LayerNorm for RMSNorm (GPT-2)
-    qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
-    final_norm: bool = True
-    dropout: "0 <= float < 1" = 0.0  # on what each block adds to the residual stream
-    recompute: bool = False  # gradient checkpointing: a block's activations are made again in backward, not kept
-
-
-LLAMA3_ROPE = (32.0, 1.0, 4.0, 8192)
-LFM2 = dict(rope_theta=1_000_000.0, qk_norm=True)
-GPT2 = dict(rope_theta=0.0, feed_forward="gelu", bias=True)
-VALLE = dict(rope_theta=10_000.0, feed_forward="geglu", final_norm=False, norm_eps=1e-6)
-PRESETS = {
-    # published
-    "llama-1B": dict(n_layer=16, n_head=32, n_kv_head=8, d_model=2048, d_ff=8192, rope_scaling=LLAMA3_ROPE),
-    "llama-250M": dict(n_layer=6, n_head=12, n_kv_head=3, d_model=1536, d_ff=8192, rope_scaling=LLAMA3_ROPE),
-    "llama-100M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=8192, rope_scaling=LLAMA3_ROPE),
-    "llama-60M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=4096, rope_scaling=LLAMA3_ROPE),
-    "lfm2-350M": dict(n_layer=16, n_head=16, n_kv_head=8, d_model=1024, d_ff=4608, layers="ccaccaccacacacac", **LFM2),
-    "gpt2-xtts": dict(n_layer=30, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **GPT2),
-    "valle-60M": dict(n_layer=12, n_head=8, n_kv_head=8, d_model=512, d_ff=2048, **VALLE),
-    "valle-400M": dict(n_layer=24, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **VALLE),
-    # for digits
-    "llama-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0),
-    "llama-300K": dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0),
-    "lfm2-1M": dict(n_layer=5, n_head=4, n_kv_head=4, d_model=128, d_ff=384, layers="cacaa", **LFM2),
-    "gpt2-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=512, **GPT2),
-    "valle-1M": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, **VALLE),
-}
-
-
-def transformer_config(given, dropout=None, recompute=None, **overrides):
-    """A TransformerConfig from a preset's name, a dict of its fields, or one made before, with some fields otherwise;
-    dropout and recompute of None leave it as it is. Raises ValueError."""
-    habits = {key: value for key, value in (("dropout", dropout), ("recompute", recompute)) if value is not None}
-    if isinstance(given, TransformerConfig):
-        given = asdict(given)
-    if isinstance(given, str):
-        if given not in PRESETS:
-            names = ", ".join(PRESETS)
-            raise ValueError(f"no transformer preset {given!r}: there are {names}, or give a dict of sizes")
-        given = PRESETS[given]
-    try:
-        c = TransformerConfig(**{**given, **habits, **overrides})
-    except TypeError as e:
-        raise ValueError(f"transformer sizes {given!r:.200}: {str(e).split(') ')[-1]:.100}") from None
-    check_fields(c)
-    if not c.head_dim and c.d_model % c.n_head:
-        raise ValueError(f"d_model = {c.d_model} is not a multiple of n_head = {c.n_head}: give head_dim")
-    c.head_dim = c.head_dim or c.d_model // c.n_head
-    c.rope_scaling = c.rope_scaling and tuple(c.rope_scaling)
-    if c.rope_scaling and len(c.rope_scaling) != 4:
-        raise ValueError(f"rope_scaling = {c.rope_scaling!r:.60}: it takes 4 numbers, as {LLAMA3_ROPE}")
-    c.layers = c.layers or "a" * c.n_layer
-    if len(c.layers) != c.n_layer or set(c.layers) - set("ac"):
-        raise ValueError(f"layers = {c.layers!r:.60}: it takes one letter, a or c, for each of {c.n_layer} layers")
-    if c.n_head % c.n_kv_head or c.head_dim % 2:
-        raise ValueError(f"{c.n_head} heads over {c.n_kv_head} key/value heads of width {c.head_dim}: "
-                         "the first must be a multiple of the second, and the width even")
-    return c
-
-
-def rope_table(c):
-    """Cosines and sines (2, max_positions, head_dim / 2) of rotary positions (Su et al. 2021), with llama 3's scaling.
-
-    Wavelengths beyond the original context are stretched by `factor`, those well inside it stay, between them the two
-    are blended (Llama 3.1).
-    """
-    # float32 throughout, as the released models were trained: more exact angles differ by 3e-4 at position 2047
-    frequency = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
-    if c.rope_scaling:
-        factor, low, high, original = c.rope_scaling
-        turns = original * frequency / (2 * math.pi)  # full rotations within the original context
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = (1 - blend) * frequency / factor + blend * frequency
-    angle = torch.outer(torch.arange(c.max_positions, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x, table):
-    """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by table (2, [B,] S, 1, head_dim / 2)."""
-    cos, sin = table.to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-TAPS = 3  # of the short convolution
-
-
-class Cache:
-    """What the layers remember of earlier rows, sized up front.
-
-    `memory` holds for each layer of attention keys and values (2, B, n_kv_head, length, head_dim), for each short
-    convolution its last inputs (B, D, TAPS - 1). `used` counts the rows already in; the transformer moves it on when
-    all layers have stored theirs.
-    """
-
-    def __init__(self, config, batch, length, device, dtype):
-        attention, tail = (2, batch, config.n_kv_head, length, config.head_dim), (batch, config.d_model, TAPS - 1)
-        shapes = [attention if letter == "a" else tail for letter in config.layers]
-        self.memory = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.used = 0
-
-    def extend(self, layer, k, v):
-        """Store the keys and values of the new rows, give back those of all rows so far."""
-        end = self.used + k.shape[2]
-        keys, values = self.memory[layer]
-        keys[:, :, self.used : end], values[:, :, self.used : end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def lead(self, layer, x):
-        """The new inputs x (B, D, S) of a convolution, behind those before them that it still reaches."""
-        x = torch.cat([self.memory[layer] * (self.used > 0), x], -1)
-        self.memory[layer] = x[..., 1 - TAPS :]
-        return x
-
-
-SMALL = 2**20  # numbers in a tensor: to recompute less takes a tenth of a small model's step and saves little memory
-
-
-def recompute(function, *inputs, least=0):
-    """function(*inputs) with gradient checkpointing: the backward pass keeps the inputs and recomputes the rest.
-
-    Inputs of fewer than `least` numbers are not worth it: then everything is kept.
-    """
-    if torch.is_grad_enabled() and inputs[0].numel() >= least:
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
-
-
-def in_chunks(function, size, inputs, parameters):
-    """The sum of function(*rows) over the rows of `inputs`, at most `size` of them at a time.
-
-    function gives tensors that add up over rows; the first, a scalar, has a gradient, to the inputs and to those of
-    `parameters` that are trained. It is formed in the forward pass, as that of the loss above, so that what autograd
-    keeps of a chunk is gone before the next one; the backward pass, which can be run once, only multiplies by the
-    gradient of the sum. In float16, where gradients have to be scaled before they are formed, all rows are one chunk.
-    """
-    rows, half = len(inputs[0]), _product_type(inputs[0]) == torch.float16
-    parameters = [p for p in parameters if p.requires_grad]
-    trained = torch.is_grad_enabled() and (parameters or any(x.requires_grad for x in inputs))
-    if rows <= size or (trained and half):
-        return function(*inputs)
-    size = math.ceil(rows / math.ceil(rows / size))  # the last one is not much smaller
-    if trained:
-        return _InChunks.apply(function, size, len(inputs), *inputs, *parameters)
-    chunks = zip(*(x.split(size) for x in inputs), strict=True)
-    return [sum(numbers) for numbers in zip(*(function(*chunk) for chunk in chunks), strict=True)]
-
-
-class _InChunks(torch.autograd.Function):
-    """`in_chunks` for training: totals of what function gives, with gradients to inputs and parameters."""
-
-    @staticmethod
-    def forward(ctx, function, size, n, *tensors):
-        wanted, inputs, parameters = ctx.needs_input_grad[3:], tensors[:n], tensors[n:]
-        sums, totals, by_chunk = [torch.zeros_like(p) for p in parameters], 0, []
-        device = inputs[0].device.type if inputs[0].device.type != "meta" else "cpu"  # autocast knows no meta
-
-        def add(grad, to):
-            to += grad
-            return grad.new_zeros(()).expand_as(grad)  # in its place: the chunk's other gradients do not wait with it
-
-        hooks = [p.register_hook(partial(add, to=to)) for p, to in zip(parameters, sums, strict=True)]
-        try:
-            for chunk in zip(*(x.split(size) for x in inputs), strict=True):
-                with torch.enable_grad():
-                    chunk = [x.detach().requires_grad_(w) for x, w in zip(chunk, wanted, strict=False)]
-                    numbers = function(*chunk)
-                    leaves = [x for x in chunk if x.requires_grad]
-                    with torch.autocast(device, enabled=False):  # backward knows the types
-                        grads = torch.autograd.grad(numbers[0], [*leaves, *parameters])
-                by_chunk.append(grads[: len(leaves)])
-                totals = [total + x.detach() for total, x in zip(totals or [0] * len(numbers), numbers, strict=True)]
-                del numbers, grads  # not held while the next chunk is at work
-        finally:
-            for hook in hooks:
-                hook.remove()
-        of_inputs = iter([torch.cat(grads) for grads in zip(*by_chunk, strict=True)])
-        ctx.grads = [next(of_inputs) if w else None for w in wanted[:n]] + sums
-        ctx.mark_non_differentiable(*totals[1:])
-        return tuple(totals)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, factor, *_):
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            raise RuntimeError("a second backward pass through chunks, whose gradients are formed once: take one chunk")
-        if not (_can_look(factor) and factor == 1):
-            for grad in grads:
-                _multiply(grad, factor.view(1), 0)
-        return None, None, None, *grads
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, in the type of x, for which a GPU has a kernel. Elsewhere it is several operations, which would keep x
-    twice more, in float32."""
-
-    def forward(self, x):
-        inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
-        return F.rms_norm(*inputs) if x.is_cuda else recompute(F.rms_norm, *inputs, least=SMALL)
-
-
-def norm(c):
-    return (nn.LayerNorm if c.bias else RMSNorm)(c.d_model, c.norm_eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or as a mask says."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
-        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.bias)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
-
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        S = x.shape[1]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # (B, S, H, head_dim)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # views, as then y is: nothing is copied
-        causal = S > 1 and mask is None
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            if causal and cache.used:  # several rows after others: row s sees the cache and the rows up to s
-                causal, mask = False, torch.ones(S, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.used)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.n_kv_head != self.n_head)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-class ShortConvolution(nn.Module):
-    """Gated causal convolution of each channel over a few rows (LFM2, Liquid AI 2025): an attention that needs no mask,
-    no positions, and of earlier rows only the last two."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.in_proj = nn.Linear(c.d_model, 3 * c.d_model, bias=False)
-        self.taps = nn.Parameter(torch.empty(c.d_model, 1, TAPS))  # the last one is the row's own
-        self.out_proj = nn.Linear(c.d_model, c.d_model, bias=False)
-
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        before, after, x = self.in_proj(x).chunk(3, -1)
-        x = (before * x).mT  # (B, D, S)
-        x = F.pad(x, (TAPS - 1, 0)) if cache is None else cache.lead(layer, x)
-        return self.out_proj(after * F.conv1d(x, self.taps.to(x.dtype), groups=x.shape[1]).mT)
-
-
-class FeedForward(nn.Module):
-    """Two matrices with a GELU between them (GPT-2), or gated by a third: SwiGLU, GEGLU (Shazeer 2020)."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.kind = c.feed_forward
-        if self.kind != "gelu":
-            self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
-        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
-        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
-
-    def forward(self, x):
-        wide = [self.up_proj(x)] if self.kind == "gelu" else [self.gate_proj(x), self.up_proj(x)]
-        return recompute(self.narrow, *wide, least=SMALL)  # what else is d_ff wide is quickly made again
-
-    def narrow(self, x, up=None):
-        if up is None:
-            return self.down_proj(F.gelu(x, approximate="tanh"))
-        gate = F.silu if self.kind == "swiglu" else F.gelu
-        return self.down_proj(gate(x) * up)
-
-
-class Block(nn.Module):
-    def __init__(self, c, letter):
-        super().__init__()
-        self.attn_norm, self.attn = norm(c), Attention(c) if letter == "a" else ShortConvolution(c)
-        self.mlp_norm, self.mlp = norm(c), FeedForward(c)
-        self.dropout = c.dropout
-
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache, layer), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
-
-
-class Transformer(nn.Module):
-    """Transformer over embeddings: x (B, S, D) -> (B, S, D), final norm included.
-
-    Causal, or as a boolean mask says, (S, S) or (B, 1, S, S): true where a row sees another. Rows are numbered from 0
-    on, or by positions (B, S). With a cache they continue the rows already in it. Raises ValueError beyond
-    `max_positions`.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
-        self.norm = norm(config) if config.final_norm else nn.Identity()
-        self.register_buffer("rope", rope_table(config) if config.rope_theta else None, persistent=False)
-
-    def cache(self, batch, length):
-        weight = self.layers[0].attn_norm.weight
-        return Cache(self.config, batch, length, weight.device, weight.dtype)
-
-    def forward(self, x, cache=None, mask=None, positions=None):
-        start = cache.used if cache is not None else 0
-        end = start + x.shape[1]
-        if end > self.config.max_positions:
-            raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
-        rope = self.rope
-        if rope is not None:  # (2, [B,] S, 1, head_dim / 2)
-            rope = (rope[:, start:end] if positions is None else rope[:, positions]).unsqueeze(-2)
-        for i, block in enumerate(self.layers):
-            if self.config.recompute and self.training:  # training has no cache
-                x = recompute(block, x, rope, mask)
-            else:
-                x = block(x, rope, mask, cache, i)
-        if cache is not None:
-            cache.used = end
-        return self.norm(x)
-
-
-def init_weights(model):
-    """Every initialisation: standard deviation 0.02, what blocks add scaled down by depth (GPT-2), norms 1, biases 0.
-
-    Heads are so small that the loss starts at ln V; a short convolution neither amplifies nor damps.
-    """
-    for name, p in model.named_parameters():
-        if p.ndim == 1:
-            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-        elif name.endswith("taps"):
-            nn.init.normal_(p, std=TAPS**-0.5)
-        else:
-            nn.init.normal_(p, std=1 / p.shape[-1] if "head" in name else 0.02)
-    for transformer in (module for module in model.modules() if isinstance(module, Transformer)):
-        for name, p in transformer.named_parameters():
-            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
-                p.data /= math.sqrt(2 * transformer.config.n_layer)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
-
-
-def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=None, generator=None):
-    """Draw classes (...) from logits (..., V): temperature 0 takes the likeliest, top_k and top_p cut the tail.
-
-    top_k 0 and top_p 1 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together reach it.
-    The repetition penalty (Keskar et al. 2019) divides the logits of the classes `seen` (n,), or multiplies those below
-    0; 1 leaves them.
-    """
-    if seen is not None and repetition_penalty != 1:
-        past = logits[..., seen]
-        past = torch.where(past > 0, past / repetition_penalty, past * repetition_penalty)
-        logits = logits.index_copy(-1, seen, past)
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = p.sort(descending=True)
-        kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
-        p = torch.zeros_like(p).scatter(-1, order, kept)
-    return torch.multinomial(p.flatten(0, -2) if p.ndim > 1 else p[None], 1, generator=generator).view(p.shape[:-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CSM
-
-
-def put(x, device):
-    """x on the device, which is not waited for where x comes from the host."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
-
-
-def check_marks(config):
-    """Raise ValueError where the marks around a text are none of a config's text ids."""
-    for name in ("text_bos", "text_eos"):
-        if getattr(config, name) >= config.text_vocab_size:
-            raise ValueError(f"{name} = {getattr(config, name)} is none of {config.text_vocab_size} text ids")
-
-
-@dataclass
-class CSMConfig:
-    """Sizes of a CSM and how it trains. `text_bos` and `text_eos` (-1: none) wrap the text of every utterance."""
-
-    text_vocab_size: "1 <= int <= 10000000"
-    n_codebooks: "1 <= int <= 1000"
-    codebook_size: "1 <= int <= 10000000"
-    backbone: TransformerConfig
-    decoder: TransformerConfig
-    text_bos: "int >= -1" = -1
-    text_eos: "int >= -1" = -1
-    stop: Literal["class", "zeros"] = "class"  # see stop_frame
-    decoder_fraction: "0 < float <= 1" = free(0.0625)  # share of the frames the depth decoder trains on
-    decoder_chunk: "int >= 0" = free(96)  # most of these at a time, which bounds its memory (a GPU likes more); 0: all
-    decoder_loss_weight: "float >= 0" = free(1.0)  # of the depth decoder's loss beside the backbone's
-    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input frames blanked, so that the text has to be read
-    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone and decoder say
-    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
-    arch: str = field(default="csm", init=False)
-
-    SPARE = 3  # classes per codebook beyond the codes, as in the released models
-
-    def __post_init__(self):
-        check_fields(self)
-        check_marks(self)
-        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
-        self.decoder = transformer_config(self.decoder, self.dropout, self.recompute)
-        if self.n_codebooks < 2:
-            raise ValueError("a CSM needs at least 2 codebooks: one for the backbone, the others for the depth decoder")
-        if self.decoder.max_positions < self.n_codebooks:
-            places = self.decoder.max_positions
-            raise ValueError(f"the depth decoder's {places} positions are fewer than {self.n_codebooks} codebooks")
-
-    @property
-    def audio_vocab_size(self):
-        return self.codebook_size + self.SPARE
-
-    def stop_frame(self):
-        """The frame (K,) that ends an utterance: K zeros, or with stop = "class" class `codebook_size` in codebook 0.
-
-        That class is a spare one, so no speech looks like the end; the released weights end with zeros.
-        """
-        frame = np.zeros(self.n_codebooks, np.int64)
-        frame[0] = self.codebook_size if self.stop == "class" else 0
-        return frame
-
-    def layout(self, text, codes=None, prompt=None):
-        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, K + 1), segment (S,), both int64.
-
-        A row holds a text id in its last column, or a frame in the others. The order is that of CSM: text between begin
-        and end marks, frames, the stop frame; a prompt (text ids, codes) is such an utterance put before, on whose
-        frames no loss falls. Without codes the rows end where speech is to begin.
-        """
-        K = self.n_codebooks
-        rows, segments = [], []
-
-        def put(ids, column, segment):
-            block = np.zeros((len(ids), K + 1), np.int64)
-            block[:, column] = ids
-            rows.append(block)
-            segments.append(np.full(len(ids), segment, np.int64))
-
-        def put_text(ids):
-            marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
-            put(np.concatenate([marks[0], ids, marks[1]]).astype(np.int64), K, TEXT)
-
-        def put_frames(codes, segment):
-            put(np.concatenate([codes, self.stop_frame()[None]]), slice(0, K), segment)
-
-        if prompt is not None:
-            put_text(prompt[0])
-            put_frames(prompt[1], PROMPT)
-        put_text(text)
-        if codes is not None:
-            put_frames(codes, AUDIO)
-        return np.concatenate(rows), np.concatenate(segments)
-
-    def length(self, text, frames, prompt_text=0, prompt_frames=0):
-        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt."""
-        marks = (self.text_bos >= 0) + (self.text_eos >= 0)
-        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + marks + prompt_frames + 1, 0)
-        return text + marks + frames + 1 + prompt
-
-
-class CSM(nn.Module):
-    """Conversational Speech Model (Sesame 2025), also Marvis TTS.
-
-    Row s of the backbone predicts codebook 0 of row s + 1. For one frame the depth decoder reads K places: the
-    backbone's state that predicted the frame, then the embeddings of codebooks 0 .. K - 2; its place k >= 1 predicts
-    codebook k.
-    """
-
-    causal = True  # frames are made one after the other
-    reference = False  # a voice is cloned from a prompt, not from the features of a recording
-    transcript = True  # and from what is said in it
-    draw = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)  # as its authors sample
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        K, V, D = c.n_codebooks, c.audio_vocab_size, c.backbone.d_model
-        self.text_embedding = nn.Embedding(c.text_vocab_size, D)
-        self.audio_embedding = nn.Embedding(K * V, D)  # code v of codebook k is its row k * V + v
-        self.backbone, self.decoder = Transformer(c.backbone), Transformer(c.decoder)
-        self.projection = nn.Linear(D, c.decoder.d_model, bias=False)
-        self.codebook0_head = nn.Parameter(torch.empty(V, D))
-        self.decoder_heads = nn.Parameter(torch.empty(K - 1, V, c.decoder.d_model))
-        self.register_buffer("offset", torch.arange(K) * V, persistent=False)
-        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
-        init_weights(self)
-
-    def look_up(self, tokens, segment):
-        """Rows -> x (B, S, D): a text row's text embedding, a frame's K code embeddings summed, zero for padding.
-
-        Also frames (F,), the flat numbers of the rows that hold a frame, and codes (F, K, D), the embeddings of their
-        codes: one look-up for backbone and depth decoder, so that the table gets one gradient.
-        """
-        K, device = self.config.n_codebooks, self.offset.device
-        kind, flat = segment.flatten(), tokens.flatten(0, 1)
-        text, frames = (kind == TEXT).nonzero()[:, 0], (kind >= PROMPT).nonzero()[:, 0]
-        words = self.text_embedding(put(flat[text, K], device))
-        codes = self.audio_embedding(put(flat[frames, :K], device) + self.offset)
-        x = codes.new_zeros(len(flat), codes.shape[-1])
-        x = x.index_copy(0, put(text, device), words).index_copy(0, put(frames, device), codes.sum(1))
-        return x.view(*segment.shape, -1), frames, codes
-
-    def embed(self, tokens, segment):
-        """The rows alone: (B, S, D)."""
-        return self.look_up(tokens, segment)[0]
-
-    def depth_inputs(self, state, codes):
-        """state (N, D), codes (N, k) of codebooks 0 .. k - 1 -> depth decoder inputs (N, k + 1, D_decoder)."""
-        codes = self.audio_embedding(codes + self.offset[: codes.shape[1]])
-        return self.projection(torch.cat([state[:, None], codes], 1))
-
-    def depth_parameters(self):
-        """What the depth decoder computes with, the tables of embeddings apart."""
-        return [*self.projection.parameters(), *self.decoder.parameters(), self.decoder_heads]
-
-    def forward(self, tokens, segment):
-        """Loss of a batch: tokens (B, S, K + 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
-
-        Codebook 0 is predicted at every frame, the others at a random `decoder_fraction` of them (at all in eval mode),
-        `decoder_chunk` at a time; stop frames are always among these. Sums and counts of the stats add up over batches
-        and ranks; `loss_by_codebook` and `accuracy_by_codebook` are (K,).
-        """
-        c, K, (_, S), device = self.config, self.config.n_codebooks, segment.shape, self.offset.device
-        x, frames, codes = self.look_up(tokens, segment)
-        spoken = segment == AUDIO
-        if self.training and c.frame_dropout:
-            blank = spoken & (torch.rand(segment.shape, device=segment.device) < c.frame_dropout)
-            x = x.masked_fill(put(blank, device)[..., None], 0)
-        hidden = self.backbone(x)
-
-        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
-        target = (spoken.flatten()[frames] & (frames % S > 0)).nonzero()[:, 0]  # (N,) the frames that are predicted
-        rows = frames[target]
-        frame = tokens.flatten(0, 1)[rows, :K]  # (N, K)
-        stopping = (frame == torch.from_numpy(c.stop_frame()).to(frame.device)).all(-1)
-        kept = torch.ones_like(stopping)
-        if self.training and c.decoder_fraction < 1:
-            kept = stopping | (torch.rand(len(frame), device=frame.device) < c.decoder_fraction)
-        kept = kept.nonzero()[:, 0]  # (N',) those of them that the depth decoder sees
-
-        state = hidden.flatten(0, 1).index_select(0, put(rows - 1, device))  # (N, D)
-        loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, put(frame[:, :1], device))
-        depth_frame, depth_state = put(frame[kept, 1:], device), state.index_select(0, put(kept, device))
-        before = codes.index_select(0, put(target[kept], device))[:, :-1]  # (N', K - 1, D)
-        n, m = len(frame), len(depth_frame)
-
-        def depth(state, before, frame):  # of some of the frames, their share of the losses' means
-            x = self.decoder(self.projection(torch.cat([state[:, None], before], 1)))[:, 1:]
-            losses, correct = multi_codebook_cross_entropy(x, self.decoder_heads, frame)
-            losses = losses * (len(frame) / max(m, 1))
-            return losses.mean(), losses, correct
-
-        inputs = depth_state, before, depth_frame
-        decoder_loss, losses, correct = in_chunks(depth, c.decoder_chunk or m, inputs, self.depth_parameters())
-        loss = loss0[0] + c.decoder_loss_weight * decoder_loss
-
-        with torch.no_grad():
-            counts = torch.full((K,), m, device=device)
-            counts[0] = n
-            stats = {
-                "loss": (loss.detach() * n, n),
-                "backbone_loss": (loss0[0] * n, n),
-                "decoder_loss": (decoder_loss * m, m),
-                "c0_accuracy": (correct0[0], n),
-                "loss_by_codebook": (torch.cat([loss0, losses]).detach() * counts, counts),
-                "accuracy_by_codebook": (torch.cat([correct0, correct]), counts),
-            }
-            if not self.training:
-                missed = (state[stopping.to(device)] @ self.codebook0_head.T).argmax(-1) != c.stop_frame()[0]
-                stats["stop_missed"] = (missed.sum(), len(missed))
-        return loss, stats
-
-    def teacher_forced_logits(self, text, codes):
-        """Logits (T + 1, K, V) of an utterance's frames and its stop frame, from one pass over the whole of it."""
-        tokens, segment = (torch.from_numpy(a)[None].to(self.offset.device) for a in self.layout(text, codes))
-        hidden = self.backbone(self.embed(tokens, segment))
-        rows = segment[0, 1:] == AUDIO
-        state, frame = hidden[0, :-1][rows], tokens[0, 1:, : self.config.n_codebooks][rows]
-        depth = self.decoder(self.depth_inputs(state, frame[:, :-1]))[:, 1:]
-        first, others = state @ self.codebook0_head.T, torch.einsum("nkd,kvd->nkv", depth, self.decoder_heads)
-        return torch.cat([first[:, None], others], 1)
-
-    @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
-        """Speak text ids (n,), after an optional prompt (text ids, codes (T, K)): yields frames (K,) int64 as made.
-
-        `choose(logits of the classes allowed) -> class` picks every code; see `sampler`. The generator returns True
-        where the model ended by itself, at the stop frame, and False where max_frames or the end of its positions cut
-        it off. Raises ValueError where text and prompt leave no position to speak at.
-        """
-        c, device = self.config, self.offset.device
-        tokens, segment = (torch.from_numpy(a)[None].to(device) for a in self.layout(text, None, prompt))
-        taken, positions = tokens.shape[1], c.backbone.max_positions
-        if taken >= positions:
-            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
-        max_frames = min(max_frames, positions - taken)
-        cache = self.backbone.cache(1, taken + max_frames)
-        depth_cache = self.decoder.cache(1, c.n_codebooks)
-        stop = torch.from_numpy(c.stop_frame()).to(device)
-        row = torch.zeros(1, 1, c.n_codebooks + 1, dtype=torch.long, device=device)
-        audio = torch.full((1, 1), AUDIO, device=device)
-        x = self.embed(tokens, segment)
-        for _ in range(max_frames):
-            state = self.backbone(x, cache)[:, -1]
-            frame = self._frame(state, depth_cache, choose)
-            if frame is None or torch.equal(frame, stop):
-                return True
-            yield frame
-            row[0, 0, :-1] = frame
-            x = self.embed(row, audio)
-        return False
-
-    def _frame(self, state, cache, choose):
-        """The frame (K,) that follows state (1, D), or None where codebook 0 says stop."""
-        c = self.config
-        logits = state[0] @ self.codebook0_head.T
-        frame = [choose(logits[: c.codebook_size + (c.stop == "class")])]
-        if frame[0] == c.codebook_size:
-            return None
-        cache.used = 0
-        x = self.depth_inputs(state, frame[0].view(1, 1))
-        for k in range(1, c.n_codebooks):
-            depth = self.decoder(x, cache)[0, -1]
-            frame.append(choose((depth @ self.decoder_heads[k - 1].T)[: c.codebook_size]))
-            x = self.projection(self.audio_embedding(frame[k].view(1, 1) + self.offset[k]))
-        return torch.stack(frame)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kani
-
-
-@dataclass
-class KaniConfig:
-    """Sizes of a Kani, its vocabulary and how it trains. `text_bos` and `text_eos` (-1: none) wrap every text.
-
-    One vocabulary: text ids, then special tokens (start and end of speech, of the human's turn and of the AI's), then
-    the codes, codebook after codebook. With 64,400 text ids these are the ids of the released models.
-    """
-
-    text_vocab_size: "1 <= int <= 10000000"
-    n_codebooks: "1 <= int <= 1000"
-    codebook_size: "1 <= int <= 10000000"
-    backbone: TransformerConfig
-    text_bos: "int >= -1" = -1
-    text_eos: "int >= -1" = -1
-    first_special: "int >= 0" = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
-    vocab_size: "int >= 0" = 0  # rows of the embedding; 0: no more than there are tokens
-    loss_on: Literal["all", "audio", "codebook"] = free("all")  # codebook: audio, among its codebook's codes
-    drop_repeats: bool = free(False)  # leave out frames equal to the one before, as published; it loses timing
-    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input codes blanked, so that the text has to be read
-    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone says
-    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
-    arch: str = field(default="kani", init=False)
-
-    CODES = 9  # from the first special token to the first code; the last three places are not used
-
-    def __post_init__(self):
-        check_fields(self)
-        check_marks(self)
-        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
-        self.first_special = self.first_special or self.text_vocab_size + 1
-        self.speech, self.end_of_speech, self.human, self.end_of_human, self.ai, self.end_of_ai = (
-            self.first_special + i for i in range(6))  # fmt: skip
-        self.first_code = self.first_special + self.CODES
-        tokens = self.first_code + self.n_codebooks * self.codebook_size
-        self.vocab_size = self.vocab_size or tokens
-        if self.first_special < self.text_vocab_size:
-            raise ValueError(f"first_special = {self.first_special} is one of {self.text_vocab_size} text ids")
-        if self.vocab_size < tokens:
-            raise ValueError(f"vocab_size = {self.vocab_size}: text, special tokens and codes need {tokens}")
-
-    def stop_frame(self):
-        """The frame (K,) that ends an utterance: class `codebook_size`, end of speech, in codebook 0."""
-        frame = np.zeros(self.n_codebooks, np.int64)
-        frame[0] = self.codebook_size
-        return frame
-
-    def layout(self, text, codes=None, prompt=None, every=False):
-        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, 1), segment (S,), both int64.
-
-        A row is a token: the text between the marks of the human's turn, then in the AI's turn the codes between start
-        and end of speech, all K of a frame and then those of the next. A prompt (text ids, codes) is such an utterance
-        put before. Without codes the rows end where speech is to begin.
-
-        With `drop_repeats` a frame equal to the one before it is left out, unless `every` one is asked for. The
-        released models were trained so; continue them so. It is not for others: nothing tells for how long a sound was
-        held, so that pauses and long vowels come out too short.
-        """
-        marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
-        offset = self.first_code + self.codebook_size * np.arange(self.n_codebooks)
-        rows, segments = [], []
-
-        def put(segment, *parts):
-            rows.append(np.concatenate(parts).astype(np.int64))
-            segments.append(np.full(len(rows[-1]), segment, np.int64))
-
-        def put_text(ids):
-            put(TEXT, [self.human], marks[0], ids, marks[1], [self.end_of_human, self.ai, self.speech])
-
-        def put_codes(codes, segment):
-            if self.drop_repeats and not every:
-                codes = np.concatenate([codes[:1], codes[1:][(codes[1:] != codes[:-1]).any(1)]])
-            put(segment, (codes + offset).ravel(), [self.end_of_speech, self.end_of_ai])
-
-        if prompt is not None:
-            put_text(prompt[0])
-            put_codes(prompt[1], PROMPT)
-        put_text(text)
-        if codes is not None:
-            put_codes(codes, AUDIO)
-        return np.concatenate(rows)[:, None], np.concatenate(segments)
-
-    def length(self, text, frames, prompt_text=0, prompt_frames=0):
-        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt.
-
-        With drop_repeats it makes at most so many: what they are counted for, budgets and positions, is then kept to.
-        """
-        around = (self.text_bos >= 0) + (self.text_eos >= 0) + 6
-        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + around + self.n_codebooks * prompt_frames, 0)
-        return text + around + self.n_codebooks * frames + prompt
-
-
-class Kani(nn.Module):
-    """KaniTTS (nineninesix 2025): a language model, LFM2 in the released ones, to which codes are words like any other.
-
-    The row of a token predicts the next one. Its state scores the rows of the embedding, which is the head as well.
-    """
-
-    causal = True  # frames are made one after the other
-    reference = False  # a voice is cloned from a prompt, not from the features of a recording
-    transcript = True  # and from what is said in it
-    # as its authors sample; that of top_k, which they do not name, is transformers' own
-    draw = dict(temperature=0.6, top_k=50, top_p=0.95, repetition_penalty=1.1)
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        # no nn.Embedding, whose gradient could be sparse: as a head it has one everywhere
-        self.embedding = nn.Parameter(torch.empty(c.vocab_size, c.backbone.d_model))
-        self.backbone = Transformer(c.backbone)
-        barred = torch.zeros(c.n_codebooks, c.codebook_size + 1)
-        barred[1:, -1] = -math.inf  # speech ends between frames only
-        self.register_buffer("barred", barred, persistent=False)
-        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
-        init_weights(self)
-
-    def embed(self, tokens):
-        """tokens (B, S, 1) -> (B, S, D)."""
-        return F.embedding(put(tokens[..., 0], self.embedding.device), self.embedding)
-
-    def heads(self):
-        """Rows of the embedding (K, V + 1, D): each codebook's V codes, and behind them end of speech."""
-        c, K = self.config, self.config.n_codebooks
-        codes = self.embedding[c.first_code : c.first_code + K * c.codebook_size].unflatten(0, (K, -1))
-        return torch.cat([codes, self.embedding[c.end_of_speech].expand(K, 1, -1)], 1)
-
-    def forward(self, tokens, segment):
-        """Loss of a batch: tokens (B, S, 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
-
-        The loss is a mean over tokens; which tokens, `loss_on` says:
-
-            all       every one but the first, the text too, against the whole vocabulary, as its authors have it; of a
-                      prompt its text
-            audio     codes, end of speech and of the turn, against the whole vocabulary
-            codebook  codes against their own codebook, end of speech against codebook 0: those `generate` chooses
-                      among. That leaves the head a K-th of its work or less.
-
-        "loss" counts frames, ends of speech among them. Sums and counts of the others add up over batches and ranks;
-        `loss_by_codebook` and `accuracy_by_codebook` are (K,), and an end of speech counts in codebook 0.
-        """
-        c, device = self.config, self.embedding.device
-        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
-        token, spoken = tokens.flatten(), segment.flatten() == AUDIO
-        codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: of none
-        x = self.embed(tokens)
-        if self.training and c.frame_dropout:
-            blank = spoken & (torch.rand(token.shape, device=token.device) < c.frame_dropout)
-            x = x.masked_fill(put(blank.view(segment.shape), device)[..., None], 0)
-        hidden = self.backbone(x).flatten(0, 1)
-
-        codebook[token == c.end_of_speech] = 0
-        frames = (spoken & (codebook == 0)).nonzero()[:, 0]  # (N,) the rows where one begins, or might have
-        if c.loss_on == "codebook":
-            loss, losses, correct, counts = self._score_codes(hidden, token, frames)
-        else:
-            wanted = spoken | (segment.flatten() == TEXT) if c.loss_on == "all" else spoken
-            rows = (wanted & (torch.arange(len(token), device=token.device) % segment.shape[1] > 0)).nonzero()[:, 0]
-            loss, losses, correct, counts = self._score_tokens(hidden, token[rows], rows, codebook[rows])
-        n = len(frames)
-        stats = {
-            "loss": (loss.detach() * n, n), "c0_accuracy": (correct[0], n),
-            "loss_by_codebook": (losses, counts), "accuracy_by_codebook": (correct, counts),
-        }  # fmt: skip
-        if not self.training:
-            state = hidden.index_select(0, put(frames[token[frames] == c.end_of_speech] - 1, device))
-            missed = (state @ self.heads()[0].T).argmax(-1) != c.codebook_size
-            stats["stop_missed"] = (missed.sum(), len(missed))
-        return loss, stats
-
-    def _score_tokens(self, hidden, token, rows, codebook):
-        """Loss of the tokens (n,) at these rows against the whole vocabulary; and by codebook, -1 being none: sums of
-        losses, numbers ranked first, numbers, each (K,)."""
-        K, device = self.config.n_codebooks, hidden.device
-        state, target = hidden.index_select(0, put(rows - 1, device)), put(token[:, None], device)
-        loss, correct, losses = multi_codebook_cross_entropy(state, self.embedding, target, each=True)
-        counts, codebook = torch.bincount(codebook + 1, minlength=K + 1)[1:], put(codebook + 1, device)
-        losses, correct = (losses.new_zeros(K + 1).index_add(0, codebook, y[:, 0].to(losses.dtype))[1:]
-                           for y in (losses, correct))  # fmt: skip
-        return loss[0], losses, correct, put(counts, device)
-
-    def _score_codes(self, hidden, token, frames):
-        """Loss of the frames (N,) that begin at these rows against their own codebooks; and the same three."""
-        c, K, device = self.config, self.config.n_codebooks, hidden.device
-        places = torch.arange(K, device=token.device)
-        rows = (frames[:, None] + places).clamp(max=len(token) - 1)  # (N, K)
-        target, ends = token[rows] - c.first_code - c.codebook_size * places, token[frames] == c.end_of_speech
-        target[ends] = IGNORE
-        target[ends, 0] = c.codebook_size
-        counts = put((target != IGNORE).sum(0), device)
-        state = hidden.index_select(0, put(rows.flatten() - 1, device)).unflatten(0, rows.shape)
-        loss, correct = multi_codebook_cross_entropy(state, self.heads(), put(target, device), self.barred)
-        losses = loss * counts
-        return losses.sum() / counts.sum().clamp(min=1), losses.detach(), correct, counts
-
-    def teacher_forced_logits(self, text, codes):
-        """Logits (T + 1, K, V + 1) of all of an utterance's frames, the last class being end of speech, from one pass
-        over the whole of it."""
-        T, K = codes.shape
-        tokens, segment = self.layout(text, codes, every=True)
-        first = int((segment == AUDIO).argmax())
-        hidden = self.backbone(self.embed(torch.from_numpy(tokens)[None]))[0, first - 1 : first + T * K]
-        state = F.pad(hidden, (0, 0, 0, K - 1)).unflatten(0, (T + 1, K))
-        return torch.einsum("tkd,kvd->tkv", state, self.heads()) + self.barred
-
-    @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
-        """Speak text ids (n,), after an optional prompt (text ids, codes (T, K)): yields frames (K,) int64 as made.
-
-        `choose(logits of the classes allowed, seen=codes of that codebook spoken so far) -> class` picks every code;
-        see `sampler`. Allowed are the codes of the codebook whose turn it is, and before a frame end of speech, so that
-        whatever comes can be decoded; no others are scored. The generator returns True where the model ended by itself,
-        False where max_frames or the end of its positions cut it off. Raises ValueError where text and prompt leave no
-        room for a frame.
-        """
-        c, K = self.config, self.config.n_codebooks
-        tokens, _ = self.layout(text, None, prompt)
-        taken, positions = len(tokens), c.backbone.max_positions
-        if taken + K > positions:
-            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
-        max_frames = min(max_frames, (positions - taken) // K)
-        cache, heads = self.backbone.cache(1, taken + max_frames * K), self.heads()
-        frames = torch.zeros(max_frames, K, dtype=torch.long, device=heads.device)
-        x = self.embed(torch.from_numpy(tokens)[None])
-        for t in range(max_frames):
-            for k in range(K):
-                state = self.backbone(x, cache)[0, -1]
-                code = choose((heads[k] if k == 0 else heads[k, :-1]) @ state, seen=frames[:t, k])
-                if k == 0 and code == c.codebook_size:
-                    return True
-                frames[t, k] = code
-                x = heads[k, code].view(1, 1, -1)
-            yield frames[t]
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# XTTS
-
-
-@dataclass
-class XTTSConfig:
-    """Sizes of an XTTS, those of XTTS-v2 unless said, and how it trains. `text_bos` and `text_eos` wrap every text."""
-
-    text_vocab_size: "1 <= int <= 10000000"
-    codebook_size: "1 <= int <= 10000000"
-    backbone: TransformerConfig
-    text_bos: "int >= -1"
-    text_eos: "int >= -1"
-    n_codebooks: "1 <= int <= 1000" = 1
-    reference_bands: "1 <= int <= 10000" = 80  # features of a row of the reference
-    reference_rate: "0 < float <= 100000" = 22050 / 256  # its rows in a second
-    n_latents: "1 <= int <= 10000" = fixed(32)  # what is read off a recording of the voice
-    conditioning_layers: "0 <= int <= 1000" = fixed(6)  # of the encoder that listens to it
-    perceiver_layers: "1 <= int <= 1000" = fixed(2)  # of what reads the latents off that
-    perceiver_heads: "1 <= int <= 1000" = fixed(8)  # of its attention
-    chunk_seconds: "0 <= float <= 3600" = free(4.0)  # longer recordings: the mean of the latents of chunks; 0: whole
-    text_positions: "3 <= int <= 100000" = fixed(404)  # text ids, with 2 marks around them
-    code_positions: "6 <= int <= 100000" = fixed(608)  # frames, with 5 marks around them
-    text_loss_weight: "float >= 0" = free(0.01)  # of the text's loss beside that of the codes
-    hide_text_stop: bool = free(False)  # train with the mark behind the text out of sight, as published
-    vocoder: bool = False  # is there a vocoder that knows its states? That of XTTS-v2 knows those of its descendants
-    frame_dropout: "0 <= float <= 1" = free(0.0)  # share of the input codes blanked, so that the text has to be read
-    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone says
-    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
-    arch: str = field(default="xtts", init=False)
-
-    STOPS = 4  # stop codes that a recording ends with
-
-    def __post_init__(self):
-        check_fields(self)
-        check_marks(self)
-        positions = self.n_latents + self.text_positions + self.code_positions
-        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute, max_positions=positions)
-        self.start_code, self.stop_code = self.codebook_size, self.codebook_size + 1
-        if self.n_codebooks != 1:
-            raise ValueError(f"an XTTS speaks in one codebook, the codec has {self.n_codebooks}: take n_codebooks = 1")
-        if min(self.text_bos, self.text_eos) < 0:
-            raise ValueError("an XTTS needs a tokenizer that has ids for the begin and the end of a text")
-
-    @property
-    def max_frames(self):
-        return self.code_positions - 1 - self.STOPS
-
-    def stop_frame(self):
-        """The frame (1,) that ends an utterance."""
-        return np.array([self.stop_code])
-
-    def layout(self, text, codes=None, prompt=None):
-        """One utterance as rows: text ids (n,), codes (T, 1) -> tokens (S, 1), segment (S,), both int64.
-
-            text_bos  text  text_eos  start_code  codes  stop_code x 4
-            TEXT      TEXT  TEXT      PROMPT      AUDIO  AUDIO
-
-        Without codes the rows end where speech is to begin. A prompt adds no rows: what is heard of it is the
-        reference. Raises ValueError for more than there are positions.
-        """
-        frames = [] if codes is None else [*codes[:, 0], *[self.stop_code] * self.STOPS]
-        self.length(len(text), max(0, len(frames) - self.STOPS))
-        tokens = np.array([self.text_bos, *text, self.text_eos, self.start_code, *frames], np.int64)
-        return tokens[:, None], np.repeat([TEXT, PROMPT, AUDIO], [len(text) + 2, 1, len(frames)])
-
-    def length(self, text, frames, prompt_text=0, prompt_frames=0):
-        """Rows that `layout` makes of so many text ids and frames (numbers or arrays). Raises ValueError as it does."""
-        for what, count, most, key in (("text ids", text, self.text_positions - 2, "text_positions"),
-                                       ("frames", frames, self.max_frames, "code_positions")):  # fmt: skip
-            if (longest := int(np.max(count, initial=0))) > most:
-                raise ValueError(f"an utterance has {longest} {what}, the model has positions for {most}: raise {key}, "
-                                 "or leave such out with prepare.py's max_seconds and max_text_tokens")
-        return text + 3 + frames + self.STOPS
-
-
-class ConditioningBlock(nn.Module):
-    """Attention over a whole recording x (B, R, D) (Tortoise, Betker 2023). It is added to x normalised, not to x."""
-
-    def __init__(self, d_model, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.norm = nn.GroupNorm(math.gcd(32 if d_model > 64 else 16, d_model), d_model)  # groups as in Tortoise
-        self.qkv_proj = nn.Linear(d_model, 3 * d_model)  # for each head its queries, keys and values
-        self.o_proj = nn.Linear(d_model, d_model)
-
-    def forward(self, x):
-        x = self.norm(x.mT).mT
-        q, k, v = self.qkv_proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2).chunk(3, -1)  # (B, H, R, D / H)
-        return x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class PerceiverBlock(nn.Module):
-    """Latents x (B, L, D) look at themselves and at a context (B, R, D), then go through a GEGLU."""
-
-    HEAD_DIM = 64
-
-    def __init__(self, d_model, n_head):
-        super().__init__()
-        d_ff, inner = 4 * d_model * 2 // 3, n_head * self.HEAD_DIM
-        self.q_proj = nn.Linear(d_model, inner, bias=False)
-        self.kv_proj = nn.Linear(d_model, 2 * inner, bias=False)
-        self.o_proj = nn.Linear(inner, d_model, bias=False)
-        self.up_proj, self.down_proj = nn.Linear(d_model, 2 * d_ff), nn.Linear(d_ff, d_model)
-
-    def forward(self, x, context):
-        qkv = self.q_proj(x), *self.kv_proj(torch.cat([x, context], 1)).chunk(2, -1)
-        y = F.scaled_dot_product_attention(*(y.unflatten(-1, (-1, self.HEAD_DIM)).transpose(1, 2) for y in qkv))
-        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
-        y, gate = self.up_proj(x).chunk(2, -1)
-        return x + self.down_proj(y * F.gelu(gate))
-
-
-class Conditioning(nn.Module):
-    """Features of recordings (B, R, M) -> latents (B, L, D), as many however long they are.
-
-    An encoder as Tortoise's, off which a perceiver resampler (Alayrac et al. 2022) reads.
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        D, H = c.backbone.d_model, c.backbone.n_head
-        self.input = nn.Linear(c.reference_bands, D)
-        self.encoder = nn.ModuleList(ConditioningBlock(D, H) for _ in range(c.conditioning_layers))
-        self.latents = nn.Parameter(torch.empty(c.n_latents, D))
-        self.perceiver = nn.ModuleList(PerceiverBlock(D, c.perceiver_heads) for _ in range(c.perceiver_layers))
-        self.norm = nn.RMSNorm(D, 1e-12)
-
-    def encode(self, reference):
-        x = self.input(reference)
-        for block in self.encoder:
-            x = block(x)
-        return x
-
-    def forward(self, reference):
-        context = self.encode(reference)
-        x = self.latents.expand(len(context), -1, -1)
-        for block in self.perceiver:
-            x = block(x, context)
-        return self.norm(x)
-
-
-class XTTS(nn.Module):
-    """The GPT of XTTS-v2 (Casanova et al. 2024): a GPT-2 that reads a voice in 32 latents, a text, and speaks in the
-    codes of one codebook.
-
-    Row s predicts row s + 1, within the text by one head, within the codes by another. Text and codes have tables of
-    positions of their own, each counted from 0 on; the latents, which stand before them, have none.
-    """
-
-    causal = True  # frames are made one after the other
-    reference, transcript = True, False  # the voice is read off the features of a recording
-    draw = dict(temperature=0.75, top_k=50, top_p=0.85, repetition_penalty=5.0)  # as its authors sample
-
-    LONGEST, SHORTEST = 30.0, 0.33  # seconds of a reference that are heard, and of its last piece
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        D, V = c.backbone.d_model, c.codebook_size + 2
-        self.conditioning = Conditioning(c)
-        self.text_embedding, self.text_positions = nn.Embedding(c.text_vocab_size, D), nn.Embedding(c.text_positions, D)
-        self.code_embedding, self.code_positions = nn.Embedding(V, D), nn.Embedding(c.code_positions, D)
-        self.backbone = Transformer(c.backbone)
-        self.final_norm = nn.LayerNorm(D)  # after the backbone's own
-        self.text_head, self.code_head = nn.Linear(D, c.text_vocab_size), nn.Linear(D, V)
-        self.layout, self.length, self.max_rows = c.layout, c.length, c.text_positions + c.code_positions
-        self.vocoder = c.vocoder
-        init_weights(self)
-
-    def small_set_freeze(self, utterances):
-        """What to leave alone (patterns for `freeze`) where a trained model continues on so many utterances: from 3,000
-        on nothing; of fewer learn the tables and heads, the norms and the last two layers of the backbone.
-
-        That is the choice of public recipes for small sets of new languages (Amharic, Maltese). It is that of Artetxe
-        et al. (2020) too: a new language's words are learnt for a body that stays as it is.
-        """
-        if utterances >= 3000:
-            return []
-        lower = "|".join(map(str, range(self.config.backbone.n_layer - 2)))
-        return [r"^conditioning\.", *([rf"^backbone\.layers\.({lower})\."] if lower else [])]
-
-    def embed(self, latents, tokens, segment):
-        """latents (B, L, D), tokens (B, S, 1), segment (B, S) -> (B, L + S, D), zero for padding."""
-        device, kind, token = latents.device, segment.flatten(), tokens.flatten()
-        place = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
-        place = torch.where(segment == TEXT, place, place - (segment == TEXT).sum(1, keepdim=True)).flatten()
-        text, frames = (kind == TEXT).nonzero()[:, 0], (kind >= PROMPT).nonzero()[:, 0]
-        words = self.text_embedding(put(token[text], device)) + self.text_positions(put(place[text], device))
-        codes = self.code_embedding(put(token[frames], device))
-        if self.training and self.config.frame_dropout:
-            codes = codes * (torch.rand(len(codes), 1, device=device) >= self.config.frame_dropout)
-        codes = codes + self.code_positions(put(place[frames], device))
-        x = codes.new_zeros(len(kind), codes.shape[-1])
-        x = x.index_copy(0, put(text, device), words).index_copy(0, put(frames, device), codes)
-        return torch.cat([latents, x.view(*segment.shape, -1)], 1)
-
-    def hear(self, reference):
-        """The latents (1, L, D) of one recording, of whose features (R, M) generation takes the first 30 s.
-
-        XTTS-v2 was trained on 3 to 6 s, so it hears a longer recording in chunks of `chunk_seconds` (0: whole), and
-        takes the mean of their latents. Left out are a very short last chunk, and one of silence that only fills up.
-        """
-        c, rate = self.config, self.config.reference_rate
-        reference = torch.as_tensor(reference).to(self.conditioning.latents)[: math.ceil(self.LONGEST * rate)]
-        chunks = reference.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else len(reference))
-        chunks = [x for x in chunks if len(x) >= self.SHORTEST * rate and (x != x[0]).any()] or [reference]
-        return torch.stack([self.conditioning(x[None]) for x in chunks]).mean(0)
-
-    def forward(self, tokens, segment, reference):
-        """Loss of a batch: tokens (B, S, 1), segment (B, S), reference (B, R, M) -> scalar, and stats {name: (sum,
-        count)}.
-
-        The loss is that of the codes plus `text_loss_weight` times that of the text. "loss" counts frames, and the four
-        stops of a recording as such; `stop_missed` looks at the first of them.
-
-        XTTS-v2 was trained with the row of text_eos hidden from the rows after it, but speaks with it in sight. With
-        `hide_text_stop` that is so here too. Without, training sees what generation sees, and weights that are
-        continued learn to read that row.
-        """
-        c, device, L = self.config, self.code_head.weight.device, self.config.n_latents
-        latents = self.conditioning(put(reference, device).to(self.conditioning.latents.dtype))
-        mask = None
-        if c.hide_text_stop:
-            text = segment == TEXT
-            seen = F.pad(~text | F.pad(text[:, 1:], (0, 1)), (L, 0), value=True)
-            mask = put((seen[:, None] & seen.new_ones(2 * seen.shape[1:]).tril())[:, None], device)
-        hidden = self.backbone(self.embed(latents, tokens, segment), mask=mask)[:, L:].flatten(0, 1)
-
-        # Rows are picked where the batch lies: if that is the host, a GPU is never waited for.
-        kind, token = segment.flatten(), tokens.flatten()
-        first = torch.arange(len(kind), device=kind.device) % segment.shape[1] == 0
-        words, codes = (((kind == part) & ~first).nonzero()[:, 0] for part in (TEXT, AUDIO))
-        (text_loss, text_correct), (loss, correct) = (
-            multi_codebook_cross_entropy(
-                self.final_norm(hidden.index_select(0, put(rows - 1, device))), head.weight,
-                put(token[rows, None], device), head.bias,
-            )
-            for rows, head in ((words, self.text_head), (codes, self.code_head))
-        )  # fmt: skip
-        total = loss[0] + c.text_loss_weight * text_loss[0]
-        n, m = len(codes), len(words)
-        counts = torch.full((1,), n, device=device)
-        stats = {
-            "loss": (total.detach() * n, n), "c0_accuracy": (correct[0], n),
-            "text_loss": (text_loss[0].detach() * m, m), "text_accuracy": (text_correct[0], m),
-            "loss_by_codebook": (loss.detach() * n, counts), "accuracy_by_codebook": (correct, counts),
-        }  # fmt: skip
-        if not self.training:
-            ends = codes[(token[codes] == c.stop_code) & (token[codes - 1] != c.stop_code)]
-            state = self.final_norm(hidden.index_select(0, put(ends - 1, device)))
-            stats["stop_missed"] = ((self.code_head(state).argmax(-1) != c.stop_code).sum(), len(ends))
-        return total, stats
-
-    def _states(self, text, codes, reference):
-        """Final states (T + 1, D) of the rows that predict the codes (T, 1) and the stop behind them."""
-        tokens, segment = (torch.from_numpy(a)[None] for a in self.layout(text, codes))
-        hidden = self.final_norm(self.backbone(self.embed(self.hear(reference), tokens, segment)))[0]
-        rows = (segment[0] == AUDIO).nonzero()[: len(codes) + 1, 0]
-        return hidden[rows + self.config.n_latents - 1]
-
-    def teacher_forced_logits(self, text, codes, reference):
-        """Logits (T + 1, 1, V + 2) of an utterance's codes and its stop, from one pass over the whole of it."""
-        return self.code_head(self._states(text, codes, reference))[:, None]
-
-    @torch.no_grad()
-    def latents(self, text, codes, reference):
-        """What XTTS's vocoder speaks from, for each code the state that predicted it, from one pass over the whole of
-        it: text ids (n,), codes (T, 1) as an array or tensor, reference (R, M) -> (T, D)."""
-        return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
-
-    @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference, latents=False):
-        """Speak text ids (n,) in the voice of a recording's features (R, M): yields frames (1,) int64 as made, or
-        with `latents` in the place of each the state (D,) that predicted it.
-
-        `choose(logits of all classes, seen=codes spoken so far) -> class` picks every code; see `sampler`. A prompt
-        changes nothing. The generator returns True where the model ended by itself, which a start code counts as too,
-        and False where max_frames or the end of its positions cut it off. Raises ValueError for a text that is too
-        long.
-        """
-        c = self.config
-        tokens, segment = (torch.from_numpy(a)[None] for a in self.layout(text))
-        x = self.embed(self.hear(reference), tokens, segment)
-        max_frames = min(max_frames, c.max_frames)
-        cache = self.backbone.cache(1, x.shape[1] + max_frames)
-        frames = torch.zeros(max_frames, 1, dtype=torch.long, device=x.device)
-        for t in range(max_frames):
-            state = self.final_norm(self.backbone(x, cache)[0, -1])
-            code = choose(self.code_head(state), seen=frames[:t, 0])
-            if code >= c.codebook_size:
-                return True
-            frames[t] = code
-            yield state if latents else frames[t]
-            x = (self.code_embedding(frames[t]) + self.code_positions.weight[t + 1])[None]
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VALL-E
-
-
-@dataclass
-class VallEConfig:
-    """Sizes of a VALL-E, how it trains and how it speaks. `text_bos` and `text_eos` (-1: none) wrap every text.
-
-    "ar" and "nar" before a field's meaning: it is for that mode alone. The published models are nar, with level_weights
-    "normal" and without stretched_text, gray_length and whole_frames; they speak with guidance 2.5 and top_sigma 1.
-    """
-
-    text_vocab_size: "1 <= int <= 10000000"
-    n_codebooks: "1 <= int <= 1000"
-    codebook_size: "1 <= int <= 10000000"
-    backbone: TransformerConfig
-    text_bos: "int >= -1" = -1
-    text_eos: "int >= -1" = -1
-    mode: Literal["nar", "ar"] = fixed("nar")  # frames come all at once, out of masks; ar: one after the other
-    languages: "1 <= int <= 10000" = 1  # how many it has room for
-    language: "int >= 0" = 0  # that of every utterance
-    shared_heads: bool = fixed(False)  # one feed-forward layer before the heads of all codebooks, instead of one each
-    level_attention: bool = fixed(False)  # for residual codecs: a frame's codebooks attend to each other
-    segmented_mask: bool = fixed(False, "nar")  # nar: text does not see prompt and frames, nor the prompt the frames
-    stretched_text: bool = fixed(True, "nar")  # nar: text is numbered as if it were spoken evenly over the frames
-    mask_ratio: "0 <= float <= 1" = free(0.8, "nar")  # nar: share of the frames masked; 0: another for each utterance
-    frame_dropout: "0 <= float <= 1" = free(0.0, "ar")  # ar: share of the input frames masked
-    text_dropout: "0 <= float < 1" = free(0.0, "nar")  # nar: share of the utterances without text, for guidance
-    level_weights: Literal["decreasing", "normal", "equal"] = free("decreasing")  # normal: those in the middle
-    random_level: bool = free(False)  # train each utterance on one codebook, drawn for it, instead of on all
-    length_loss_weight: "float >= 0" = free(0.1, "nar")  # nar: of the loss of the lengths
-    gray_length: bool = True  # nar: lengths are written in a Gray code, see length_digits
-    rounds: "1 <= int <= 10000" = free(25, "nar")  # nar: of demasking, when it speaks
-    whole_frames: bool = free(True, "nar")  # nar: whole frames are masked again, not each codebook by itself
-    guidance: "float >= 0" = free(1.0, "nar")  # nar: 0: what is likely without text, 1: with it; above: beyond
-    top_sigma: "float >= 0" = 0.0  # nar: codes so many deviations below the likeliest are out (top-n-sigma); 0: none
-    dropout: "0 <= float | None < 1" = free(None)  # on what each layer adds; None: as backbone says
-    recompute: bool | None = free(None)  # make activations again in backward instead of keeping them; None: likewise
-    arch: str = field(default="valle", init=False)
-
-    LEVEL_WEIGHTS = {
-        "equal": lambda k, K: 1.0,
-        "decreasing": lambda k, K: 1 / (k + 1),
-        "normal": lambda k, K: 1.5 - max(k + 1, K - k) / K,
-    }
-
-    def __post_init__(self):
-        check_fields(self)
-        check_marks(self)
-        self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
-        if not 0 <= self.language < self.languages:
-            raise ValueError(f"language = {self.language}: there are {self.languages}, counted from 0 on")
-        if self.level_attention and self.shared_heads:
-            raise ValueError("level_attention is between the heads' own layers: it cannot go with shared_heads")
-
-    @property
-    def separator(self):
-        """The text id that ends a part; the next one asks for the length; those after it are the languages."""
-        return self.text_vocab_size
-
-    @property
-    def mask_class(self):
-        return self.codebook_size + 1
-
-    def stop_frame(self):
-        """The frame (K,) after the last one: class `codebook_size` in every codebook. Only mode ar has it."""
-        return np.full(self.n_codebooks, self.codebook_size)
-
-    def layout(self, text, codes=None, prompt=None):
-        """One utterance as rows: text ids (n,), codes (T, K) -> tokens (S, K + 1), segment (S,), both int64.
-
-        A row holds a text id in its last column, or a frame in the others. The order is that of VALL-E v2: text between
-        begin and end marks, language, the frames of a prompt (text ids, codes), whose text is not used, and the frames
-        of the utterance, with a separator between these parts. Without codes the rows end where speech is to begin.
-        """
-        K, end = self.n_codebooks, self.separator
-        marks = [[m] if m >= 0 else [] for m in (self.text_bos, self.text_eos)]
-        text = np.concatenate([marks[0], text, marks[1], [end, end + 2 + self.language, end]])
-        nothing = np.zeros((0, K))
-        heard, said = nothing if prompt is None else prompt[1], nothing if codes is None else codes
-        if self.mode == "ar" and codes is not None:
-            said = np.concatenate([codes, self.stop_frame()[None]])
-        segment = np.repeat([TEXT, PROMPT, TEXT, AUDIO], [len(text), len(heard), prompt is not None, len(said)])
-        tokens = np.zeros((len(segment), K + 1), np.int64)
-        tokens[segment == TEXT, K] = end
-        tokens[: len(text), K] = text
-        tokens[segment == PROMPT, :K], tokens[segment == AUDIO, :K] = heard, said
-        return tokens, segment
-
-    def length(self, text, frames, prompt_text=0, prompt_frames=0):
-        """Rows that `layout` makes of so many text ids and frames (numbers or arrays); prompt_frames 0: no prompt."""
-        marks = (self.text_bos >= 0) + (self.text_eos >= 0)
-        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_frames + 1, 0)
-        return text + marks + 3 + prompt + frames + (self.mode == "ar")
-
-
-DIGITS = 5  # of a length
-
-
-def length_digits(length, gray):
-    """Lengths (N,) -> their decimal digits (N, DIGITS), the most significant one first.
-
-    With `gray` a digit counts backwards where the number before it is odd (a reflected Gray code): neighbours differ in
-    one digit, so that digits which are guessed one by one cannot turn 19 or 20 into 10 or 29.
-    """
-    upto = length[:, None] // 10 ** torch.arange(DIGITS - 1, -1, -1, device=length.device)
-    return torch.where((upto // 10 % 2 == 1) & gray, 9 - upto % 10, upto % 10)
-
-
-def read_length(digits, gray):
-    """What `length_digits` makes (N, DIGITS) -> lengths (N,)."""
-    length = torch.zeros_like(digits[:, 0])
-    for digit in digits.T:
-        length = 10 * length + torch.where((length % 2 == 1) & gray, 9 - digit, digit)
-    return length
-
-
-class LevelAttention(nn.Module):
-    """x (N, K, D) plus what the K codebooks of a frame tell each other.
-
-    VALL-E v2's variant for residual codecs, as its code had it before its author removed it for working less well: an
-    encoder and a decoder with this in the place of the feed-forward layer.
-    """
-
-    def __init__(self, D, heads):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(D, heads, batch_first=True)
-
-    def forward(self, x):
-        return x + self.attention(x, x, x, need_weights=False)[0]
-
-
-class AudioEncoder(nn.Module):
-    """Frames (N, K) -> (N, D): codes and their codebooks are embedded, normalised, and go through a residual
-    feed-forward layer, then the codebooks are summed by learned weights; or, with `heads`, see LevelAttention.
-
-    What becomes of a code depends on nothing but itself and its codebook. So where frames are more than classes, the
-    table is encoded, and the frames are looked up there.
-    """
-
-    def __init__(self, K, V, D, heads=0):
-        super().__init__()
-        self.codes, self.places = nn.Parameter(torch.empty(V, K, D)), nn.Parameter(torch.empty(K, D))
-        self.attention = LevelAttention(D, heads) if heads else None
-        if heads:
-            self.out = nn.Linear(D, D)
-        else:
-            self.norm, self.level_weights = nn.LayerNorm(D), nn.Parameter(torch.empty(K))
-            self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
-
-    def forward(self, frames):
-        V, K, D = self.codes.shape
-        rows = frames * K + torch.arange(K, device=frames.device)  # of the table as (V * K, D)
-        few = len(frames) < V or self.attention is not None
-        x = (F.embedding(rows, self.codes.view(V * K, D)) if few else self.codes) + self.places
-        if self.attention is not None:
-            return self.out(self.attention(x).mean(1))
-        x = self.norm(x)
-        x = (x + self.mlp(x)) * self.level_weights.softmax(0)[:, None]
-        return x.sum(1) if few else F.embedding_bag(rows, x.view(V * K, D), mode="sum")
-
-
-class AudioDecoder(nn.Module):
-    """Hidden states (N, D) -> what the heads of the codebooks read: (N, K, D), or (N, D) where all read the same."""
-
-    def __init__(self, K, D, shared, heads=0):
-        super().__init__()
-
-        def level():
-            if heads:
-                return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
-            return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
-
-        self.levels = nn.ModuleList(level() for _ in range(1 if shared else K))
-        self.attention = LevelAttention(D, heads) if heads else nn.Identity()
-
-    def forward(self, x):
-        x = [level(x) for level in self.levels]
-        return x[0] if len(x) == 1 else self.attention(torch.stack(x, 1))
-
-
-class VallE(nn.Module):
-    """VALL-E v2 of e-c-k-e-r (2024-2025): all K codebooks of a frame at once, from one hidden state.
-
-    In mode nar it is a masked transformer (MaskGIT, Chang et al. 2022) that sees in both directions: it learns to fill
-    in masked frames, and speaks by filling in all of them, of which it masks the least certain again, fewer in every
-    round. How many frames there will be it says before, in digits. In mode ar row s predicts the frame of row s + 1.
-    """
-
-    reference, transcript = False, False  # a voice is cloned from the codes of a prompt alone
-    draw = dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # as its author samples
-    RESCALE = 0.75  # share in which guided logits get back the spread they had
-    ASKED = 4  # of so many utterances one is asked for its length in training
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        K, V, D, heads = c.n_codebooks, c.codebook_size, c.backbone.d_model, 8 * c.level_attention
-        self.causal = c.mode == "ar"
-        self.text_embedding = nn.Embedding(c.text_vocab_size + 2 + c.languages, D)
-        self.prompt_encoder, self.frame_encoder = AudioEncoder(K, V, D, heads), AudioEncoder(K, V + 2, D, heads)
-        self.backbone = Transformer(c.backbone)
-        self.decoder = AudioDecoder(K, D, c.shared_heads, heads)
-        self.heads, self.head_bias = nn.Parameter(torch.empty(K, V + 1, D)), nn.Parameter(torch.empty(K, V + 1))
-        if not self.causal:
-            self.length_heads = nn.Parameter(torch.empty(DIGITS, 10, D))
-            self.length_bias = nn.Parameter(torch.empty(DIGITS, 10))
-        self.layout, self.length, self.max_rows = c.layout, c.length, c.backbone.max_positions
-        init_weights(self)
-        for name, p in self.named_parameters():
-            if name in ("head_bias", "length_bias"):
-                nn.init.zeros_(p)
-            elif name.endswith("encoder.norm.weight"):
-                nn.init.constant_(p, 0.1)  # frames no louder than text, which is else not heard for a long time
-
-    def embed(self, tokens, segment):
-        """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""
-        K, device, kind, flat = self.config.n_codebooks, self.heads.device, segment.flatten(), tokens.flatten(0, 1)
-        x = self.heads.new_zeros(len(flat), self.heads.shape[-1])
-        for part, columns, encode in ((TEXT, K, self.text_embedding), (PROMPT, slice(K), self.prompt_encoder),
-                                      (AUDIO, slice(K), self.frame_encoder)):  # fmt: skip
-            rows = (kind == part).nonzero()[:, 0]
-            x = x.index_copy(0, put(rows, device), encode(put(flat[rows, columns], device)).to(x.dtype))
-        return x.view(*segment.shape, -1)
-
-    def positions(self, tokens, segment):
-        """Positions (B, S), which begin anew behind each separator; padding takes none.
-
-        With stretched_text those of the text run to the number of frames, where there are any (compare length-aware
-        rotary embeddings, LARoPE, Kim et al. 2025): a word is then looked for about where it is said.
-        """
-        used = (segment != PAD).long()
-        before = used.cumsum(1) - used
-        begins = F.pad((segment == TEXT) & (tokens[..., -1] == self.config.separator), (1, -1))
-        positions = before - torch.where(begins, before, 0).cummax(1).values
-        if self.config.stretched_text and not self.causal:
-            words, frames = used * (begins.cumsum(1) == 0), (segment == AUDIO).sum(1, keepdim=True)
-            stretched = positions * frames // words.sum(1, keepdim=True).clamp(min=1)
-            positions = torch.where((words > 0) & (frames > 0), stretched, positions)
-        return put(positions, self.heads.device)
-
-    def mask(self, segment):
-        """Which rows see which, (B, 1, 1 or S, S): all but padding; segmented, only parts up to their own."""
-        seen = (segment != PAD)[:, None]
-        if self.config.segmented_mask:
-            part = segment.cummax(1).values  # a prompt's separator belongs to it
-            seen = seen & (part[:, :, None] >= part[:, None])
-        return put(seen[:, None], self.heads.device)
-
-    def states(self, tokens, segment):
-        """Hidden states (B, S, D) of rows, which see each other as the mode has it."""
-        mask = None if self.causal else self.mask(segment)
-        return self.backbone(self.embed(tokens, segment), mask=mask, positions=self.positions(tokens, segment))
-
-    def logits(self, hidden):
-        """Hidden states (N, D) -> logits (N, K, V + 1)."""
-        state = self.decoder(hidden)
-        state = state if state.ndim == 3 else state[:, None].expand(-1, len(self.heads), -1)
-        return torch.einsum("nkd,kvd->nkv", state, self.heads) + self.head_bias
-
-    def masked(self, spoken):
-        """Which of the frames, spoken (B, S), are masked: drawn anew in training, always the same in evaluation."""
-        c, device = self.config, spoken.device
-        generator = None if self.training else torch.Generator(device).manual_seed(0)
-        share = c.mask_ratio
-        if self.causal:
-            share = c.frame_dropout if self.training else 0.0
-        elif share == 0:  # as many as there are in a round drawn at random
-            share = torch.cos(math.pi / 2 * torch.rand(len(spoken), 1, generator=generator, device=device))
-        return spoken & (torch.rand(spoken.shape, generator=generator, device=device) < share)
-
-    def without_text(self, tokens, segment):
-        """The segment (B, S) in which text, but not its begin and end marks, and prompt are padding."""
-        c, ids = self.config, tokens[..., -1]
-        words = (segment == TEXT) & (ids < c.separator) & (ids != c.text_bos) & (ids != c.text_eos)
-        return segment.masked_fill(words | (segment.cummax(1).values == PROMPT), PAD)
-
-    def forward(self, tokens, segment):
-        """Loss of a batch: tokens (B, S, K + 1), segment (B, S) -> scalar, and stats {name: (sum, count)}.
-
-        Predicted are masked frames (nar) or all (ar). As published, an utterance's loss is a mean over all its frames,
-        in which those that are not predicted count as 0; utterances count alike, codebooks by their level_weights.
-        """
-        c, (B, S), device = self.config, segment.shape, self.heads.device
-        K, spoken = c.n_codebooks, segment == AUDIO
-        masked, heard, drawn = self.masked(spoken), segment, torch.ones(B, K, device=segment.device)
-        if self.training and c.text_dropout:
-            dropped = torch.rand(B, 1, device=segment.device) < c.text_dropout
-            heard = torch.where(dropped, self.without_text(tokens, segment), segment)
-        if self.training and c.random_level:
-            drawn = F.one_hot(torch.randint(K, (B,), device=segment.device), K).float()
-        hidden = self.states(tokens.masked_fill(masked[..., None], c.mask_class), heard).flatten(0, 1)
-
-        rows = (spoken if self.causal else masked).flatten().nonzero()[:, 0]  # (N,) of the frames that are predicted
-        owner, frame = rows // S, tokens.flatten(0, 1)[rows, :K]
-        state = self.decoder(hidden.index_select(0, put(rows - int(self.causal), device)))
-        weight, used = 1 / spoken.sum(1)[owner], drawn[owner]
-        factor = torch.tensor([c.LEVEL_WEIGHTS[c.level_weights](k, K) for k in range(K)], device=segment.device)
-        share = factor * (weight[:, None] * used).sum(0) / (factor * drawn).sum()
-        losses, correct, each = multi_codebook_cross_entropy(
-            state, self.heads, put(frame.masked_fill(used == 0, IGNORE), device), self.head_bias,
-            codebook_weight=put(share, device), row_weight=put(weight, device), each=True,
-        )  # fmt: skip
-        loss, stats = losses.sum(), {}
-        if not self.causal:
-            length_loss, stats = self.length_loss(tokens, segment)
-            loss = loss + c.length_loss_weight * length_loss
-        with torch.no_grad():
-            n, counts = len(frame), put(used.sum(0), device)
-            stats |= {
-                "loss": (loss.detach() * n, n),
-                "c0_accuracy": (correct[:, 0].sum(), counts[0]),
-                "loss_by_codebook": (each.sum(0), counts),
-                "accuracy_by_codebook": (correct.sum(0), counts),
-            }
-            if self.causal and not self.training:
-                last = rows[(frame == c.codebook_size).all(-1)] - 1
-                best = self.logits(hidden[put(last, device)]).argmax(-1)
-                stats["stop_missed"] = ((best != c.codebook_size).all(-1).sum(), len(last))
-        return loss, stats
-
-    def length_state(self, tokens, segment):
-        """Hidden states (B, D) at the mark that asks for the length, set where the frames (one is enough) begin.
-
-        It takes a pass of its own, because whatever sees the frames can count them.
-        """
-        first = (segment == AUDIO).long().argmax(1)  # (B,)
-        S = int(first.max()) + 1
-        tokens, segment = tokens[:, :S], segment[:, :S]
-        mark = torch.arange(S, device=first.device) == first[:, None]
-        segment = segment.masked_fill(segment == AUDIO, PAD).masked_fill(mark, TEXT)
-        hidden = self.states(tokens.masked_fill(mark[..., None], self.config.separator + 1), segment)
-        row = torch.arange(len(first), device=first.device) * S + first
-        return hidden.flatten(0, 1).index_select(0, put(row, hidden.device))
-
-    def guess_length(self, state):
-        """Lengths (B,) in frames, of length_state's (B, D): the likeliest digits."""
-        logits = torch.einsum("bd,kvd->bkv", state, self.length_heads) + self.length_bias
-        return read_length(logits.argmax(-1), self.config.gray_length)
-
-    def length_loss(self, tokens, segment):
-        """Mean cross-entropy of the digits of the lengths, in training of every few utterances; and its stats."""
-        step, device = self.ASKED if self.training else 1, self.heads.device
-        tokens, segment = tokens[::step], segment[::step]  # a batch may be sorted by length
-        state, length = self.length_state(tokens, segment), (segment == AUDIO).sum(1)
-        target = put(length_digits(length, self.config.gray_length), device)
-        loss = multi_codebook_cross_entropy(state, self.length_heads, target, self.length_bias)[0].mean()
-        with torch.no_grad():
-            error = (self.guess_length(state) - put(length, device)).abs().sum()
-        n = len(length)
-        return loss, {"length_loss": (loss.detach() * n, n), "length_error": (error, n)}
-
-    def rows(self, *utterance):
-        """layout, as tensors (1, S, ...) on the model's device."""
-        return (torch.from_numpy(a)[None].to(self.heads.device) for a in self.layout(*utterance))
-
-    def frame_logits(self, tokens, segment):
-        """Logits (T, K, V + 1) of the frames of one utterance, tokens (1, S, K + 1), segment (1, S).
-
-        With guidance they are pushed away from what they are without text and prompt (classifier-free guidance, Ho and
-        Salimans 2022), and get back a part of the spread over the frames that they had (Lin et al. 2024).
-        """
-        if self.config.guidance == 1:
-            return self.logits(self.states(tokens, segment)[segment == AUDIO])
-        both = torch.cat([segment, self.without_text(tokens, segment)])
-        logits, free = self.logits(self.states(tokens.expand(2, -1, -1), both)[both == AUDIO]).chunk(2)
-        pushed = free + self.config.guidance * (logits - free)
-        if len(logits) == 1:
-            return pushed
-        spread = (logits.std(0) / pushed.std(0)).nan_to_num(1.0, 1.0)  # 1 where frames do not differ
-        return pushed * (self.RESCALE * spread + 1 - self.RESCALE)
-
-    def teacher_forced_logits(self, text, codes):
-        """Logits of an utterance's frames, from one pass as in training: (T + 1, K, V + 1) with the stop frame in mode
-        ar; (T, K, V + 1) in mode nar, where all frames are masked."""
-        tokens, segment = self.rows(text, codes)
-        spoken = segment == AUDIO
-        if self.causal:
-            return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
-        return self.frame_logits(tokens.masked_fill(spoken[..., None], self.config.mask_class), segment)
-
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None):
-        """Speak text ids (n,), after an optional prompt (its text, not used; codes (T, K)): yields frames (K,) int64.
-
-        `choose(logits (..., V + 1)) -> classes (...)` picks all codes of a frame, or of all frames in a round; see
-        `sampler`. Mode nar takes the number of `frames` from outside if given, and else guesses it; `rounds`: None as
-        the config says. The generator returns True where the model ended by itself: its guess stood, or in any codebook
-        of a frame it said stop; False where max_frames or the end of its positions cut it off. Raises ValueError where
-        text and prompt leave no position to speak at.
-        """
-        taken, positions = len(self.layout(text, None, prompt)[0]), self.max_rows
-        if taken >= positions:
-            raise ValueError(f"text and prompt take {taken} rows, the model has {positions} positions")
-        most = min(max_frames, positions - taken)
-        if self.causal:
-            return (yield from self._speak(text, prompt, most, choose))
-        return (yield from self._demask(text, prompt, most, choose, frames, rounds or self.config.rounds))
-
-    @torch.no_grad()
-    def _speak(self, text, prompt, most, choose):
-        tokens, segment = self.rows(text, None, prompt)
-        x, positions = self.embed(tokens, segment), self.positions(tokens, segment)
-        cache = self.backbone.cache(1, x.shape[1] + most)
-        for t in range(most):
-            frame = choose(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
-            if (frame == self.config.codebook_size).any():
-                return True
-            yield frame
-            x, positions = self.frame_encoder(frame[None])[None], positions.new_full((1, 1), t)
-        return False
-
-    @torch.no_grad()
-    def _demask(self, text, prompt, most, choose, frames, rounds):
-        """All frames at once. A code's score is its probability, also where it only stands in for one that is kept."""
-        c = self.config
-        if frames is None:
-            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
-            frames = int(self.guess_length(self.length_state(tokens, segment)))
-        T = max(1, min(frames, most))
-        tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt)
-        codes, score = tokens[0, -T:, :-1], torch.ones(T, c.n_codebooks, device=tokens.device)  # a view of tokens
-        for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
-            again = max(1, min(int(math.cos(math.pi / 2 * time) * T), T - s))
-            if c.whole_frames:
-                codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
-            else:
-                codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
-            logits = self.frame_logits(tokens, segment)
-            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)  # the later, the less by chance
-            if c.top_sigma:
-                least = logits.amax(-1, keepdim=True) - c.top_sigma * logits.std(-1, keepdim=True)
-                logits = logits.masked_fill(logits < least, -math.inf)
-            score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
-            codes[codes == c.mask_class] = chosen[codes == c.mask_class]
-        yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
-        return frames == T
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what every family shares
-
-
-ARCHS = {"csm": (CSM, CSMConfig), "kani": (Kani, KaniConfig), "xtts": (XTTS, XTTSConfig), "valle": (VallE, VallEConfig)}
-
-
-def build(arch, meta, options):
-    """A fresh model for a token folder: `meta` its meta.json, `options` the run's keys, or an older model's config.
-
-    Each family takes the options it has; they count more than meta, whose tokenizer may have fewer ids than published
-    weights. Raises ValueError for an unknown family or sizes that do not fit.
-    """
-    if arch not in ARCHS:
-        raise ValueError(f"arch = {arch!r:.60}: there is {', '.join(ARCHS)}")
-    model, config = ARCHS[arch]
-    names = {f.name for f in fields(config) if f.init}
-    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
-
-
-def contradiction(config, options):
-    """The first of these options that says otherwise than the config of trained weights, which fix it, or None.
-
-    A backbone or decoder is a preset's name, of which the shapes count, or a dict, of which everything counts but what
-    may change from run to run. Raises ValueError for sizes that cannot be.
-    """
-    for f in fields(config):
-        if f.name not in options or not f.init or f.metadata.get("key") == "free":
-            continue
-        asked, wanted = options[f.name], getattr(replace(config, **{f.name: options[f.name]}), f.name)
-        named = asked if isinstance(asked, dict) else PRESETS.get(asked, ()) if isinstance(asked, str) else ()
-        if isinstance(wanted, TransformerConfig):
-            loose = {"dropout", "recompute"} | (set() if named is asked else {"rope_theta", "rope_scaling", "norm_eps"})
-            same = all(getattr(wanted, x) == getattr(getattr(config, f.name), x) for x in {*named} - loose)
-        else:
-            same = wanted == getattr(config, f.name)
-        if not same:
-            return f.name
-    return None
-
-
-def facts(meta):
-    """What a token folder's meta.json says of a model that is to learn from it: fields of configs, as a dict."""
-    codec, tokenizer = meta["codec"], meta["tokenizer"]
-    known = dict(
-        text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
-        n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
-    )  # fmt: skip
-    if reference := codec.get("reference"):
-        rate = codec["frame_rate"] * reference["rows_per_frame"]
-        known |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
-    return known
-
-
-def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
-    """A `choose` for `generate` with these settings of `sample_code`."""
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    return lambda logits, seen=None: sample_code(logits, **how, seen=seen, generator=generator)
-
-
-def check_finite(model):
-    """Raise ValueError that names the first tensor of a model with NaN or infinite numbers."""
-    for name, p in model.named_parameters():
-        if words := fault(p, p):
-            raise ValueError(f"{name} {words}")
-
-
-def contract_check(model, text, codes, **side):
-    """Compare teacher forcing with generation on one utterance: text ids (n,), codes (T, K), `side` what else
-    the model reads, as a `reference`.
-
-    Every logit of every codebook and frame must agree; training and generation that disagree by one step are the
-    commonest way to a falling loss and noise for audio. Returns {"max_difference", "loss_at_shift", "ln_v"}, where
-    loss_at_shift is the cross-entropy of codebook 0 against the frame before the one it is trained to predict (shift
-    0), that one (1), and the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ,
-    where a model that has learnt something predicts another shift, or where weights or logits are not finite.
-    """
-    check_finite(model)
-    training, T = model.training, len(codes)
-    model.eval()
-    ends = model.config.stop_frame()[None] if model.causal else codes[:0]
-    forced, heard = iter(np.concatenate([codes, ends]).ravel().tolist()), []
-
-    def choose(logits, seen=None):
-        heard.extend(logits.float().reshape(-1, logits.shape[-1]))
-        chosen = [next(forced) for _ in range(logits[..., 0].numel())]
-        return torch.tensor(chosen, device=logits.device).view(logits.shape[:-1])
-
-    with torch.no_grad():
-        length = {} if model.causal else {"frames": T, "rounds": 1}  # all at once, from nothing but masks
-        for _ in model.generate(text, max_frames=T + 1, choose=choose, **side, **length):
-            pass
-        whole = model.teacher_forced_logits(text, codes, **side).float()
-    flat = whole.flatten(0, 1)
-    if flat.isnan().any() or not flat.isfinite().any():
-        raise ValueError("contract check failed: the model's logits are not finite: its training diverged, or its "
-                         "config is another model's")  # fmt: skip
-    difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(heard))
-    scale = float(flat[flat.isfinite()].abs().max())  # of a fresh model, whose heads are small, logits are small too
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    model.train(training)
-    if not difference <= (1e-3 if exact else 0.1) * scale:
-        raise ValueError("contract check failed: generation and teacher forcing differ by "
-                         f"{difference:.3g} in the logits (scale {scale:.3g}): "
-                         "the model would speak another language than it was trained on")
-    codebook0 = torch.as_tensor(codes, device=whole.device)[:, 0]
-    shifts = range(3) if T > 2 else ()
-    loss = [float(F.cross_entropy(whole[1 : T - 1, 0], codebook0[s : T - 2 + s])) for s in shifts]
-    ln_v = math.log(whole.shape[-1])
-    if loss and min(loss) < min(loss[1] - 0.5, ln_v - 0.5):
-        raise ValueError(f"contract check failed: codebook 0 fits the frame at shift {loss.index(min(loss))} best, "
-                         "it must be shift 1 (cross-entropy at shifts 0, 1, 2: "
-                         f"{', '.join(f'{x:.2f}' for x in loss)}; ln V {ln_v:.2f})")
-    return {"max_difference": difference, "loss_at_shift": loss, "ln_v": ln_v}

@@ -89,7 +89,7 @@ class Voice:
         self.meta = meta
         self.references = references
         self.timbres = timbres
-        self.vocoder = getattr(model, "vocoder", False) and hasattr(codec, "vocode")
+        self.vocoder = model.vocoder and hasattr(codec, "vocode")
         self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         trained_with = {key: value for key, value in (config or {}).items() if value is not None}
         self.draw = {key: trained_with.get(key, usual) for key, usual in model.draw.items()}
@@ -555,7 +555,7 @@ def idle_keys(cfg, voice):
     for key in ("rounds", "guidance"):
         if key not in known:
             idle[key] = f"arch = {c.arch!r} has no such key"
-        elif known[key] not in (None, getattr(c, "mode", None)):
+        elif known[key] not in (None, c.mode):
             idle[key] = f"mode = {c.mode!r} does not use it"
     if not cfg.reference:
         idle["reference_text"] = "no reference is given"

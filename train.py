@@ -75,8 +75,10 @@ dry_run = False  # print what the run would need (parameters, memory, batches, h
 overwrite = False  # remove the run that out_dir holds and start over
 # model; each family has further keys: the fields of its config in model.py that are `fixed` or `free`
 arch: Literal["csm", "kani", "xtts", "valle"] = "csm"  # how the codebooks of a frame are predicted
-backbone: str | dict = "llama-1M"  # a preset of model.py or a dict of sizes
-decoder: str | dict = "llama-300K"  # csm: the depth decoder, likewise
+# a preset of model.py, or a dict of sizes
+backbone: str | dict = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "d_model": 128, "d_ff": 384, "rope_theta": 10_000.0}
+# csm: the depth decoder, likewise
+decoder: str | dict = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 96, "d_ff": 256, "rope_theta": 10_000.0}
 # regular expressions: parameters with matching names are not trained; None: the family's advice for few utterances that
 # continue trained weights (XTTS: below 3,000), else nothing
 freeze: "list[str] | None" = None

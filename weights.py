@@ -400,7 +400,7 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
         if checkpoint and cfg.init_from == "resume":
             cfg.freeze = checkpoint["config"]["freeze"] if cfg.freeze is None else cfg.freeze
         elif cfg.freeze is None and cfg.init_from != "scratch":
-            cfg.freeze = getattr(model, "small_set_freeze", lambda n: [])(utterances)
+            cfg.freeze = model.small_set_freeze(utterances)
             if cfg.freeze:
                 say(f"{utterances:,} utterances are few to go on with: freeze={cfg.freeze!r}; --freeze=[] trains all")
         cfg.freeze = cfg.freeze or []

@@ -17,8 +17,8 @@ fit_seconds = 600.0
 # train.py: a backbone of 0.9M parameters, a depth decoder of 0.2M
 out_dir = "out/digits"
 arch = "csm"
-backbone = "llama-1M"
-decoder = "llama-300K"
+backbone = dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0)
+decoder = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0)
 decoder_fraction = 0.5  # with 0.25 a quarter more words are misheard: all codebooks have to be clear
 decoder_chunk = 0  # a model so small needs no chunks
 frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text

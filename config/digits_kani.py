@@ -17,7 +17,9 @@ fit_seconds = 1200.0
 # train.py: a backbone of 1.1M parameters, an embedding of 0.6M
 out_dir = "out/digits_kani"
 arch = "kani"
-backbone = "lfm2-1M"
+backbone = dict(
+    n_layer=5, layers="cacaa", n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=1_000_000.0, qk_norm=True
+)
 loss_on = "codebook"
 frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text
 max_tokens = 3000

@@ -18,7 +18,10 @@ fit_seconds = 1200.0
 out_dir = "out/digits_valle_ar"
 arch = "valle"
 mode = "ar"
-backbone = "valle-1M"
+backbone = dict(
+    n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384,
+    rope_theta=10_000.0, feed_forward="geglu", final_norm=False, norm_eps=1e-6,
+)  # fmt: skip
 shared_heads = True
 frame_dropout = 0.6
 level_weights = "decreasing"  # the first codebooks say which word it is

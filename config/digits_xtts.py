@@ -18,7 +18,9 @@ references = True  # 200 bytes a frame
 # train.py: a GPT-2 of 0.8M parameters, and 0.3M that listen
 out_dir = "out/digits_xtts"
 arch = "xtts"
-backbone = "gpt2-1M"
+backbone = dict(
+    n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=512, rope_theta=0.0, feed_forward="gelu", bias=True
+)
 n_latents = 4
 conditioning_layers = 1
 perceiver_layers = 1

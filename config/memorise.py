@@ -17,8 +17,8 @@ val_fraction = 0.1
 # train.py
 out_dir = "out/memorise"
 arch = "csm"
-backbone = "llama-1M"
-decoder = "llama-300K"
+backbone = dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0)
+decoder = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0)
 decoder_fraction = 0.25
 max_tokens = 1000
 max_iters = 500

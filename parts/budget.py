@@ -85,7 +85,7 @@ def kept_by_autograd(model, batch):
 
     with FlashAttention(), torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.x):
         model(*[x.to("meta") if x.is_floating_point() else x for x in batch])
-    stacks = [stack for stack in getattr(model, "stacks", lambda: [])() if stack.recompute]
+    stacks = [stack for stack in model.stacks() if stack.recompute]
     if not stacks:
         return most
     for c in stacks:  # with gradient checkpointing a block's own share comes back while its turn lasts
@@ -112,7 +112,7 @@ def weigh(model, cfg, dtype, world):
         copies = p.element_size() + 2 * (dtype != torch.float32 and p.ndim >= 2) + 4 * (cfg.ema > 0)
         parts[name.split(".")[0]] += n, trained, n * copies, gradient, trained * (8 - 4 * muon)
     if cfg.step_in_backward:  # gradients that are formed in chunks are complete at the same moment
-        together = [p.numel() for p in getattr(model, "chunked_parameters", lambda: [])() if p.requires_grad]
+        together = [p.numel() for p in model.chunked_parameters() if p.requires_grad]
         largest = max(largest, 4 * sum(together))
     return parts, largest
 

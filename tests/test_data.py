@@ -600,7 +600,7 @@ LEFT = """
 import multiprocessing, sys
 from model import CSMConfig
 from data import Batches, TokenFiles
-csm = CSMConfig(60000, 3, 1024, "llama-300K", "llama-300K")
+csm = CSMConfig(60000, 3, 1024, "llama-60M", decoder="llama-60M")
 stream = iter(Batches(TokenFiles(sys.argv[1], "train"), csm.layout, csm.length, 300, 8, workers=2))
 next(stream)
 print(*(w.pid for w in multiprocessing.active_children()), flush=True)
@@ -649,7 +649,7 @@ def test_workers_need_no_shared_memory_and_can_be_made_from_a_pickle(tmp_path, m
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
     monkeypatch.setattr("torch.UntypedStorage._share_filename_cpu_", full)
     monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", full)
-    csm = model.CSMConfig(60000, K, 1024, "llama-300K", "llama-300K", text_bos=1, text_eos=2)
+    csm = model.CSMConfig(60000, K, 1024, "llama-60M", decoder="llama-60M", text_bos=1, text_eos=2)
     files = TokenFiles(write(tmp_path / "x", utterances(60)), "train")
     alone = Batches(files, csm.layout, csm.length, 300, 8)
     made = Batches(files, csm.layout, csm.length, 300, 8, workers=2)
@@ -793,7 +793,7 @@ def test_short_clips_are_learnt_too(tmp_path):
     codec = {**META["codec"], "n_codebooks": 1, "reference": {"rows_per_frame": 2, "silence": [-1.0] * 5}}
     train = [(f"u{i}", [1, 2], c, 0, marks[: 2 * len(c)]) for i, c in enumerate(codes)]
     files = TokenFiles(write(tmp_path / "t", train, meta={**META, "codec": codec}, references=True), "train")
-    xtts = model.XTTSConfig(9, 99, "llama-300K", 1, 2)
+    xtts = model.XTTSConfig(9, 99, "llama-60M", 1, 2)
     made = Batches(files, xtts.layout, xtts.length, 4000, 9, reference=(60, 120))
     stops = xtts.STOPS
     for b, batch in zip(made.plan(0)[0], made, strict=False):
@@ -812,7 +812,7 @@ def test_frames_that_the_layout_leaves_out_are_no_targets(tmp_path):
     codes = np.repeat(np.arange(10), 4)[:, None] + np.arange(K)
     files = TokenFiles(write(tmp_path / "t", [("u", [1, 2], codes, 0)]), "train")
     for drop, share in ((False, 1.0), (True, 0.25)):
-        kani = model.KaniConfig(9, K, 99, "llama-300K", drop_repeats=drop)
+        kani = model.KaniConfig(9, K, 99, "llama-60M", drop_repeats=drop)
         assert Batches(files, kani.layout, kani.length, 4000, 9).targets() == share
 
 
@@ -863,7 +863,7 @@ def test_rows_of_the_model(tmp_path):
     """With the CSM's own layout and length: the number of rows is what was counted."""
     import model
 
-    csm = model.CSMConfig(60000, K, 1024, "llama-300K", "llama-300K", text_bos=1, text_eos=2)
+    csm = model.CSMConfig(60000, K, 1024, "llama-60M", decoder="llama-60M", text_bos=1, text_eos=2)
     files = TokenFiles(write(tmp_path / "x", utterances(30)), "train")
     made = Batches(files, csm.layout, csm.length, 400, 8, voice_prompt=0.5)
     plan, prompts = made.plan(0)

@@ -1212,7 +1212,7 @@ OWN = {
 IDLE = {  # sound values that have no effect there
     "csm": ("n_latents = 3", "mask_ratio = 0.5", "loss_on = 'audio'", "reference_seconds = [1.0, 2.0]", "rounds = 3",
             "milestones = [5, 6]", "lora_alpha = 2.0", "min_lr = 1e-4"),
-    "kani": ("decoder_fraction = 0.5", "decoder = 'llama-300K'", "text_positions = 90"),
+    "kani": ("decoder_fraction = 0.5", "decoder = 'llama-60M'", "text_positions = 90"),
     "valle ar": ("mask_ratio = 0.5", "rounds = 3", "guidance = 2.0", "drop_repeats = True"),
 }  # fmt: skip
 

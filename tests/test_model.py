@@ -207,11 +207,11 @@ def test_recompute_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("given, message", [
-    ("llama-2B", "no transformer preset 'llama-2B': there are llama-1B"),
+    ("llama-2B", "unknown preset 'llama-2B'; choose from llama-1B"),
     ({**STACK, "d_modle": 3}, "unexpected keyword argument 'd_modle'"),
     ({"n_layer": 1}, "missing .* required positional arguments"),
     ({**STACK, "n_kv_head": 3}, "must be a multiple"),
-    ({**STACK, "head_dim": 5}, "the width even"),
+    ({**STACK, "head_dim": 5}, "the width must be even"),
     ({**STACK, "layers": "a"}, "one letter, a or c, for each of 2 layers"),
     ({**STACK, "layers": "ab"}, "one letter, a or c"),
     ({**STACK, "feed_forward": "relu"}, "feed_forward = 'relu' must be swiglu, geglu or gelu"),
@@ -242,7 +242,6 @@ def test_presets_have_the_published_sizes():
              "llama-250M": (6, 1536, 8192, 384), "llama-60M": (4, 1024, 4096, 256)}  # fmt: skip
     for name, (L, D, inner, kv) in sizes.items():
         assert count(name) == L * (2 * D * D + 2 * D * kv + 3 * D * inner + 2 * D) + D
-    assert 0.5e6 < count("llama-1M") < 1.5e6 and 1e5 < count("llama-300K") < 4e5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,12 +338,13 @@ def test_golden_permutation(golden):
 # CSM by itself
 
 
+DIGITS = dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0)
 META = dict(codec=dict(n_codebooks=8, codebook_size=256), tokenizer=dict(vocab_size=300, bos_id=1, eos_id=2))
 
 
 @pytest.mark.parametrize("options", [
-    dict(backbone="llama-1M", decoder="llama-300K"),
-    dict(backbone="llama-1M", decoder="llama-300K", decoder_fraction=1.0, dropout=0.1),
+    dict(backbone=DIGITS, decoder=DIGITS),
+    dict(backbone=DIGITS, decoder=DIGITS, decoder_fraction=1.0, dropout=0.1),
 ])  # fmt: skip
 def test_initial_loss_is_near_2_ln_v(options):
     for seed in range(3):
@@ -356,19 +356,19 @@ def test_initial_loss_is_near_2_ln_v(options):
 
 def test_build_refuses_what_does_not_fit():
     meta = json.loads(json.dumps(META))
-    options = dict(backbone="llama-1M", decoder="llama-300K")
+    options = dict(backbone=DIGITS, decoder=DIGITS)
     for change, message in (
         ({"decoder_fraction": 0.0}, "decoder_fraction = 0.0 must be > 0 and <= 1"),
         ({"decoder_chunk": -1}, "decoder_chunk = -1 must be >= 0"),
         ({"decoder_loss_weight": math.inf}, "decoder_loss_weight = inf must be finite"),
         ({"dropout": 1.0}, "dropout = 1.0 must be >= 0 and < 1"),
         ({"stop": "never"}, "stop = 'never' must be class or zeros"),
-        ({"backbone": "big"}, "no transformer preset"),
+        ({"backbone": "big"}, "unknown preset 'big'"),
         ({"decoder": {**STACK, "max_positions": 4}}, "positions are fewer"),
     ):
         with pytest.raises(ValueError, match=message):
             models.build("csm", meta, {**options, **change})
-    with pytest.raises(ValueError, match="arch = 'tacotron': there is csm"):
+    with pytest.raises(ValueError, match="unknown arch 'tacotron'; choose from csm"):
         models.build("tacotron", meta, options)
     meta["codec"]["n_codebooks"] = 1
     with pytest.raises(ValueError, match="at least 2 codebooks"):
@@ -378,7 +378,7 @@ def test_build_refuses_what_does_not_fit():
 @given(n=st.integers(1, 20), T=st.integers(1, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
        bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), stop=st.sampled_from(["class", "zeros"]))
 def test_layout(n, T, prompt, bos, eos, stop):
-    config = CSMConfig(30, 4, 16, STACK, STACK, bos, eos, stop)
+    config = CSMConfig(30, 4, 16, STACK, bos, eos, decoder=STACK, stop=stop)
     text, codes = utterance(n, T)
     before = utterance(*prompt, seed=1) if prompt else None
     tokens, segment = config.layout(text, codes, before)

@@ -180,7 +180,8 @@ def test_exported_config_has_the_released_numbers():
     """Positions and rotary numbers as in sesame/csm-1b's config.json; the codec is Mimi by default."""
     from transformers import CsmConfig
 
-    config = published.csm_config(CSMConfig(128256, 32, 2048, "llama-1B", "llama-100M", 128000, 128001, "zeros"))
+    released = CSMConfig(128256, 32, 2048, "llama-1B", 128000, 128001, decoder="llama-100M", stop="zeros")
+    config = published.csm_config(released)
     depth, scaling = config["depth_decoder_config"], ("low_freq_factor", "high_freq_factor", published.ROPE[-1])
     assert [config["rope_scaling"][key] for key in scaling] == [0.125, 0.5, 1024]
     assert [depth["rope_scaling"][key] for key in scaling] == [0.001953125, 0.0078125, 16]
@@ -613,7 +614,7 @@ def released(tokens, tmp_path):
     vocab = json.loads((Path(tokens) / "meta.json").read_text())["tokenizer"]["vocab_size"]
     torch.manual_seed(1)
     stack = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=24, d_ff=32, rope_scaling=models.LLAMA3_ROPE)
-    model = CSM(CSMConfig(vocab + 5, 3, 16, stack, {**stack, "d_model": 12}, 0, 0, "zeros"))
+    model = CSM(CSMConfig(vocab + 5, 3, 16, stack, 0, 0, decoder={**stack, "d_model": 12}, stop="zeros"))
     published.export(model, tmp_path / "released")
     return tmp_path / "released", model
 

@@ -882,7 +882,7 @@ def trained(tokens, tmp_path_factory):
     (["--learning_rate=-0.1"], "learning_rate = -0.1 must be >= 0"),
     (["--max_iters=0"], "max_iters = 0 must be >= 1"),
     (["--voice_prompt=1.5"], "voice_prompt = 1.5 must be >= 0 and <= 1"),
-    (["--backbone=llama-2M"], "no transformer preset 'llama-2M'"),
+    (["--backbone=llama-2M"], "unknown preset 'llama-2M'"),
     (["--arch=gpt"], "arch = 'gpt'"),
     (["--max_tokens=8"], "more than max_tokens = 8"),
     ([TINY[0].replace("}", ", 'max_positions': 8}")], "has 8 positions"),
@@ -956,8 +956,8 @@ def test_checkpoints_that_do_not_fit(tokens, trained, tmp_path):
     words = write_tokens(tmp_path / "words", words=["four", "five", "six"])
     with pytest.raises(ValueError, match="two tokenizers"):
         run(words, tmp_path / "out", f"--init_from={trained}/best.pt")
-    with pytest.raises(ValueError, match="backbone = 'llama-1M', but .* was trained with"):
-        run(tokens, trained, "--init_from=resume", "--max_iters=9", "--backbone=llama-1M")
+    with pytest.raises(ValueError, match="backbone = 'llama-60M', but .* was trained with"):
+        run(tokens, trained, "--init_from=resume", "--max_iters=9", "--backbone=llama-60M")
     for key in ("muon", "sparse_embeddings"):
         with pytest.raises(ValueError, match=f"{key} = True, but .* was trained with False"):
             run(tokens, trained, "--init_from=resume", "--max_iters=9", f"--{key}=True")

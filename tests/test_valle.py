@@ -307,7 +307,7 @@ def test_published_files(sft, golden, tmp_path):
 @given(n=st.integers(0, 20), T=st.integers(1, 20), prompt=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
        bos=st.sampled_from([-1, 1]), eos=st.sampled_from([-1, 2]), mode=st.sampled_from(MODES))
 def test_layout(n, T, prompt, bos, eos, mode):
-    config = VallEConfig(30, 4, 16, STACK, bos, eos, mode, languages=3, language=1)
+    config = VallEConfig(30, 4, 16, STACK, bos, eos, mode=mode, languages=3, language=1)
     text, codes = utterance(n, T)
     before = utterance(*prompt, seed=1) if prompt else None
     tokens, segment = config.layout(text, codes, before)

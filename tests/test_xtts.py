@@ -195,18 +195,19 @@ def test_a_long_reference_is_heard_in_chunks():
     model = tiny(chunk_seconds=2.0)  # 20 rows
     x = utterance(R=400)[2]
     first, second = model.conditioning(x[None, :20]), model.conditioning(x[None, 20:40])
-    torch.testing.assert_close(model.hear(x[:20]), first)
-    torch.testing.assert_close(model.hear(x[:40]), (first + second) / 2)
-    torch.testing.assert_close(model.hear(x[:43]), (first + second) / 2)  # 0.3 s are too short
+    torch.testing.assert_close(model.voice_latents(x[:20]), first)
+    torch.testing.assert_close(model.voice_latents(x[:40]), (first + second) / 2)
+    torch.testing.assert_close(model.voice_latents(x[:43]), (first + second) / 2)  # 0.3 s are too short
     rest = model.conditioning(x[None, 40:44])
-    torch.testing.assert_close(model.hear(x[:44]), (first + second + rest) / 3)
-    torch.testing.assert_close(model.hear(x[:300]), model.hear(x))  # no more than 30 s
-    assert (model.hear(x[:280]) - model.hear(x)).abs().max() > 1e-3
+    torch.testing.assert_close(model.voice_latents(x[:44]), (first + second + rest) / 3)
+    torch.testing.assert_close(model.voice_latents(x[:300]), model.voice_latents(x))  # no more than 30 s
+    assert (model.voice_latents(x[:280]) - model.voice_latents(x)).abs().max() > 1e-3
     padded = torch.cat([x[:20], torch.full((20, 6), -3.0)])
-    torch.testing.assert_close(model.hear(padded), first)
-    assert model.hear(padded[20:]).isfinite().all() and model.hear(x[:2].half().numpy()).shape == (1, 5, 32)
+    torch.testing.assert_close(model.voice_latents(padded), first)
+    assert model.voice_latents(padded[20:]).isfinite().all()
+    assert model.voice_latents(x[:2].half().numpy()).shape == (1, 5, 32)
     model.config.chunk_seconds = 0.0
-    torch.testing.assert_close(model.hear(x[:44]), model.conditioning(x[None, :44]))
+    torch.testing.assert_close(model.voice_latents(x[:44]), model.conditioning(x[None, :44]))
 
 
 @torch.no_grad()
@@ -354,7 +355,8 @@ META = dict(
 
 
 def test_build():
-    options = dict(backbone="gpt2-1M", text_loss_weight=0.1, code_positions=99, learning_rate=1.0, **EARS)
+    stack = {**GPT2, "d_model": 128}
+    options = dict(backbone=stack, text_loss_weight=0.1, code_positions=99, learning_rate=1.0, **EARS)
     model = models.build("xtts", META, options)
     c = model.config
     assert (c.reference_bands, c.reference_rate, c.text_vocab_size, c.text_bos, c.text_eos) == (40, 100.0, 300, 1, 2)
@@ -373,7 +375,7 @@ def test_build():
 def test_build_refuses(change, message):
     meta = {part: {**META[part], **change.get(part, {})} for part in META}
     with pytest.raises(ValueError, match=message):
-        models.build("xtts", meta, dict(backbone="gpt2-1M"))
+        models.build("xtts", meta, dict(backbone=GPT2))
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -386,7 +388,7 @@ def test_build_refuses(change, message):
 ])  # fmt: skip
 def test_sizes_that_cannot_be(key, value, message):
     with pytest.raises(ValueError, match=f"^{key} = .*{message}"):
-        models.build("xtts", META, {"backbone": "gpt2-1M", **EARS, key: value})
+        models.build("xtts", META, {"backbone": GPT2, **EARS, key: value})
 
 
 WORDS = ["zero", "one", "two", "three"]
