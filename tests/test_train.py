@@ -253,6 +253,31 @@ def sizes(checkpoint):
     return model.layout, model.length, 120, 64
 
 
+@pytest.mark.parametrize("key, value", [("eval_interval", "x"), ("lora_rank", 1.5), ("milestones", 7), ("seed", None)])
+def test_recorded_keys_of_another_type_are_named(tokens, tmp_path, key, value):
+    run(tokens, tmp_path, "--max_iters=4")
+    checkpoint = dict(load_checkpoint(tmp_path / "last.pt"))
+    save_checkpoint(tmp_path / "last.pt", {**checkpoint, "config": {**checkpoint["config"], key: value}})
+    with pytest.raises(ValueError, match=f"last.pt is damaged: config: {key} = .* is not of type"):
+        run(tokens, tmp_path, "--max_iters=8", "--init_from=resume")
+    train_state = {**checkpoint["train"], "history": [(4, "1.0", 2.0)]}
+    save_checkpoint(tmp_path / "last.pt", {**checkpoint, "train": train_state})
+    with pytest.raises(ValueError, match="last.pt, train, is damaged: history is"):
+        run(tokens, tmp_path, "--max_iters=8", "--init_from=resume")
+
+
+def test_adapters_that_name_each_other_as_base(tokens, base, tmp_path):
+    for name in ("a", "b"):
+        run(tokens, tmp_path / name, f"--init_from={base}", *LORA, "--max_iters=1")
+    paths = [str(tmp_path / name / "last.pt") for name in ("a", "b")]
+    for path, other in (paths, paths[::-1]):
+        save_checkpoint(path, {**load_checkpoint(path), "base": other})
+    with pytest.raises(ValueError, match="a/last.pt is damaged: its base .*b/last.pt is an adapter itself"):
+        from_pretrained(paths[0])
+    with pytest.raises(ValueError, match="a/last.pt is damaged: its base .*b/last.pt is an adapter itself"):
+        run(tokens, tmp_path / "c", f"--init_from={paths[0]}", "--max_iters=1")
+
+
 def test_a_line_half_written_by_a_kill_is_dropped(tokens, tmp_path):
     run(tokens, tmp_path, "--max_iters=4")
     with open(tmp_path / "metrics.jsonl", "a") as f:
