@@ -500,6 +500,11 @@ class FamilyConfig:
         return np.concatenate([marks[0], text, marks[1]]).astype(np.int64)
 
 
+def narrowed(name, mode):
+    """The key `name` of FamilyConfig in a family where it has an effect in one mode only."""
+    return free(getattr(FamilyConfig, name), mode)
+
+
 def in_order(text, codes, prompt):
     """The parts of an utterance as (segment, text ids or codes), those of a prompt first."""
     parts = [(TEXT, text)] if prompt is None else [(TEXT, prompt[0]), (PROMPT, prompt[1]), (TEXT, text)]
@@ -1335,7 +1340,7 @@ class VallEConfig(FamilyConfig):
     segmented_mask: bool = fixed(False, "nar")  # nar: text does not see prompt and frames, nor the prompt the frames
     stretched_text: bool = fixed(True, "nar")  # nar: text positions run to the number of frames, see positions
     mask_ratio: "0 <= float <= 1" = free(0.8, "nar")  # nar: share of the frames masked; 0: another for each utterance
-    frame_dropout: "0 <= float <= 1" = free(0.0, "ar")  # ar: share of the input frames masked
+    frame_dropout: "0 <= float <= 1" = narrowed("frame_dropout", "ar")  # ar: share of the input frames masked
     text_dropout: "0 <= float < 1" = free(0.0, "nar")  # nar: share of the utterances without text, for guidance
     level_weights: Literal["decreasing", "normal", "equal"] = free("decreasing")  # normal: those in the middle
     random_level: bool = free(False)  # train each utterance on one codebook, drawn for it, instead of on all
@@ -1862,6 +1867,39 @@ def contract_check(model, text, codes, **side):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
+#
+# For one row of one codebook, with logits x = W h + b, target t, label smoothing e and z-loss z:
+#
+#     lse = log sum_j exp(x_j)        loss = lse - (1 - e) x_t - e/V sum_j x_j + z lse^2
+#     p_j = exp(x_j - lse)            dx_j = p_j (1 + 2 z lse) - (1 - e) [j = t] - e/V
+#     dh  = W^T dx                    dW  += dx h^T         db += dx
+#
+# The gradient needs nothing but the logits. So the forward pass forms it at once, in the logits' own place, and both
+# products with it follow while it is in the cache. That makes three matrix products, 6 N K V D operations, as many as a
+# loss that holds all its logits; recomputing the logits in the backward pass, as cut cross-entropy does (Wijmans et al.
+# 2024), makes four. The backward pass only multiplies by the gradient of the loss, which is not known before. The
+# method is that of Liger's fused linear cross-entropy (Hsu et al. 2024); new here are K heads, each with a state of its
+# own or all with one.
+#
+#                   V columns                 The tile is the only piece of the logits in memory. It moves down the rows
+#            +---------------------+          of a codebook, then on to the next codebook:
+#     N rows |      (not held)     |
+#            +---------------------+            1  tile = h W^T              product, into the tile
+#            | tile: x, then dx    | n rows     2  x -> loss, rank, dx       one kernel, in place
+#            +---------------------+            3  dh  = tile W              product, into the gradient
+#            |      (not held)     |            4  dW += tile^T h            product, summed in float32
+#            +---------------------+
+#               times K codebooks             In memory: the tile, loss and rank of each target, dh, dW.
+#                                             Not in memory: N K V logits, their softmax, their gradient.
+#
+# A tile takes at most 1/18 of the memory of all N K V logits in float32 (1/30 in half precision): with its work space
+# that stays at 1/16. It has at least 0.5 MB, and no more than 17 MB (4,096 rows of 2,051 columns in half precision) or
+# 2,048 rows. Each tile adds to all of dW, so a single head in half precision gets 1,024 rows if these alone are no more
+# than 1/16. Where heads are small, a tile holds several of them. Where all heads read one state, they are, for the
+# kernel and in half precision, one wide head of K V columns, so that the product itself sums their parts of dh.
+# Weights in half precision, whose gradient several tiles sum, need a sum in float32 beside it. A loss per codebook that
+# is not simply summed, over a shared state, costs a second pass: one state holds one dh, but each codebook has its own
+# factor.
 
 
 @torch.compiler.disable  # compiled, its tiles would be traced anew for every length of a batch
@@ -1872,60 +1910,54 @@ def multi_codebook_cross_entropy(
     """Cross-entropy of K classification heads at once, without ever holding their logits.
 
     hidden (N, K, D), or (N, D) where all heads read the same state; weight (K, V, D), or (V, D) where K = 1; target
-    (N, K) with `ignore_index` where there is none; bias (K, V) or None. Returns loss (K,), each codebook's mean over
-    its targets that are not ignored (0 where there are none), in float32 or better, and correct (K,), how many of these
-    targets were ranked first.
+    (N, K), `ignore_index` where a target is missing; bias (K, V) or None. Returns loss (K,), each codebook's mean over
+    its targets that are not ignored (0 for a codebook without targets), in float32 or better, and correct (K,), how
+    many of these targets ranked first. With `each`, correct is (N, K), whether each target ranked first, and every
+    target's loss (N, K), 0 where it is ignored, comes third; it has no gradient.
 
     row_weight (N,) makes it a weighted mean, in which a row of weight 2 counts like two rows; codebook_weight (K,)
-    multiplies the losses. `label_smoothing` e mixes a share e of all classes evenly into the target (Szegedy et al.
-    2016); `z_loss` z adds z * lse^2, which keeps the logits' scale in place (PaLM, Chowdhery et al. 2022). Neither
-    target nor weights get a gradient. Raises ValueError for shapes that do not fit, and on the CPU for targets out of
-    range; on a GPU, where looking would stall the host, such a target makes its codebook's loss nan.
+    multiplies the losses. `label_smoothing` e spreads a share e of the target evenly over all classes (Szegedy et al.
+    2016); `z_loss` z adds z * lse^2, which keeps the scale of the logits in place (PaLM, Chowdhery et al. 2022).
+    Neither the target nor the weights of rows and codebooks get a gradient.
 
-    What it computes, for one row of one codebook, with logits x = W h + b and target t:
+    buffer: most elements of a tile; None: see above. kernel: True takes the Triton kernel, False its PyTorch twin, None
+    the kernel where one exists for device and type.
 
-        lse = log sum_j exp(x_j)        loss = lse - (1 - e) x_t - e/V sum_j x_j + z lse^2
-        p_j = exp(x_j - lse)            dx_j = p_j (1 + 2 z lse) - (1 - e) [j = t] - e/V
-        dh  = W^T dx                    dW  += dx h^T         db += dx
-
-    Everything the gradient needs is there the moment the logits are, so it is formed in the forward pass, at once, in
-    the logits' own place, and both products with it follow while it is still in the cache. That makes three matrix
-    products, 6 N K V D operations, which is what a loss that holds all its logits takes too; recomputing the logits in
-    the backward pass, as cut cross-entropy does (Wijmans et al. 2024), would make it four. The backward pass only
-    multiplies by the gradient of the loss, which is not known before. The method is that of Liger's fused linear
-    cross-entropy (Hsu et al. 2024); what is new here is that it takes K heads, each with its own state or all with one.
-
-                      V columns                 The tile is the only piece of the logits that exists. It moves down the
-               +---------------------+          rows of a codebook, then on to the next codebook:
-        N rows |      (not held)     |
-               +---------------------+            1  tile = h W^T              product, into the tile
-               | tile: x, then dx    | n rows     2  x -> loss, rank, dx       one kernel, in place
-               +---------------------+            3  dh  = tile W              product, into the gradient
-               |      (not held)     |            4  dW += tile^T h            product, summed in float32
-               +---------------------+
-                  times K codebooks             In memory: the tile, loss and rank of each target, dh, dW. Not in
-                                                memory: N K V logits, their softmax, their gradient.
-
-    A tile has at most `buffer` elements; None: as much as 1/18 of all N K V logits takes in float32 (1/30 in half
-    precision), so that together with what it takes to work on it, it stays at 1/16 of these; but not under 0.5 MB, and
-    no more than 17 MB (4,096 rows of 2,051 columns in half precision) or 2,048 rows. Each tile adds to all of dW: one
-    of a single head in half precision has 1,024 rows if these alone are no more than 1/16. Where heads are small a tile
-    holds several of them. Where all read one state they are, for the kernel and in half precision, one wide head of K V
-    columns, so that the product itself sums their parts of dh; otherwise each adds its own to those before it. Two more
-    things take memory: the gradient of a weight in half precision is summed in float32, a codebook at a time, or for
-    all of one state together, half of it in the gradient's own memory (of one head of a large vocabulary the other half
-    is 1/16 of the logits where N = 8 D, before there is any tile; less would need a fourth product); and where the
-    losses of a shared state are not simply summed (one state holds one dh, but each codebook has its own factor), the
-    backward pass does the whole work a second time.
-
-    `kernel`: True takes the Triton kernel, False its PyTorch twin, None the kernel wherever there is one for the
-    hardware and the type.
-
-    With `each`, correct tells of every target (N, K) whether it was ranked first, and every target's loss (N, K), 0
-    where it is ignored, comes third; it has no gradient.
+    Raises ValueError for shapes that do not fit, and on the CPU for targets out of range; on a GPU, where the check
+    would make the host wait, such a target makes its codebook's loss nan.
     """
     if weight.ndim == 2:
-        weight, bias = weight[None], None if bias is None else bias.reshape(1, -1)
+        weight = weight[None]
+        bias = None if bias is None else bias.reshape(1, -1)
+    _check_loss_inputs(hidden, weight, target, bias, ignore_index, codebook_weight, row_weight)
+    dtype = _product_type(hidden)
+    if kernel is None:
+        kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
+    if kernel and triton is None:
+        raise ValueError("kernel=True needs Triton: pip install triton")
+    exact = torch.promote_types(dtype, torch.float32)
+
+    # the share of each target in the sum of its codebook's loss: 1 / N where all weights are alike
+    used = target != ignore_index
+    scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
+    total = scale.sum(0)
+    scale = scale * torch.where(total > 0, (1 if codebook_weight is None else codebook_weight.to(exact)) / total, 0)
+    unit = torch.ones_like(total)
+    if len(target) and dtype == torch.float16:
+        # 1 / N underflows in float16: it waits for the backward pass. Until then each share counts in units of the
+        # largest one of its codebook, or with one dh of all codebooks.
+        unit = scale.abs().amax(0) if hidden.ndim == 3 else scale.abs().amax().expand(len(weight))
+        unit = torch.where(unit > 0, unit, 1)
+    scale = scale / unit
+    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
+    loss, correct, losses = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, grads, options)
+    correct = correct & used
+    return (loss, correct, torch.where(used, losses, 0)) if each else (loss, correct.sum(0))
+
+
+def _check_loss_inputs(hidden, weight, target, bias, ignore_index, codebook_weight, row_weight):
+    """Raise ValueError for shapes that do not fit, and on the CPU for targets that are no class."""
     K, V, D = weight.shape
     N = len(target)
     if target.shape != (N, K) or hidden.shape not in ((N, K, D), (N, D)):
@@ -1939,39 +1971,17 @@ def multi_codebook_cross_entropy(
         wrong = (target != ignore_index) & ((target < 0) | (target >= V))
         if wrong.any():
             raise ValueError(f"target {int(target[wrong][0])} is outside 0..{V - 1}")
-    dtype = _product_type(hidden)
-    if kernel is None:
-        kernel = hidden.is_cuda and triton is not None and dtype != torch.float64
-    if kernel and triton is None:
-        raise ValueError("kernel=True needs Triton: pip install triton")
-    exact = torch.promote_types(dtype, torch.float32)
-
-    used = target != ignore_index
-    scale = used.to(exact) if row_weight is None else used * row_weight[:, None].to(exact)
-    total = scale.sum(0)
-    scale = scale * torch.where(total > 0, (1 if codebook_weight is None else codebook_weight.to(exact)) / total, 0)
-    unit = torch.ones_like(total)
-    if N and dtype == torch.float16:
-        # It has no room for 1 / N, which waits for backward: each factor as a share of its codebook's largest, or where
-        # they share dh of all.
-        unit = scale.abs().amax(0) if hidden.ndim == 3 else scale.abs().amax().expand(K)
-        unit = torch.where(unit > 0, unit, 1)
-    scale = scale / unit
-    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    options = dict(dtype=dtype, buffer=buffer, smoothing=label_smoothing, z_loss=z_loss, kernel=kernel)
-    loss, correct, losses = _MultiCodebookCrossEntropy.apply(hidden, weight, bias, target, scale, unit, grads, options)
-    correct = correct & used
-    return (loss, correct, torch.where(used, losses, 0)) if each else (loss, correct.sum(0))
 
 
 class _MultiCodebookCrossEntropy(torch.autograd.Function):
-    """unit * sum(scale * loss of each target), by codebook (K,); of each target correct and loss (N, K)."""
+    """unit * sum(scale * loss of each target) by codebook (K,); correct and loss of each target (N, K)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, unit, wanted, options):
         loss, correct, ctx.grads = _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, **options)
         ctx.save_for_backward(hidden, weight, bias, target, scale, unit)
-        ctx.wanted, ctx.options = wanted, options
+        ctx.wanted = wanted
+        ctx.options = options
         ctx.mark_non_differentiable(correct, loss)
         return torch.where(scale != 0, loss * scale, 0).sum(0) * unit, correct, loss
 
@@ -1979,13 +1989,14 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         hidden, weight, bias, target, scale, unit = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None
+        grads, ctx.grads = ctx.grads, None  # scaled in place below, so they serve once
         shared = hidden.ndim == 2
-        # sum() hands down one expanded value, which can be seen without looking at what is in it
+        # after sum() the gradients of all codebooks are one expanded value: its stride says so without a look at it
         alike = grad_loss.stride() == (0,) or len(grad_loss) == 1
-        if grads is None or (shared and not alike):  # a second backward, or a dh that is of no use
+        if grads is None or (shared and not alike):  # a second backward pass, or a dh summed with other factors
             most = grad_loss.abs().max()
-            scale, grad_loss = scale * torch.where(most > 0, grad_loss / most, 0), most.expand(len(grad_loss))
+            scale = scale * torch.where(most > 0, grad_loss / most, 0)
+            grad_loss = most.expand(len(grad_loss))
             grads = _cross_entropy_pass(hidden, weight, bias, target, scale, ctx.wanted, **ctx.options)[2]
         factor = grad_loss * unit
         if not (_can_look(factor) and (factor == 1).all()):
@@ -2003,7 +2014,7 @@ def _product_type(x):
 
 
 def _can_look(x):
-    """Whether values of x can be read at once; the host would have to wait for a GPU."""
+    """Whether the host can read values of x without waiting for a GPU."""
     return x.device.type == "cpu"
 
 
@@ -2015,7 +2026,7 @@ def _multiply(grad, factor, axis):
         shape = [1] * grad.ndim
         shape[axis] = -1
         grad.mul_(factor.view(shape))
-    else:  # on a CPU mixed types would take a copy of the whole gradient; a scalar takes none
+    else:  # on a CPU mixed types would copy the whole gradient; a scalar does not
         parts = grad.unbind(axis) if len(factor) > 1 else [grad]
         for part, number in zip(parts, factor, strict=True):
             part.mul_(number)
@@ -2028,29 +2039,26 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     (N, K), [gradient or None] * 3. Products are made in `dtype`, sums in that of scale.
     """
     (N, K), (_, V, D) = target.shape, weight.shape
-    exact, device, shared = scale.dtype, hidden.device, hidden.ndim == 2
-    # H heads, J codebooks wide: what heads add to one state must not be rounded on the way, and one launch does for all
+    exact, device = scale.dtype, hidden.device
+    shared = hidden.ndim == 2
+    # H heads, each J codebooks wide: heads that share a state form one wide head, so dh is summed inside one product
     H, J = (1, K) if K == 1 or (shared and (kernel or dtype != exact)) else (K, 1)
     C = J * V
-    target, scale = target.contiguous(), scale.contiguous()  # the kernel takes one stride for both, loss and correct
+    target, scale = target.contiguous(), scale.contiguous()  # the kernel uses one stride for these, loss and correct
     make = torch.empty if N else torch.zeros
     grads = [make(x.shape, dtype=x.dtype, device=device) if wanted[i] else None for i, x in enumerate((hidden, weight))]
     bias_sum = torch.zeros(H, 1, C, dtype=exact, device=device) if wanted[2] else None
-    loss, correct = torch.empty_like(scale), torch.empty_like(target, dtype=torch.bool)
+    loss = torch.empty_like(scale)
+    correct = torch.empty_like(target, dtype=torch.bool)
 
-    # the tile: as many rows as fit, then as many heads
-    if not buffer:
-        logits, width = N * K * V * 4, C * dtype.itemsize  # bytes
-        share = logits // (18 if dtype == exact else 30)
-        if K == 1 and dtype != exact:
-            share = max(share, min(logits // 16, 1024 * width))
-        buffer = min(max(share, 2**19), max(17_000_000, 2048 * width)) // dtype.itemsize
+    # the tile: n rows of g heads
+    buffer = buffer or _tile_size(N, K, V, C, dtype, exact)
     n = max(1, min(N, buffer // C))
-    if n < N:  # 1,725 rows of bfloat16 take a CPU a tenth longer than 1,728; and the last tile is not much smaller
+    if n < N:  # tiles of nearly equal size; a CPU takes a tenth longer for 1,725 rows of bfloat16 than for 1,728
         step = 64 if n >= 64 else 1
         n = step * math.ceil(N / math.ceil(N / (n - n % step)) / step)
     g = 1 if shared else max(1, min(H, min(buffer, 2**18) // (n * C)))
-    # rows begin where caches and tensor cores like it: 2,051 columns end to end take a product half as long again
+    # aligned rows: without, a product with 2,051 columns takes half as long again
     aligned = kernel or (J == 1 and (hidden.is_cuda or (dtype == torch.float32 and C > 640)))
     pitch = math.ceil(C / 64) * 64 if aligned else C
     memory = torch.empty(g * n * pitch, dtype=dtype, device=device)
@@ -2061,15 +2069,15 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     )
     weight, grad_weight = (None if x is None else x.reshape(H, C, D) for x in (weight, grads[1]))
     bias = None if bias is None else bias.reshape(H, 1, C)
-    # what several tiles add up to is rounded once, at the end
+    # sums over several tiles are rounded once, at the end
     narrow = grad_weight is not None and n < N and grad_weight.dtype != exact
     by_head = [x.reshape(N, H, J).transpose(0, 1) for x in (target, scale, loss, correct)]
     for head in range(0, H if N else 0, g):
         heads = slice(head, head + g)
         w = weight[heads].to(dtype)  # (g, C, D)
-        sums = [] if grad_weight is None else [grad_weight[heads]]
+        dw = None if grad_weight is None else grad_weight[heads]
         if narrow:
-            sums = _wide_sums(*sums, exact)
+            dw = torch.empty_like(dw, dtype=exact)
         for row in range(0, N, n):
             place = heads, slice(row, row + n)
             h = hidden[place].to(dtype)  # (g, n, D)
@@ -2083,80 +2091,65 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
             (_launch_softmax_kernel if kernel else _softmax_rows)(padded, *rows, V, smoothing, z_loss)
             if grad_hidden is not None:
                 _product(tile, w, grad_hidden[place], not shared or head == 0)
-            column = 0
-            for total in sums:
-                _product(tile[..., column : column + total.shape[1]].mT, h, total, row == 0)
-                column += total.shape[1]
+            if dw is not None:
+                _product(tile.mT, h, dw, row == 0)
             if bias_sum is not None:
                 bias_sum[heads] += tile.sum(1, keepdim=True, dtype=exact)
         if narrow:
-            _round_sums(sums, grad_weight[heads])
+            grad_weight[heads] = dw
     grads.append(None if bias_sum is None else bias_sum.view(K, V).to(bias.dtype))
     return loss, correct, grads
 
 
+def _tile_size(N, K, V, C, dtype, exact):
+    """Elements of a tile whose rows have C columns; the comment above says why so many."""
+    logits, width = N * K * V * 4, C * dtype.itemsize  # bytes
+    share = logits // (18 if dtype == exact else 30)
+    if K == 1 and dtype != exact:
+        share = max(share, min(logits // 16, 1024 * width))
+    return min(max(share, 2**19), max(17_000_000, 2048 * width)) // dtype.itemsize
+
+
 def _product(a, b, out, new):
-    """out = a b, or out += a b where it is not `new`: (g, m, k) x (g, k, d) -> (g, m, d), whose type may be wider."""
+    """out = a b, or out += a b where out is not `new`: (g, m, k) x (g, k, d) -> (g, m, d), in a's or a wider type."""
     if out.dtype != a.dtype:
         _, m, d = out.shape
-        step = max(1, 2**19 // d, m // 40)  # rows that are there in the narrow type
+        step = max(1, 2**19 // d, m // 40)  # rows per product: only they exist in the narrow type too
         for x, y, total in zip(a, b, out, strict=True):
             for rows, part in zip(x.split(step), total.split(step), strict=True):
                 product = torch.mm(rows, y)
                 part.copy_(product) if new else part.add_(product)
-    elif len(a) == 1:  # bmm would copy what does not lie as it likes it
+    elif len(a) == 1:  # bmm would copy strided matrices
         torch.mm(a[0], b[0], out=out[0]) if new else out[0].addmm_(a[0], b[0])
     else:
         torch.bmm(a, b, out=out) if new else out.baddbmm_(a, b)
 
 
-def _wide_sums(gradient, dtype):
-    """Where a gradient (g, C, D) of a narrower type is summed: tensors of its rows, one below the other.
-
-    As many of the last rows as fit lie in the gradient's own memory, where `_round_sums` makes them the gradient.
-    """
-    ratio = dtype.itemsize // gradient.itemsize
-    g, C, D = gradient.shape
-    own = C // ratio if g == 1 and gradient.storage_offset() % ratio == 0 else 0
-    first = torch.empty(g, C - own, D, dtype=dtype, device=gradient.device)
-    return [first, gradient.view(-1)[: own * D * ratio].view(dtype).view(-1, own, D)] if own else [first]
-
-
-def _round_sums(sums, gradient):
-    """gradient (g, C, D) = sums of `_wide_sums`, which are lost."""
-    for last in sums[1:]:  # the lowest rows first: they end where no sum is that is still to be read
-        start, step = sums[0].shape[1], max(1, 2**19 // gradient.shape[2])
-        for i in reversed(range(0, last.shape[1], step)):
-            rows = last[:, i : i + step].to(gradient.dtype)
-            gradient[:, start + i : start + i + rows.shape[1]] = rows
-    gradient[:, : sums[0].shape[1]] = sums[0]
-
-
 def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
     """Every row's loss and rank, and in the row's place the gradient of scale * loss: the PyTorch twin of the kernel.
 
-    tile (g, n, J V) logits, overwritten, if J = 1 with columns behind them that are none; target, scale, loss and
-    correct (g, n, J). The loss is nan where the target is no class.
+    tile (g, n, J V) logits, overwritten, if J = 1 with padding columns behind them; target, scale, loss and correct
+    (g, n, J). The loss is nan where the target is no class.
     """
     n, J = target.shape[1:]
-    tile[..., J * V :] = -math.inf  # cheaper than leaving them out: whole rows lie side by side
-    # a part stays in the cache, and what is copied is at most half of the tile; rows by twos, for two cores
+    tile[..., J * V :] = -math.inf  # padding: with it whole rows are contiguous, which is faster
+    # parts that stay in the cache, and whose float32 copies take at most half of the tile; an even number of rows
     many = max(1 if tile.dtype == scale.dtype else 2, math.ceil(tile.numel() / 2**20))
     few = 2 * math.ceil(n / many / 2)
     whole = tile.unflatten(-1, (J, -1)), *(x[..., None] for x in (target, scale, loss, correct))
     minus = scale.new_full((), smoothing - 1)
     for part, goal, factor, value, first in zip(*(x.split(few, 1) for x in whole), strict=True):
-        x = part.to(scale.dtype).contiguous()  # (g, few, J, V), itself where there is nothing to do
+        x = part.to(scale.dtype).contiguous()  # (g, few, J, V), no copy in float32
         place = goal.clamp(0, V - 1)
         picked, top = x.gather(-1, place), x.amax(-1, True)
-        if _can_look(x):  # argmax is slow: only for rows where the target may be the first of the likeliest
+        if _can_look(x):  # argmax is slow: it only settles ties, in rows where the target has the largest logit
             rows = torch.eq(picked, top, out=first).nonzero(as_tuple=True)[:3]
             first[rows] = x[rows].argmax(-1, True) == goal[rows]
         else:
             torch.eq(x.argmax(-1, True), goal, out=first)
         spread = smoothing * x[..., :V].mean(-1, True) if smoothing else 0
         torch.softmax(x, -1, out=x)
-        lse = top - x.amax(-1, True).log()  # the likeliest's probability is at least 1 / V: the logarithm is safe
+        lse = top - x.amax(-1, True).log()  # the largest probability is at least 1 / V: its logarithm is finite
         nll = lse - (1 - smoothing) * picked - spread
         if z_loss:
             nll += z_loss * lse**2
@@ -2175,7 +2168,7 @@ if triton:
         tile, target, scale, loss, correct, tile_stride, head_stride, row_stride, n, J, V, smoothing, z_loss,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program a row of J codebooks by n rows by g heads; the strides are in elements.
+        """One program for each of J codebooks, n rows and g heads; the strides are in elements.
 
         A first pass over the row's logits finds loss and rank, a second leaves the gradient in their place.
         """
@@ -2191,12 +2184,12 @@ if triton:
             x = tl.load(tile + column, column < V, -float("inf")).to(tl.float32)
             high = tl.max(x, 0)
             first = tl.min(tl.where(x == high, column, V), 0)
-            best = tl.where(high > top, first, best)  # of equals the first, as in argmax
+            best = tl.where(high > top, first, best)  # the first of equals, as in argmax
             higher = tl.maximum(top, high)
-            level = tl.where(higher == -float("inf"), 0.0, higher)  # where all classes so far are barred
+            level = tl.where(higher == -float("inf"), 0.0, higher)  # all logits so far are -inf
             total = total * tl.exp(top - level) + tl.sum(tl.exp(x - level), 0)
             top = higher
-            picked += tl.sum(tl.where(column == goal, x, 0.0), 0)  # not by a load: other warps may already overwrite it
+            picked += tl.sum(tl.where(column == goal, x, 0.0), 0)  # a load could race with warps that overwrite it
             sum_x += tl.sum(tl.where(column < V, x, 0.0), 0)
         lse = top + tl.log(total)
         spread = tl.where(smoothing > 0, smoothing * sum_x / V, 0.0)  # 0 even where a logit is -inf

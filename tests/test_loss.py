@@ -602,31 +602,6 @@ def test_without_triton(monkeypatch):
         multi_codebook_cross_entropy(hidden, weight, target, kernel=True)
 
 
-@pytest.mark.parametrize(
-    "heads, head, C, D",
-    [(1, 0, 1, 1), (1, 0, 2, 3), (1, 0, 5, 3), (1, 0, 2501, 512), (3, 1, 5, 3), (3, 1, 4, 2), (3, 2, 1101, 1024)],
-)
-def test_wide_sums_round_to_the_gradient(heads, head, C, D):
-    gradients = torch.full((heads, C, D), math.nan, dtype=torch.bfloat16)
-    gradient = gradients[head : head + 1]
-    sums = models._wide_sums(gradient, torch.float32)
-    assert sum(x.numel() for x in sums) == gradient.numel()
-    for x in sums:
-        x.normal_()
-    expected = torch.cat(sums, 1).bfloat16()
-    models._round_sums(sums, gradient)
-    assert torch.equal(gradient, expected)
-    assert gradients.isnan().sum() == (heads - 1) * C * D  # those beside it are as they were
-
-
-def test_half_of_the_sums_lie_in_the_gradient():
-    gradient = torch.empty(1, 10, 4, dtype=torch.bfloat16)
-    first, last = models._wide_sums(gradient, torch.float32)
-    assert first.shape == last.shape == (1, 5, 4) and last.data_ptr() == gradient.data_ptr()
-    (both,) = models._wide_sums(gradient.expand(2, -1, -1).contiguous(), torch.float32)
-    assert both.shape == (2, 10, 4)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # memory
 
