@@ -199,7 +199,7 @@ def read_raw(folder, every=False):
 
 
 def machine(device="cpu"):
-    """What measures: {"cpu": model, "cores": n, "instructions": "AVX2", "gpu": model}, the last only if it is used."""
+    """This machine: {"cpu": model, "cores": n, "instructions": "AVX2", "gpu": model}, the last only if it is used."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -346,11 +346,11 @@ def check_numbers(command, job, expected):
     return {**answer, "differs": told, "wrong": any(far for _, far in off.values())}
 
 
-def compare(cfg, job, small, ways, reference):
-    """Ask ways for a job, in random order: {way: answer} of those that do it.
+def compare(cfg, job, small, ways, reference, columns):
+    """Ask ways for a job, in random order, and record a row for each that does it.
 
-    small: what is different in the job that gives the numbers. reference: the way of ours whose numbers are right. A
-    way whose numbers differ is recorded and not timed.
+    small: what is different in the job that gives the numbers. reference: the way of ours whose numbers are right; a
+    way whose numbers differ is not timed. columns: a function (answer, {way: answer}) -> {column: value}.
     """
     commands = dict.fromkeys(ways, WORK) | ({"peer": shlex.split(cfg.peer)} if cfg.peer else {})
     expected = cache(lambda text: ask(WORK, {**json.loads(text), "way": reference})["numbers"])
@@ -359,18 +359,19 @@ def compare(cfg, job, small, ways, reference):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 full = {**job, "way": way, "weights": folder}
-                answer = {"differs": "the reference", "wrong": False}
+                answer = {"differs": "the reference" if way == reference else "not compared", "wrong": False}
                 if way not in (reference, "floor"):
                     answer = check_numbers(commands[way], {**full, **small, "repeats": 0}, expected)
-                label = answer.get("way", way)
                 if not answer["wrong"]:
-                    answers[label] = {**answer, **ask(commands[way], full)}
-                    continue
-                values = {"case": job["case"], "way": label, "not timed, its numbers differ by": answer["differs"]}
-                record(cfg, values, job["device"], answer.get("versions"))
+                    answer |= ask(commands[way], full)
+                answers[answer.get("way", way)] = answer
         except ValueError as error:
             tell(f"without {way}: {error}" if "No module" in str(error) else f"{job['case']} without {way}: {error}")
-    return answers
+    for way, answer in answers.items():
+        values = {"not timed, its numbers differ by": answer["differs"]}
+        if not answer["wrong"]:
+            values = {**columns(answer, answers), "differs by": answer["differs"]}
+        record(cfg, {"case": job["case"], "way": way, **values}, job["device"], answer.get("versions"))
 
 
 def work(cfg):
@@ -548,7 +549,7 @@ def loss_way(way, device):
 
     if way == "ours":
         return lambda hidden, heads, target: multi_codebook_cross_entropy(hidden, heads[0], target)[0].sum()
-    if way in ("eager", "compiled"):
+    if way in ("eager", "reference", "compiled"):
         return torch.compile(eager) if way == "compiled" else eager
     if way == "torch chunked":  # torch's own form for several heads does not go by chunks
         return each(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
@@ -567,28 +568,21 @@ def loss_way(way, device):
 def loss_inputs(job, dtype):
     """hidden, weight, target of a job, the first two rounded to the type of the job."""
     K, V, D, N = (job[key] for key in "KVDN")
-    rng = np.random.default_rng(0)
+    rng, device = np.random.default_rng(0), job["device"]
     hidden = rng.standard_normal((N, D) if job["shared"] else (N, K, D), np.float32)
     weight = rng.standard_normal((K, V, D), np.float32) * np.float32(D**-0.5)
     target = torch.from_numpy(rng.integers(V, size=(N, K)))
-    rounded = [torch.from_numpy(x).to(job["device"], getattr(torch, job["dtype"])).to(dtype) for x in (hidden, weight)]
-    return *rounded, target.to(job["device"])
-
-
-def loss_bytes(job):
-    """Bytes of hidden and weight together, and of all logits."""
-    K, V, D, N = (job[key] for key in "KVDN")
-    size = DTYPES[job["dtype"]].itemsize
-    return size * D * (N * (1 if job["shared"] else K) + K * V), size * N * K * V
+    rounded = [torch.from_numpy(x).to(device, DTYPES[job["dtype"]]).to(dtype) for x in (hidden, weight)]
+    return *rounded, target.to(device)
 
 
 def three_products(hidden, weight, device):
-    """A function that does the three matrix products of a loss with whole matrices and nothing else: on a GPU for all
-    heads at once, on a CPU head by head, as either is faster."""
+    """A function that does the three matrix products of a loss and nothing else: on a GPU for all heads at once, on a
+    CPU for one after the other, which is faster there."""
     h, w = (hidden[None], weight.flatten(0, 1)[None]) if hidden.ndim == 2 else (hidden.transpose(0, 1), weight)
     pairs = [(h, w)] if device == "cuda" else list(zip(h, w, strict=True))
     h, w = pairs[0]
-    columns = w.shape[-2]  # of rows that begin at multiples of 64, as caches and tensor cores like it
+    columns = w.shape[-2]  # rows begin at multiples of 64 numbers, which is fast for caches and tensor cores
     x = torch.empty(*h.shape[:-1], math.ceil(columns / 64) * 64, dtype=h.dtype, device=device)[..., :columns]
     dh, dw = torch.empty_like(h), torch.empty_like(w)
 
@@ -604,14 +598,14 @@ def three_products(hidden, weight, device):
 def loss_job(job):
     """Numbers, seconds and memory of one way; way = "reference": the eager loss in float64."""
     way, device = job["way"], job["device"]
-    reference, dtype = way == "reference", DTYPES[job["dtype"]]
-    inputs, logits = loss_bytes(job)
-    check_room(2 * inputs + {"eager": 3, "compiled": 2}.get(way, 0) * logits, device)
-    hidden, weight, target = loss_inputs(job, torch.float64 if reference else dtype)
+    hidden, weight, target = loss_inputs(job, torch.float64 if way == "reference" else DTYPES[job["dtype"]])
+    inputs = hidden.nbytes + weight.nbytes
+    logits = target.numel() * job["V"] * hidden.itemsize
+    check_room(inputs + {"eager": 3, "compiled": 2}.get(way, 0) * logits, device)  # gradients, copies of logits
     if way == "floor":
         products = three_products(hidden, weight, device)
         return {"seconds": [timed(products, device) for _ in range(1 + job["repeats"])][1:]}
-    loss = loss_way("eager" if reference else way, device)
+    loss = loss_way(way, device)
     heads = [w.requires_grad_() for w in (weight.unbind() if way in BY_HEAD else [weight])]
     hidden.requires_grad_()
 
@@ -623,7 +617,7 @@ def loss_job(job):
     numbers = {"loss": [value.item()], "hidden": sample_of(of_hidden), "weight": sample_of(torch.cat(of_heads))}
     del value, of_hidden, of_heads
     seconds = [timed(once, device) for _ in range(job["repeats"])]
-    if device == "cpu":  # each block by itself, so that it leaves when it is freed: gaps in the heap are nobody's need
+    if device == "cpu":  # map every large block by itself: it leaves when freed, so gaps in the heap do not count
         glibc("mallopt", -3, 2**16)  # M_MMAP_THRESHOLD
     before = forget_peak(device)
     once()
@@ -636,14 +630,15 @@ def bench_loss(cfg):
     ways = {**chosen(cfg.ways, dict.fromkeys(LOSSES), "ways"), "floor": None}
     for size, dtype in product(sizes, dtypes):
         job = new_job("loss", f"{size}, {dtype}", dtype, cfg.repeats, **sizes[size])
-        answers = compare(cfg, job, {"N": min(job["N"], 64)}, ways, "reference")
-        floor = answers.get("floor", {"seconds": [math.nan]})["seconds"]
-        for way, answer in answers.items():
-            took = statistics.median(answer["seconds"])
-            values = {"case": job["case"], "way": way, "seconds": took, "of floor": took / statistics.median(floor)}
-            if way != "floor":
-                values |= {"extra MB": in_units(answer, 1e6), "differs by": answer["differs"]}
-            record(cfg, values, job["device"], answer.get("versions"))
+        compare(cfg, job, {"N": min(job["N"], 64)}, ways, "reference", loss_columns)
+
+
+def loss_columns(answer, answers):
+    took = statistics.median(answer["seconds"])
+    if "floor" not in answers:
+        return {"seconds": took, "extra MB": in_units(answer, 1e6)}
+    floor = statistics.median(answers["floor"]["seconds"])
+    return {"seconds": took, "of floor": took / floor, "extra MB": in_units(answer, 1e6)}
 
 
 # -----------------------------------------------------------------------------
@@ -715,16 +710,16 @@ def train_job(job):
     with torch.device("meta"):  # weights, gradients, two means of AdamW, and a quarter more
         check_room(20 * sum(p.numel() for p in csm_of(job).parameters()), device)
     torch.manual_seed(0)
-    ours = csm_of(job)
-    model, prepare, loss = ours, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+    model, prepare, loss = csm_of(job), lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+    config = model.config
     if way.startswith("transformers"):
-        model, prepare, loss = transformers_csm(ours)
+        model, prepare, loss = transformers_csm(model)  # of ours nothing stays in memory
     model.to(device).train()
     net = torch.compile(model, dynamic=True) if way.endswith("compiled") else model
 
     def passed(seed):
         torch.manual_seed(seed)
-        batch = prepare(*csm_batch(ours.config, job, seed))
+        batch = prepare(*csm_batch(config, job, seed))
         torch.manual_seed(seed)  # ours draws the depth decoder's frames in the pass, transformers did so in `prepare`
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             return loss(net, *[x.to(device) for x in batch])
@@ -760,11 +755,12 @@ def bench_train(cfg):
     for size, dtype, fraction, B in product(sizes, dtypes, fractions, map(int, cfg.batches.split(","))):
         job = new_job("train", f"{size}, {dtype}, {fraction} of the frames, batch of {B}", dtype, cfg.repeats,
                       **sizes[size], fraction=fractions[fraction], utterances=B, text_rows=40, frames=152)  # fmt: skip
-        for way, answer in compare(cfg, job, TRAIN_SIZES["small"], ways, "ours").items():
-            took = statistics.median(answer["seconds"])
-            record(cfg, {"case": job["case"], "way": way, "seconds": took, "frames/s": B * job["frames"] / took,
-                         "peak GB": in_units(answer, 1e9), "differs by": answer["differs"]},
-                   job["device"], answer.get("versions"))  # fmt: skip
+        compare(cfg, job, TRAIN_SIZES["small"], ways, "ours", partial(train_columns, B * job["frames"]))
+
+
+def train_columns(frames, answer, _):
+    took = statistics.median(answer["seconds"])
+    return {"seconds": took, "frames/s": frames / took, "peak GB": in_units(answer, 1e9)}
 
 
 # -----------------------------------------------------------------------------
@@ -786,11 +782,11 @@ STREAMED = 2  # seconds, frame by frame
 
 
 def codes_of_one_length(model):
-    """Fill the codebooks with entries of one length, so that their direction decides and none is always the nearest."""
+    """Fill the codebooks with entries of equal length: otherwise the shortest would be the nearest to most inputs."""
     for name, x in model.state_dict().items():
         if "codebook" in name and x.ndim > 1:
             x.copy_(0.1 * F.normalize(torch.randn_like(x), dim=-1))
-    model.load_state_dict(model.state_dict())  # what a codec keeps of its tables is made anew
+    model.load_state_dict(model.state_dict())  # recomputes what ours derives from its tables
     return model.eval().requires_grad_(False)
 
 
@@ -877,13 +873,15 @@ def bench_codec(cfg):
         job = new_job("codec", f"{size}, {length:g} s", "float32", cfg.repeats, size=size, codec=name, options=options,
                       seconds=length, **facts)  # fmt: skip
         ways = chosen(cfg.ways, dict.fromkeys(["ours", *peers]), "ways")
-        for way, answer in compare(cfg, job, {"seconds": STREAMED}, ways, "ours").items():
-            values = {"case": job["case"], "way": way}
-            for column in COLUMNS:
-                audio, took = STREAMED if "stream" in column else length, answer["seconds"].get(column)
-                values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
-            values |= {"peak GB": in_units(answer, 1e9), "differs by": answer["differs"]}
-            record(cfg, values, job["device"], answer.get("versions"))
+        compare(cfg, job, {"seconds": STREAMED}, ways, "ours", partial(codec_columns, length))
+
+
+def codec_columns(length, answer, _):
+    values = {}
+    for column in COLUMNS:
+        audio, took = STREAMED if "stream" in column else length, answer["seconds"].get(column)
+        values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
+    return values | {"peak GB": in_units(answer, 1e9)}
 
 
 def bench_mel(cfg):
