@@ -1,7 +1,7 @@
 """An honest, small bench. It measures, adds rows to benchmarks.jsonl, and prints BENCHMARKS.md from them.
 
     python bench.py data      are the recordings of a raw data set understood? Word error rate of a recogniser
-    python bench.py sample    word errors and speed of models that speak digits; --ckpt=a.pt,b.pt compares several
+    python bench.py sample    word errors and speed of models that speak digits: out/digits/best.pt, or --ckpt=a.pt,b.pt
     python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
     python bench.py loss      seconds and memory of the loss of K classification heads
     python bench.py train     seconds and memory of a training step of a CSM
@@ -87,20 +87,18 @@ results = "benchmarks.jsonl"  # file of rows: measured ones are added, report re
 note = ""  # a remark that the report prints under the table
 raw = "data/digits"  # data, sample, codec: raw data set of digits: a folder with metadata.csv and heldout.txt
 limit: "int >= 0" = 0  # data, codec: utterances to listen to; 0: all
-ckpt = "out/digits/best.pt"  # sample: the models, separated by commas
 strings: "int >= 0" = 200  # sample: new strings of 3 to 6 digits for each voice; 0: the held-out ones
-speaker = ""  # sample: voices, separated by commas; empty: all of the data set
-temperature: "float | None >= 0" = None  # sample: of the draw; None: that of the checkpoint's recipe
-seed: "0 <= int <= 4294967295" = 1337  # sample: of the new strings and of the draw
 seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
 sizes = ""  # codec, loss, train: names of sizes, separated by commas; empty: all
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
 ways = ""  # codec, loss, train: who does it, likewise; --ways=ours is quick
 fractions = "1/16,1"  # train: shares of the frames that the depth decoder trains on
-batches = "2"  # train: utterances of a batch; a GPU likes 32
+batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
 peer = ""  # codec, loss, train: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
 
+# Here `speaker` may name several voices (empty: all of the data set), and `seed` also draws the new strings
+SHARED = {"sample.py": ["ckpt", "speaker", "temperature", "seed"]}
 HERE = Path(__file__).resolve().parent
 WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -252,7 +250,8 @@ def read_rows(path):
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                values, row["place"] = row["values"], (row["benchmark"], row["date"], describe(row["machine"]))
+                values = row["values"]
+                row["place"] = row["benchmark"], row["date"], describe(row["machine"])
                 rows[row["place"], tuple(values), values.get("case"), values.get("way")] = row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}, is not a row of results ({error!r:.60})") from None
@@ -462,7 +461,8 @@ def bench_data(cfg):
 def new_strings(rows, speaker, n, seed):
     """n different strings of 3 to 6 digits that no recording of the speaker in `rows` reads."""
     rng = random.Random(f"{seed} {speaker}")
-    known, found = {text for _, text, voice in rows if voice == speaker}, []
+    known = {text for _, text, voice in rows if voice == speaker}
+    found = []
     while len(found) < n:
         text = " ".join(rng.choices(WORDS, k=3 + len(found) % 4))
         if text not in known:
@@ -485,7 +485,8 @@ voice_of = lru_cache(maxsize=1)(Voice.from_checkpoint)  # once in each process
 
 def speak_and_listen(cfg, ckpt, utterance):
     """(speaker, text) -> (speaker, text, recognised), whether it ended by itself, seconds of work, seconds of audio."""
-    voice, (speaker, text) = voice_of(ckpt), utterance
+    voice = voice_of(ckpt)
+    speaker, text = utterance
     start = time.perf_counter()
     wav = voice.say(text, speaker=speaker, seed=cfg.seed, temperature=cfg.temperature)
     took = time.perf_counter() - start
@@ -499,8 +500,9 @@ def bench_sample(cfg):
     Strings go to as many processes as there are cores, each with one thread. What a model says depends on its text and
     seed alone, so the numbers are those of one process.
     """
-    texts, workers = texts_to_speak(cfg), 1 if torch.cuda.is_available() else os.cpu_count()
-    for ckpt in cfg.ckpt.split(","):
+    texts = texts_to_speak(cfg)
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    for ckpt in (cfg.ckpt or "out/digits/best.pt").split(","):
         voice = voice_of(ckpt)  # here too, so that what is wrong with it is one line
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             done = pool.map(partial(speak_and_listen, cfg, ckpt), texts)
@@ -568,7 +570,8 @@ def loss_way(way, device):
 def loss_inputs(job, dtype):
     """hidden, weight, target of a job, the first two rounded to the type of the job."""
     K, V, D, N = (job[key] for key in "KVDN")
-    rng, device = np.random.default_rng(0), job["device"]
+    rng = np.random.default_rng(0)
+    device = job["device"]
     hidden = rng.standard_normal((N, D) if job["shared"] else (N, K, D), np.float32)
     weight = rng.standard_normal((K, V, D), np.float32) * np.float32(D**-0.5)
     target = torch.from_numpy(rng.integers(V, size=(N, K)))
@@ -669,15 +672,23 @@ def csm_of(job):
 
 def csm_batch(c, job, seed):
     """tokens (B, S, K + 1), segment (B, S) as `Batches` gives them."""
-    rng, rows = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    rows = []
     for _ in range(job["utterances"]):
         text = rng.integers(0, c.text_vocab_size, job["text_rows"])
         rows.append(c.layout(text, rng.integers(1, c.codebook_size, (job["frames"] - 1, c.n_codebooks))))
     return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
 
 
+# A way: our model -> (its model, what it takes of a batch, its loss of that)
+
+
+def our_csm(model):
+    return model, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+
+
 def transformers_csm(ours):
-    """The same model in transformers, by weights.py's export: (model, what it takes of a batch, its loss of that)."""
+    """The same model in transformers, by the export of weights.py."""
     from transformers import CsmConfig, CsmForConditionalGeneration
 
     with tempfile.TemporaryDirectory() as folder:
@@ -710,10 +721,10 @@ def train_job(job):
     with torch.device("meta"):  # weights, gradients, two means of AdamW, and a quarter more
         check_room(20 * sum(p.numel() for p in csm_of(job).parameters()), device)
     torch.manual_seed(0)
-    model, prepare, loss = csm_of(job), lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+    model = csm_of(job)
     config = model.config
-    if way.startswith("transformers"):
-        model, prepare, loss = transformers_csm(model)  # of ours nothing stays in memory
+    make = transformers_csm if way.startswith("transformers") else our_csm
+    model, prepare, loss = make(model)  # of ours nothing stays in memory beside that of transformers
     model.to(device).train()
     net = torch.compile(model, dynamic=True) if way.endswith("compiled") else model
 
@@ -749,7 +760,8 @@ def make_optimizer(model, way, device):
 def bench_train(cfg):
     """A step that trains a CSM: forward, backward, AdamW."""
     sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
-    fractions, ways = chosen(cfg.fractions, FRACTIONS, "fractions"), chosen(cfg.ways, STEPS, "ways")
+    fractions = chosen(cfg.fractions, FRACTIONS, "fractions")
+    ways = chosen(cfg.ways, STEPS, "ways")
     if not cfg.ways and pick_device("auto") == "cpu":
         ways = [way for way in ways if "compiled" not in way]
     for size, dtype, fraction, B in product(sizes, dtypes, fractions, map(int, cfg.batches.split(","))):
@@ -843,7 +855,9 @@ def codec_job(job):
     torch.manual_seed(0)
     way = {"ours": our_codec, "transformers": transformers_codec, "moshi": moshi_codec}[job["way"]]
     model, encode, decode, stream_in, stream_out = way(job)
-    device, rng, size = job["device"], np.random.default_rng(0), job["samples_per_frame"]
+    device = job["device"]
+    size = job["samples_per_frame"]
+    rng = np.random.default_rng(0)
     frames, few = (round(seconds * job["frame_rate"]) for seconds in (job["seconds"], STREAMED))
     model.to(device)
     wav = torch.from_numpy(0.1 * rng.standard_normal((1, frames * size), np.float32)).to(device)
@@ -879,22 +893,25 @@ def bench_codec(cfg):
 def codec_columns(length, answer, _):
     values = {}
     for column in COLUMNS:
-        audio, took = STREAMED if "stream" in column else length, answer["seconds"].get(column)
+        audio = STREAMED if "stream" in column else length
+        took = answer["seconds"].get(column)
         values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
     return values | {"peak GB": in_units(answer, 1e9)}
 
 
 def bench_mel(cfg):
     """mel at some frame rates: word errors of held-out digits through it."""
-    rows, every = read_raw(cfg.raw), read_raw(cfg.raw, every=True)
-    training = sorted({path for path, _, _ in every} - {path for path, _, _ in rows})
+    rows = read_raw(cfg.raw)
+    training = {path for path, _, _ in read_raw(cfg.raw, every=True)}
+    training = sorted(training - {path for path, _, _ in rows})
     training = [training[i] for i in np.random.default_rng(0).permutation(len(training))[:800]]
     training = [codecs.read_audio(path, RATE) for path in training]
     rows = rows[: cfg.limit or None]
     wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
     length = sum(map(len, wavs)) / RATE
     for frame_rate in (10, 12.5, 16, 20):
-        codec, codes, out = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training), [], []
+        codec = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training)
+        codes, out = [], []
         into = timed(lambda: codes.extend(codec.encode(wav[None]) for wav in wavs), "cpu")  # noqa: B023
         back = timed(lambda: out.extend(codec.decode(c)[0] for c in codes), "cpu")  # noqa: B023
         results = [("", row[1], recognise(o[: len(w)], RATE)) for row, o, w in zip(rows, out, wavs, strict=True)]
