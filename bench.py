@@ -36,12 +36,12 @@ and the answer
     {"way": "mine", "versions": {"mine": "1.0"}, "seconds": [1.41, 1.39, 1.4], "peak": 5.1e6,
      "numbers": {"loss": [246.1], "hidden": [0.01, -0.02], "weight": [0.003]}}
 
-- loss: with rng = numpy.random.default_rng(0), in this order: hidden = rng.standard_normal((N, K, D), float32), of shape
+- loss: with rng = numpy.random.default_rng(0), in this order: hidden = rng.standard_normal((N, K, D), float32), or
   (N, D) if shared; weight = rng.standard_normal((K, V, D), float32) / sqrt(D); target = rng.integers(V, size=(N, K)).
   The loss is the sum over codebooks of means over rows. Numbers: the loss, and of the gradients of hidden and weight
   flat[:: max(1, len(flat) // 1000)].
-- train: fields of CSMConfig, fraction, utterances, text_rows, frames. A command draws weights of its own, so it gives no
-  numbers.
+- train: fields of CSMConfig, fraction, utterances, text_rows, frames. A command draws weights of its own, so it gives
+  no numbers.
 - codec: codec, seconds, frame_rate, samples_per_frame, n_codebooks, codebook_size; `weights` is an empty folder for the
   numbers: draw weights and write them there in the layout in which the authors publish them; ours then loads them.
   Numbers: the codes of wav = 0.1 * rng.standard_normal((1, frames * samples_per_frame), float32), then the waveform of
