@@ -80,18 +80,23 @@ from tqdm import tqdm
 
 import codec as codecs
 import weights
-from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
+from model import CSM, LLAMA3_ROPE, CSMConfig, multi_codebook_cross_entropy
 from parts import configurator
+from parts.audio import read_audio, resample
 from parts.files import need
 from parts.optim import Optimizer
-from sample import Voice, pick_device
+from parts.segment import AUDIO, TEXT
+from parts.tensors import pick_device
+from sample import Voice
 
 name = "data"  # what to do: data, sample, codec, loss, train, gpu, report
 results = "benchmarks.jsonl"  # file of rows: measured ones are added, report reads them; empty: add none
 note = ""  # a remark that the report prints under the table
 raw = "data/digits"  # data, sample, codec: raw data set of digits: a folder with metadata.csv and heldout.txt
 limit: "int >= 0" = 0  # data, codec: utterances to listen to; 0: all
+ckpt = "out/digits/best.pt"  # sample: the models, separated by commas
 strings: "int >= 0" = 200  # sample: new strings of 3 to 6 digits for each voice; 0: the held-out ones
+voices = ""  # sample: voices, separated by commas; empty: all of the data set
 seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
 sizes = ""  # codec, loss, train: names of sizes, separated by commas; empty: all
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
@@ -101,8 +106,7 @@ batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
 peer = ""  # codec, loss, train: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
 
-# Here `speaker` may name several voices (empty: all of the data set), and `seed` also draws the new strings
-SHARED = {"sample.py": ["ckpt", "speaker", "temperature", "seed"]}
+SHARED = {"sample.py": ["temperature", "seed"]}  # sample: of the draw; seed also of the new strings
 HERE = Path(__file__).resolve().parent
 WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -140,7 +144,7 @@ def recognise(wav, sample_rate):
     wav = torch.as_tensor(wav, dtype=torch.float32).detach().cpu()
     if wav.ndim != 1:
         raise ValueError(f"recognise takes one waveform of shape (N,), not {tuple(wav.shape)}")
-    wav = codecs.resample(wav, sample_rate, RATE).double().numpy()
+    wav = resample(wav, sample_rate, RATE).double().numpy()
     level = np.sqrt(np.mean(wav**2)) if len(wav) else 0.0
     if not np.isfinite(level) or level < 1e-5:
         return ""
@@ -456,7 +460,7 @@ def check_room(need, device):
 def bench_data(cfg):
     """Word error rate of the held-out recordings, for each voice."""
     rows = tqdm(read_raw(cfg.raw)[: cfg.limit or None], "listening", unit="wav")
-    results = [(voice, text, recognise(codecs.read_audio(path, RATE), RATE)) for path, text, voice in rows]
+    results = [(voice, text, recognise(read_audio(path, RATE), RATE)) for path, text, voice in rows]
     for voice, (utterances, words, errors) in error_rates(results).items():
         record(cfg, {"case": voice, "utterances": utterances, "words": words, "errors": errors,
                      "word errors %": 100 * errors / max(words, 1)})  # fmt: skip
@@ -478,7 +482,7 @@ def new_strings(rows, speaker, n, seed):
 def texts_to_speak(cfg):
     """[(speaker, text), ...]: new strings for each voice, or the held-out ones. Raises ValueError for no such voice."""
     rows = read_raw(cfg.raw, every=cfg.strings > 0)
-    wanted = chosen(cfg.speaker, dict.fromkeys(voice for _, _, voice in rows), "speaker")
+    wanted = chosen(cfg.voices, dict.fromkeys(voice for _, _, voice in rows), "voices")
     if not cfg.strings:
         return [(voice, text) for _, text, voice in rows if voice in wanted]
     return [(voice, text) for voice in wanted for text in new_strings(rows, voice, cfg.strings, cfg.seed)]
@@ -506,7 +510,7 @@ def bench_sample(cfg):
     """
     texts = texts_to_speak(cfg)
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    for ckpt in (cfg.ckpt or "out/digits/best.pt").split(","):
+    for ckpt in cfg.ckpt.split(","):
         voice = voice_of(ckpt)  # here too, so that what is wrong with it is one line
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             done = pool.map(partial(speak_and_listen, cfg, ckpt), texts)
@@ -909,9 +913,9 @@ def bench_mel(cfg):
     training = {path for path, _, _ in read_raw(cfg.raw, every=True)}
     training = sorted(training - {path for path, _, _ in rows})
     training = [training[i] for i in np.random.default_rng(0).permutation(len(training))[:800]]
-    training = [codecs.read_audio(path, RATE) for path in training]
+    training = [read_audio(path, RATE) for path in training]
     rows = rows[: cfg.limit or None]
-    wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
+    wavs = [read_audio(path, RATE) for path, _, _ in rows]
     length = sum(map(len, wavs)) / RATE
     for frame_rate in (10, 12.5, 16, 20):
         codec = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training)

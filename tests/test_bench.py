@@ -337,8 +337,8 @@ def test_models_speak_in_several_processes_as_in_one(tmp_path, measure, monkeypa
         "case": ckpt, "steps": 4, "a, word errors %": rates["a"], "b, word errors %": rates["b"],
         "mean %": (rates["a"] + rates["b"]) / 2, "ended": f"{sum(stopped)} of 3",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="speaker = 'c': choose from a, b"):
-        measure("sample", *flags, "--speaker=c")
+    with pytest.raises(ValueError, match="voices = 'c': choose from a, b"):
+        measure("sample", *flags, "--voices=c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
