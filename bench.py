@@ -1,7 +1,7 @@
 """An honest, small bench. It measures, adds rows to benchmarks.jsonl, and prints BENCHMARKS.md from them.
 
     python bench.py data      are the recordings of a raw data set understood? Word error rate of a recogniser
-    python bench.py sample    word errors and speed of models that speak digits; --ckpt=a.pt,b.pt compares several
+    python bench.py sample    word errors and speed of models that speak digits: out/digits/best.pt, or --ckpt=a.pt,b.pt
     python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
     python bench.py loss      seconds and memory of the loss of K classification heads
     python bench.py train     seconds and memory of a training step of a CSM
@@ -36,13 +36,17 @@ and the answer
     {"way": "mine", "versions": {"mine": "1.0"}, "seconds": [1.41, 1.39, 1.4], "peak": 5.1e6,
      "numbers": {"loss": [246.1], "hidden": [0.01, -0.02], "weight": [0.003]}}
 
-- loss: `loss_inputs` draws hidden, weight and target with numpy's default_rng(0), so any program can draw the same. The
-  loss is the sum over codebooks of means over rows. Numbers: the loss and both gradients (`sample_of` each).
-- train: fields of CSMConfig, utterances, text_rows, frames. Numbers: loss, and the norm of the whole gradient.
-- codec: `weights` names a folder. If it is empty, draw weights and write them there in the layout in which the authors
-  publish them; ours then loads them. Numbers: codes of the waveform, and the waveform (`sample_of`) of the codes, both
-  drawn as in `codec_job`.
-`python bench.py work` does such a job of ours from standard input: an example to read.
+- loss: with rng = numpy.random.default_rng(0), in this order: hidden = rng.standard_normal((N, K, D), float32), or
+  (N, D) if shared; weight = rng.standard_normal((K, V, D), float32) / sqrt(D); target = rng.integers(V, size=(N, K)).
+  The loss is the sum over codebooks of means over rows. Numbers: the loss, and of the gradients of hidden and weight
+  flat[:: max(1, len(flat) // 1000)].
+- train: fields of CSMConfig, fraction, utterances, text_rows, frames. A command draws weights of its own, so it gives
+  no numbers.
+- codec: codec, seconds, frame_rate, samples_per_frame, n_codebooks, codebook_size; `weights` is an empty folder for the
+  numbers: draw weights and write them there in the layout in which the authors publish them; ours then loads them.
+  Numbers: the codes of wav = 0.1 * rng.standard_normal((1, frames * samples_per_frame), float32), then the waveform of
+  codes = rng.integers(codebook_size, size=(1, n_codebooks, frames)), thinned out as above.
+`python bench.py work` does one of these jobs from standard input in our own way: an example to read.
 
 Letters in shapes: K codebooks, V classes, D width, N rows, B utterances, S rows of an utterance, C = K + 1 columns.
 """
@@ -76,10 +80,12 @@ from tqdm import tqdm
 
 import codec as codecs
 import weights
-from model import AUDIO, CSM, LLAMA3_ROPE, TEXT, CSMConfig, multi_codebook_cross_entropy
+from model import CSM, LLAMA3_ROPE, CSMConfig, multi_codebook_cross_entropy
 from parts import configurator
+from parts.audio import read_audio, resample
 from parts.files import need
 from parts.optim import Optimizer
+from parts.segment import AUDIO, TEXT
 from parts.tensors import pick_device
 from sample import Voice
 
@@ -96,7 +102,7 @@ sizes = ""  # codec, loss, train: names of sizes, separated by commas; empty: al
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
 ways = ""  # codec, loss, train: who does it, likewise; --ways=ours is quick
 fractions = "1/16,1"  # train: shares of the frames that the depth decoder trains on
-batches = "2"  # train: utterances of a batch; a GPU likes 32
+batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
 peer = ""  # codec, loss, train: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
 
@@ -138,7 +144,7 @@ def recognise(wav, sample_rate):
     wav = torch.as_tensor(wav, dtype=torch.float32).detach().cpu()
     if wav.ndim != 1:
         raise ValueError(f"recognise takes one waveform of shape (N,), not {tuple(wav.shape)}")
-    wav = codecs.resample(wav, sample_rate, RATE).double().numpy()
+    wav = resample(wav, sample_rate, RATE).double().numpy()
     level = np.sqrt(np.mean(wav**2)) if len(wav) else 0.0
     if not np.isfinite(level) or level < 1e-5:
         return ""
@@ -155,8 +161,7 @@ def recognise(wav, sample_rate):
 
 def word_errors(ref, hyp):
     """Fewest words to substitute, insert and delete that turn `hyp` into `ref`, two strings of words (Levenshtein)."""
-    ref = ref.split()
-    hyp = hyp.split()
+    ref, hyp = ref.split(), hyp.split()
     row = list(range(len(hyp) + 1))  # errors between the words of ref so far and each beginning of hyp
     for i, word in enumerate(ref, 1):
         diagonal, row[0] = row[0], i
@@ -200,7 +205,7 @@ def read_raw(folder, every=False):
 
 
 def machine(device="cpu"):
-    """What measures: {"cpu": model, "cores": n, "instructions": "AVX2", "gpu": model}, the last only if it is used."""
+    """This machine: {"cpu": model, "cores": n, "instructions": "AVX2", "gpu": model}, the last only if it is used."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -254,7 +259,7 @@ def read_rows(path):
             try:
                 row = json.loads(line)
                 values = row["values"]
-                row["place"] = (row["benchmark"], row["date"], describe(row["machine"]))
+                row["place"] = row["benchmark"], row["date"], describe(row["machine"])
                 rows[row["place"], tuple(values), values.get("case"), values.get("way")] = row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}, is not a row of results ({error!r:.60})") from None
@@ -324,8 +329,7 @@ def differences(numbers, expected, dtype):
     the largest one as a share of the largest value, for codes the share of unequal ones."""
     found = {}
     for name, right in expected.items():
-        a = np.asarray(numbers.get(name, []), np.float64)
-        b = np.asarray(right, np.float64)
+        a, b = np.asarray(numbers.get(name, []), np.float64), np.asarray(right, np.float64)
         n = min(len(a), len(b))
         if n < 0.95 * len(b):
             off = math.inf
@@ -349,11 +353,11 @@ def check_numbers(command, job, expected):
     return {**answer, "differs": told, "wrong": any(far for _, far in off.values())}
 
 
-def compare(cfg, job, small, ways, reference):
-    """Ask ways for a job, in random order: {way: answer} of those that do it.
+def compare(cfg, job, small, ways, reference, columns):
+    """Ask ways for a job, in random order, and record a row for each that does it.
 
-    small: what is different in the job that gives the numbers. reference: the way of ours whose numbers are right. A
-    way whose numbers differ is recorded and not timed.
+    small: what is different in the job that gives the numbers. reference: the way of ours whose numbers are right; a
+    way whose numbers differ is not timed. columns: a function (answer, {way: answer}) -> {column: value}.
     """
     commands = dict.fromkeys(ways, WORK) | ({"peer": shlex.split(cfg.peer)} if cfg.peer else {})
     expected = cache(lambda text: ask(WORK, {**json.loads(text), "way": reference})["numbers"])
@@ -362,18 +366,19 @@ def compare(cfg, job, small, ways, reference):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 full = {**job, "way": way, "weights": folder}
-                answer = {"differs": "the reference", "wrong": False}
+                answer = {"differs": "the reference" if way == reference else "not compared", "wrong": False}
                 if way not in (reference, "floor"):
                     answer = check_numbers(commands[way], {**full, **small, "repeats": 0}, expected)
-                label = answer.get("way", way)
                 if not answer["wrong"]:
-                    answers[label] = {**answer, **ask(commands[way], full)}
-                    continue
-                values = {"case": job["case"], "way": label, "not timed, its numbers differ by": answer["differs"]}
-                record(cfg, values, job["device"], answer.get("versions"))
+                    answer |= ask(commands[way], full)
+                answers[answer.get("way", way)] = answer
         except ValueError as error:
             tell(f"without {way}: {error}" if "No module" in str(error) else f"{job['case']} without {way}: {error}")
-    return answers
+    for way, answer in answers.items():
+        values = {"not timed, its numbers differ by": answer["differs"]}
+        if not answer["wrong"]:
+            values = {**columns(answer, answers), "differs by": answer["differs"]}
+        record(cfg, {"case": job["case"], "way": way, **values}, job["device"], answer.get("versions"))
 
 
 def work(cfg):
@@ -455,7 +460,7 @@ def check_room(need, device):
 def bench_data(cfg):
     """Word error rate of the held-out recordings, for each voice."""
     rows = tqdm(read_raw(cfg.raw)[: cfg.limit or None], "listening", unit="wav")
-    results = [(voice, text, recognise(codecs.read_audio(path, RATE), RATE)) for path, text, voice in rows]
+    results = [(voice, text, recognise(read_audio(path, RATE), RATE)) for path, text, voice in rows]
     for voice, (utterances, words, errors) in error_rates(results).items():
         record(cfg, {"case": voice, "utterances": utterances, "words": words, "errors": errors,
                      "word errors %": 100 * errors / max(words, 1)})  # fmt: skip
@@ -489,7 +494,7 @@ voice_of = lru_cache(maxsize=1)(Voice.from_checkpoint)  # once in each process
 def speak_and_listen(cfg, ckpt, utterance):
     """(speaker, text) -> (speaker, text, recognised), whether it ended by itself, seconds of work, seconds of audio."""
     voice = voice_of(ckpt)
-    (speaker, text) = utterance
+    speaker, text = utterance
     start = time.perf_counter()
     wav = voice.say(text, speaker=speaker, seed=cfg.seed, temperature=cfg.temperature)
     took = time.perf_counter() - start
@@ -554,7 +559,7 @@ def loss_way(way, device):
 
     if way == "ours":
         return lambda hidden, heads, target: multi_codebook_cross_entropy(hidden, heads[0], target)[0].sum()
-    if way in ("eager", "compiled"):
+    if way in ("eager", "reference", "compiled"):
         return torch.compile(eager) if way == "compiled" else eager
     if way == "torch chunked":  # torch's own form for several heads does not go by chunks
         return each(partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()))
@@ -574,30 +579,23 @@ def loss_inputs(job, dtype):
     """hidden, weight, target of a job, the first two rounded to the type of the job."""
     K, V, D, N = (job[key] for key in "KVDN")
     rng = np.random.default_rng(0)
+    device = job["device"]
     hidden = rng.standard_normal((N, D) if job["shared"] else (N, K, D), np.float32)
     weight = rng.standard_normal((K, V, D), np.float32) * np.float32(D**-0.5)
     target = torch.from_numpy(rng.integers(V, size=(N, K)))
-    rounded = [torch.from_numpy(x).to(job["device"], getattr(torch, job["dtype"])).to(dtype) for x in (hidden, weight)]
-    return *rounded, target.to(job["device"])
-
-
-def loss_bytes(job):
-    """Bytes of hidden and weight together, and of all logits."""
-    K, V, D, N = (job[key] for key in "KVDN")
-    size = DTYPES[job["dtype"]].itemsize
-    return size * D * (N * (1 if job["shared"] else K) + K * V), size * N * K * V
+    rounded = [torch.from_numpy(x).to(device, DTYPES[job["dtype"]]).to(dtype) for x in (hidden, weight)]
+    return *rounded, target.to(device)
 
 
 def three_products(hidden, weight, device):
-    """A function that does the three matrix products of a loss with whole matrices and nothing else: on a GPU for all
-    heads at once, on a CPU head by head, as either is faster."""
+    """A function that does the three matrix products of a loss and nothing else: on a GPU for all heads at once, on a
+    CPU for one after the other, which is faster there."""
     h, w = (hidden[None], weight.flatten(0, 1)[None]) if hidden.ndim == 2 else (hidden.transpose(0, 1), weight)
     pairs = [(h, w)] if device == "cuda" else list(zip(h, w, strict=True))
     h, w = pairs[0]
-    columns = w.shape[-2]  # of rows that begin at multiples of 64, as caches and tensor cores like it
+    columns = w.shape[-2]  # rows begin at multiples of 64 numbers, which is fast for caches and tensor cores
     x = torch.empty(*h.shape[:-1], math.ceil(columns / 64) * 64, dtype=h.dtype, device=device)[..., :columns]
-    dh = torch.empty_like(h)
-    dw = torch.empty_like(w)
+    dh, dw = torch.empty_like(h), torch.empty_like(w)
 
     def products():
         for h, w in pairs:
@@ -610,17 +608,15 @@ def three_products(hidden, weight, device):
 
 def loss_job(job):
     """Numbers, seconds and memory of one way; way = "reference": the eager loss in float64."""
-    way = job["way"]
-    device = job["device"]
-    reference = way == "reference"
-    dtype = DTYPES[job["dtype"]]
-    inputs, logits = loss_bytes(job)
-    check_room(2 * inputs + {"eager": 3, "compiled": 2}.get(way, 0) * logits, device)
-    hidden, weight, target = loss_inputs(job, torch.float64 if reference else dtype)
+    way, device = job["way"], job["device"]
+    hidden, weight, target = loss_inputs(job, torch.float64 if way == "reference" else DTYPES[job["dtype"]])
+    inputs = hidden.nbytes + weight.nbytes
+    logits = target.numel() * job["V"] * hidden.itemsize
+    check_room(inputs + {"eager": 3, "compiled": 2}.get(way, 0) * logits, device)  # gradients, copies of logits
     if way == "floor":
         products = three_products(hidden, weight, device)
         return {"seconds": [timed(products, device) for _ in range(1 + job["repeats"])][1:]}
-    loss = loss_way("eager" if reference else way, device)
+    loss = loss_way(way, device)
     heads = [w.requires_grad_() for w in (weight.unbind() if way in BY_HEAD else [weight])]
     hidden.requires_grad_()
 
@@ -632,7 +628,7 @@ def loss_job(job):
     numbers = {"loss": [value.item()], "hidden": sample_of(of_hidden), "weight": sample_of(torch.cat(of_heads))}
     del value, of_hidden, of_heads
     seconds = [timed(once, device) for _ in range(job["repeats"])]
-    if device == "cpu":  # each block by itself, so that it leaves when it is freed: gaps in the heap are nobody's need
+    if device == "cpu":  # map every large block by itself: it leaves when freed, so gaps in the heap do not count
         glibc("mallopt", -3, 2**16)  # M_MMAP_THRESHOLD
     before = forget_peak(device)
     once()
@@ -641,19 +637,19 @@ def loss_job(job):
 
 def bench_loss(cfg):
     """The loss of K heads: ours, peers', and the floor below all of them."""
-    sizes = chosen(cfg.sizes, LOSS_SIZES, "sizes")
-    dtypes = chosen(cfg.dtypes, DTYPES, "dtypes")
+    sizes, dtypes = chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
     ways = {**chosen(cfg.ways, dict.fromkeys(LOSSES), "ways"), "floor": None}
     for size, dtype in product(sizes, dtypes):
         job = new_job("loss", f"{size}, {dtype}", dtype, cfg.repeats, **sizes[size])
-        answers = compare(cfg, job, {"N": min(job["N"], 64)}, ways, "reference")
-        floor = answers.get("floor", {"seconds": [math.nan]})["seconds"]
-        for way, answer in answers.items():
-            took = statistics.median(answer["seconds"])
-            values = {"case": job["case"], "way": way, "seconds": took, "of floor": took / statistics.median(floor)}
-            if way != "floor":
-                values |= {"extra MB": in_units(answer, 1e6), "differs by": answer["differs"]}
-            record(cfg, values, job["device"], answer.get("versions"))
+        compare(cfg, job, {"N": min(job["N"], 64)}, ways, "reference", loss_columns)
+
+
+def loss_columns(answer, answers):
+    took = statistics.median(answer["seconds"])
+    if "floor" not in answers:
+        return {"seconds": took, "extra MB": in_units(answer, 1e6)}
+    floor = statistics.median(answers["floor"]["seconds"])
+    return {"seconds": took, "of floor": took / floor, "extra MB": in_units(answer, 1e6)}
 
 
 # -----------------------------------------------------------------------------
@@ -692,8 +688,15 @@ def csm_batch(c, job, seed):
     return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
 
 
+# A way: our model -> (its model, what it takes of a batch, its loss of that)
+
+
+def our_csm(model):
+    return model, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+
+
 def transformers_csm(ours):
-    """The same model in transformers, by weights.py's export: (model, what it takes of a batch, its loss of that)."""
+    """The same model in transformers, by the export of weights.py."""
     from transformers import CsmConfig, CsmForConditionalGeneration
 
     with tempfile.TemporaryDirectory() as folder:
@@ -722,25 +725,20 @@ def transformers_csm(ours):
 
 def train_job(job):
     """Numbers of one pass, or seconds of steps and the peak of the process, of one way in STEPS."""
-    device = job["device"]
-    way = job["way"]
+    device, way = job["device"], job["way"]
     with torch.device("meta"):  # weights, gradients, two means of AdamW, and a quarter more
         check_room(20 * sum(p.numel() for p in csm_of(job).parameters()), device)
     torch.manual_seed(0)
-    ours = csm_of(job)
-    model = ours
-    def prepare(*batch):
-        return batch
-    def loss(net, *batch):
-        return net(*batch)[0]
-    if way.startswith("transformers"):
-        model, prepare, loss = transformers_csm(ours)
+    model = csm_of(job)
+    config = model.config
+    make = transformers_csm if way.startswith("transformers") else our_csm
+    model, prepare, loss = make(model)  # of ours nothing stays in memory beside that of transformers
     model.to(device).train()
     net = torch.compile(model, dynamic=True) if way.endswith("compiled") else model
 
     def passed(seed):
         torch.manual_seed(seed)
-        batch = prepare(*csm_batch(ours.config, job, seed))
+        batch = prepare(*csm_batch(config, job, seed))
         torch.manual_seed(seed)  # ours draws the depth decoder's frames in the pass, transformers did so in `prepare`
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             return loss(net, *[x.to(device) for x in batch])
@@ -769,8 +767,7 @@ def make_optimizer(model, way, device):
 
 def bench_train(cfg):
     """A step that trains a CSM: forward, backward, AdamW."""
-    sizes = chosen(cfg.sizes, TRAIN_SIZES, "sizes")
-    dtypes = chosen(cfg.dtypes, DTYPES, "dtypes")
+    sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
     fractions = chosen(cfg.fractions, FRACTIONS, "fractions")
     ways = chosen(cfg.ways, STEPS, "ways")
     if not cfg.ways and pick_device("auto") == "cpu":
@@ -778,11 +775,12 @@ def bench_train(cfg):
     for size, dtype, fraction, B in product(sizes, dtypes, fractions, map(int, cfg.batches.split(","))):
         job = new_job("train", f"{size}, {dtype}, {fraction} of the frames, batch of {B}", dtype, cfg.repeats,
                       **sizes[size], fraction=fractions[fraction], utterances=B, text_rows=40, frames=152)  # fmt: skip
-        for way, answer in compare(cfg, job, TRAIN_SIZES["small"], ways, "ours").items():
-            took = statistics.median(answer["seconds"])
-            record(cfg, {"case": job["case"], "way": way, "seconds": took, "frames/s": B * job["frames"] / took,
-                         "peak GB": in_units(answer, 1e9), "differs by": answer["differs"]},
-                   job["device"], answer.get("versions"))  # fmt: skip
+        compare(cfg, job, TRAIN_SIZES["small"], ways, "ours", partial(train_columns, B * job["frames"]))
+
+
+def train_columns(frames, answer, _):
+    took = statistics.median(answer["seconds"])
+    return {"seconds": took, "frames/s": frames / took, "peak GB": in_units(answer, 1e9)}
 
 
 # -----------------------------------------------------------------------------
@@ -804,11 +802,11 @@ STREAMED = 2  # seconds, frame by frame
 
 
 def codes_of_one_length(model):
-    """Fill the codebooks with entries of one length, so that their direction decides and none is always the nearest."""
+    """Fill the codebooks with entries of equal length: otherwise the shortest would be the nearest to most inputs."""
     for name, x in model.state_dict().items():
         if "codebook" in name and x.ndim > 1:
             x.copy_(0.1 * F.normalize(torch.randn_like(x), dim=-1))
-    model.load_state_dict(model.state_dict())  # what a codec keeps of its tables is made anew
+    model.load_state_dict(model.state_dict())  # recomputes what ours derives from its tables
     return model.eval().requires_grad_(False)
 
 
@@ -855,10 +853,7 @@ def moshi_codec(job):
 
         return run
 
-    def encode(wav):
-        return model.encode(wav[:, None])
-    def decode(codes):
-        return model.decode(codes)[:, 0]
+    encode, decode = (lambda wav: model.encode(wav[:, None])), (lambda codes: model.decode(codes)[:, 0])
     return model, encode, decode, stream(encode), stream(decode)
 
 
@@ -869,8 +864,8 @@ def codec_job(job):
     way = {"ours": our_codec, "transformers": transformers_codec, "moshi": moshi_codec}[job["way"]]
     model, encode, decode, stream_in, stream_out = way(job)
     device = job["device"]
-    rng = np.random.default_rng(0)
     size = job["samples_per_frame"]
+    rng = np.random.default_rng(0)
     frames, few = (round(seconds * job["frame_rate"]) for seconds in (job["seconds"], STREAMED))
     model.to(device)
     wav = torch.from_numpy(0.1 * rng.standard_normal((1, frames * size), np.float32)).to(device)
@@ -900,30 +895,31 @@ def bench_codec(cfg):
         job = new_job("codec", f"{size}, {length:g} s", "float32", cfg.repeats, size=size, codec=name, options=options,
                       seconds=length, **facts)  # fmt: skip
         ways = chosen(cfg.ways, dict.fromkeys(["ours", *peers]), "ways")
-        for way, answer in compare(cfg, job, {"seconds": STREAMED}, ways, "ours").items():
-            values = {"case": job["case"], "way": way}
-            for column in COLUMNS:
-                audio = STREAMED if "stream" in column else length
-                took = answer["seconds"].get(column)
-                values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
-            values |= {"peak GB": in_units(answer, 1e9), "differs by": answer["differs"]}
-            record(cfg, values, job["device"], answer.get("versions"))
+        compare(cfg, job, {"seconds": STREAMED}, ways, "ours", partial(codec_columns, length))
+
+
+def codec_columns(length, answer, _):
+    values = {}
+    for column in COLUMNS:
+        audio = STREAMED if "stream" in column else length
+        took = answer["seconds"].get(column)
+        values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
+    return values | {"peak GB": in_units(answer, 1e9)}
 
 
 def bench_mel(cfg):
     """mel at some frame rates: word errors of held-out digits through it."""
     rows = read_raw(cfg.raw)
-    every = read_raw(cfg.raw, every=True)
-    training = sorted({path for path, _, _ in every} - {path for path, _, _ in rows})
+    training = {path for path, _, _ in read_raw(cfg.raw, every=True)}
+    training = sorted(training - {path for path, _, _ in rows})
     training = [training[i] for i in np.random.default_rng(0).permutation(len(training))[:800]]
-    training = [codecs.read_audio(path, RATE) for path in training]
+    training = [read_audio(path, RATE) for path in training]
     rows = rows[: cfg.limit or None]
-    wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
+    wavs = [read_audio(path, RATE) for path, _, _ in rows]
     length = sum(map(len, wavs)) / RATE
     for frame_rate in (10, 12.5, 16, 20):
         codec = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training)
-        codes = []
-        out = []
+        codes, out = [], []
         into = timed(lambda: codes.extend(codec.encode(wav[None]) for wav in wavs), "cpu")  # noqa: B023
         back = timed(lambda: out.extend(codec.decode(c)[0] for c in codes), "cpu")  # noqa: B023
         results = [("", row[1], recognise(o[: len(w)], RATE)) for row, o, w in zip(rows, out, wavs, strict=True)]
