@@ -90,9 +90,7 @@ raw = "data/digits"  # data, sample, codec: raw data set of digits: a folder wit
 limit: "int >= 0" = 0  # data, codec: utterances to listen to; 0: all
 ckpt = "out/digits/best.pt"  # sample: the models, separated by commas
 strings: "int >= 0" = 200  # sample: new strings of 3 to 6 digits for each voice; 0: the held-out ones
-speaker = ""  # sample: voices, separated by commas; empty: all of the data set
-temperature: "float | None >= 0" = None  # sample: of the draw; None: that of the checkpoint's recipe
-seed: "0 <= int <= 4294967295" = 1337  # sample: of the new strings and of the draw
+voices = ""  # sample: voices, separated by commas; empty: all of the data set
 seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
 sizes = ""  # codec, loss, train: names of sizes, separated by commas; empty: all
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
@@ -102,6 +100,7 @@ batches = "2"  # train: utterances of a batch; a GPU likes 32
 peer = ""  # codec, loss, train: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
 
+SHARED = {"sample.py": ["temperature", "seed"]}  # sample: of the draw; seed also of the new strings
 HERE = Path(__file__).resolve().parent
 WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -156,7 +155,8 @@ def recognise(wav, sample_rate):
 
 def word_errors(ref, hyp):
     """Fewest words to substitute, insert and delete that turn `hyp` into `ref`, two strings of words (Levenshtein)."""
-    ref, hyp = ref.split(), hyp.split()
+    ref = ref.split()
+    hyp = hyp.split()
     row = list(range(len(hyp) + 1))  # errors between the words of ref so far and each beginning of hyp
     for i, word in enumerate(ref, 1):
         diagonal, row[0] = row[0], i
@@ -253,7 +253,8 @@ def read_rows(path):
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                values, row["place"] = row["values"], (row["benchmark"], row["date"], describe(row["machine"]))
+                values = row["values"]
+                row["place"] = (row["benchmark"], row["date"], describe(row["machine"]))
                 rows[row["place"], tuple(values), values.get("case"), values.get("way")] = row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}, is not a row of results ({error!r:.60})") from None
@@ -323,7 +324,8 @@ def differences(numbers, expected, dtype):
     the largest one as a share of the largest value, for codes the share of unequal ones."""
     found = {}
     for name, right in expected.items():
-        a, b = np.asarray(numbers.get(name, []), np.float64), np.asarray(right, np.float64)
+        a = np.asarray(numbers.get(name, []), np.float64)
+        b = np.asarray(right, np.float64)
         n = min(len(a), len(b))
         if n < 0.95 * len(b):
             off = math.inf
@@ -462,7 +464,8 @@ def bench_data(cfg):
 def new_strings(rows, speaker, n, seed):
     """n different strings of 3 to 6 digits that no recording of the speaker in `rows` reads."""
     rng = random.Random(f"{seed} {speaker}")
-    known, found = {text for _, text, voice in rows if voice == speaker}, []
+    known = {text for _, text, voice in rows if voice == speaker}
+    found = []
     while len(found) < n:
         text = " ".join(rng.choices(WORDS, k=3 + len(found) % 4))
         if text not in known:
@@ -474,7 +477,7 @@ def new_strings(rows, speaker, n, seed):
 def texts_to_speak(cfg):
     """[(speaker, text), ...]: new strings for each voice, or the held-out ones. Raises ValueError for no such voice."""
     rows = read_raw(cfg.raw, every=cfg.strings > 0)
-    wanted = chosen(cfg.speaker, dict.fromkeys(voice for _, _, voice in rows), "speaker")
+    wanted = chosen(cfg.voices, dict.fromkeys(voice for _, _, voice in rows), "voices")
     if not cfg.strings:
         return [(voice, text) for _, text, voice in rows if voice in wanted]
     return [(voice, text) for voice in wanted for text in new_strings(rows, voice, cfg.strings, cfg.seed)]
@@ -485,7 +488,8 @@ voice_of = lru_cache(maxsize=1)(Voice.from_checkpoint)  # once in each process
 
 def speak_and_listen(cfg, ckpt, utterance):
     """(speaker, text) -> (speaker, text, recognised), whether it ended by itself, seconds of work, seconds of audio."""
-    voice, (speaker, text) = voice_of(ckpt), utterance
+    voice = voice_of(ckpt)
+    (speaker, text) = utterance
     start = time.perf_counter()
     wav = voice.say(text, speaker=speaker, seed=cfg.seed, temperature=cfg.temperature)
     took = time.perf_counter() - start
@@ -499,7 +503,8 @@ def bench_sample(cfg):
     Strings go to as many processes as there are cores, each with one thread. What a model says depends on its text and
     seed alone, so the numbers are those of one process.
     """
-    texts, workers = texts_to_speak(cfg), 1 if torch.cuda.is_available() else os.cpu_count()
+    texts = texts_to_speak(cfg)
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
     for ckpt in cfg.ckpt.split(","):
         voice = voice_of(ckpt)  # here too, so that what is wrong with it is one line
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -591,7 +596,8 @@ def three_products(hidden, weight, device):
     h, w = pairs[0]
     columns = w.shape[-2]  # of rows that begin at multiples of 64, as caches and tensor cores like it
     x = torch.empty(*h.shape[:-1], math.ceil(columns / 64) * 64, dtype=h.dtype, device=device)[..., :columns]
-    dh, dw = torch.empty_like(h), torch.empty_like(w)
+    dh = torch.empty_like(h)
+    dw = torch.empty_like(w)
 
     def products():
         for h, w in pairs:
@@ -604,8 +610,10 @@ def three_products(hidden, weight, device):
 
 def loss_job(job):
     """Numbers, seconds and memory of one way; way = "reference": the eager loss in float64."""
-    way, device = job["way"], job["device"]
-    reference, dtype = way == "reference", DTYPES[job["dtype"]]
+    way = job["way"]
+    device = job["device"]
+    reference = way == "reference"
+    dtype = DTYPES[job["dtype"]]
     inputs, logits = loss_bytes(job)
     check_room(2 * inputs + {"eager": 3, "compiled": 2}.get(way, 0) * logits, device)
     hidden, weight, target = loss_inputs(job, torch.float64 if reference else dtype)
@@ -633,7 +641,8 @@ def loss_job(job):
 
 def bench_loss(cfg):
     """The loss of K heads: ours, peers', and the floor below all of them."""
-    sizes, dtypes = chosen(cfg.sizes, LOSS_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
+    sizes = chosen(cfg.sizes, LOSS_SIZES, "sizes")
+    dtypes = chosen(cfg.dtypes, DTYPES, "dtypes")
     ways = {**chosen(cfg.ways, dict.fromkeys(LOSSES), "ways"), "floor": None}
     for size, dtype in product(sizes, dtypes):
         job = new_job("loss", f"{size}, {dtype}", dtype, cfg.repeats, **sizes[size])
@@ -675,7 +684,8 @@ def csm_of(job):
 
 def csm_batch(c, job, seed):
     """tokens (B, S, K + 1), segment (B, S) as `Batches` gives them."""
-    rng, rows = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    rows = []
     for _ in range(job["utterances"]):
         text = rng.integers(0, c.text_vocab_size, job["text_rows"])
         rows.append(c.layout(text, rng.integers(1, c.codebook_size, (job["frames"] - 1, c.n_codebooks))))
@@ -712,12 +722,17 @@ def transformers_csm(ours):
 
 def train_job(job):
     """Numbers of one pass, or seconds of steps and the peak of the process, of one way in STEPS."""
-    device, way = job["device"], job["way"]
+    device = job["device"]
+    way = job["way"]
     with torch.device("meta"):  # weights, gradients, two means of AdamW, and a quarter more
         check_room(20 * sum(p.numel() for p in csm_of(job).parameters()), device)
     torch.manual_seed(0)
     ours = csm_of(job)
-    model, prepare, loss = ours, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
+    model = ours
+    def prepare(*batch):
+        return batch
+    def loss(net, *batch):
+        return net(*batch)[0]
     if way.startswith("transformers"):
         model, prepare, loss = transformers_csm(ours)
     model.to(device).train()
@@ -754,8 +769,10 @@ def make_optimizer(model, way, device):
 
 def bench_train(cfg):
     """A step that trains a CSM: forward, backward, AdamW."""
-    sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
-    fractions, ways = chosen(cfg.fractions, FRACTIONS, "fractions"), chosen(cfg.ways, STEPS, "ways")
+    sizes = chosen(cfg.sizes, TRAIN_SIZES, "sizes")
+    dtypes = chosen(cfg.dtypes, DTYPES, "dtypes")
+    fractions = chosen(cfg.fractions, FRACTIONS, "fractions")
+    ways = chosen(cfg.ways, STEPS, "ways")
     if not cfg.ways and pick_device("auto") == "cpu":
         ways = [way for way in ways if "compiled" not in way]
     for size, dtype, fraction, B in product(sizes, dtypes, fractions, map(int, cfg.batches.split(","))):
@@ -838,7 +855,10 @@ def moshi_codec(job):
 
         return run
 
-    encode, decode = (lambda wav: model.encode(wav[:, None])), (lambda codes: model.decode(codes)[:, 0])
+    def encode(wav):
+        return model.encode(wav[:, None])
+    def decode(codes):
+        return model.decode(codes)[:, 0]
     return model, encode, decode, stream(encode), stream(decode)
 
 
@@ -848,7 +868,9 @@ def codec_job(job):
     torch.manual_seed(0)
     way = {"ours": our_codec, "transformers": transformers_codec, "moshi": moshi_codec}[job["way"]]
     model, encode, decode, stream_in, stream_out = way(job)
-    device, rng, size = job["device"], np.random.default_rng(0), job["samples_per_frame"]
+    device = job["device"]
+    rng = np.random.default_rng(0)
+    size = job["samples_per_frame"]
     frames, few = (round(seconds * job["frame_rate"]) for seconds in (job["seconds"], STREAMED))
     model.to(device)
     wav = torch.from_numpy(0.1 * rng.standard_normal((1, frames * size), np.float32)).to(device)
@@ -881,7 +903,8 @@ def bench_codec(cfg):
         for way, answer in compare(cfg, job, {"seconds": STREAMED}, ways, "ours").items():
             values = {"case": job["case"], "way": way}
             for column in COLUMNS:
-                audio, took = STREAMED if "stream" in column else length, answer["seconds"].get(column)
+                audio = STREAMED if "stream" in column else length
+                took = answer["seconds"].get(column)
                 values[f"{column}, x real time"] = audio / statistics.median(took) if took else "none"
             values |= {"peak GB": in_units(answer, 1e9), "differs by": answer["differs"]}
             record(cfg, values, job["device"], answer.get("versions"))
@@ -889,7 +912,8 @@ def bench_codec(cfg):
 
 def bench_mel(cfg):
     """mel at some frame rates: word errors of held-out digits through it."""
-    rows, every = read_raw(cfg.raw), read_raw(cfg.raw, every=True)
+    rows = read_raw(cfg.raw)
+    every = read_raw(cfg.raw, every=True)
     training = sorted({path for path, _, _ in every} - {path for path, _, _ in rows})
     training = [training[i] for i in np.random.default_rng(0).permutation(len(training))[:800]]
     training = [codecs.read_audio(path, RATE) for path in training]
@@ -897,7 +921,9 @@ def bench_mel(cfg):
     wavs = [codecs.read_audio(path, RATE) for path, _, _ in rows]
     length = sum(map(len, wavs)) / RATE
     for frame_rate in (10, 12.5, 16, 20):
-        codec, codes, out = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training), [], []
+        codec = codecs.load_codec("mel", sample_rate=RATE, frame_rate=frame_rate).fit(training)
+        codes = []
+        out = []
         into = timed(lambda: codes.extend(codec.encode(wav[None]) for wav in wavs), "cpu")  # noqa: B023
         back = timed(lambda: out.extend(codec.decode(c)[0] for c in codes), "cpu")  # noqa: B023
         results = [("", row[1], recognise(o[: len(w)], RATE)) for row, o, w in zip(rows, out, wavs, strict=True)]

@@ -55,8 +55,7 @@ out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; 
 speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
 reference = ""  # recording of a voice to clone
 reference_text = ""  # its transcript, word for word; XTTS and VALL-E need none
-temperature: "float | None >= 0" = None  # 0: always the likeliest code; None, here and below: that of the training
-# run, which is that of the family's authors unless its recipe says otherwise
+temperature: "float | None >= 0" = None  # 0: likeliest code; None, here and below: as in training, or the family's
 top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
 repetition_penalty: "float | None > 0" = None  # kani, xtts: makes codes spoken before less likely; 1: off
@@ -84,23 +83,31 @@ class Voice:
     """
 
     def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None):
-        self.model, self.codec, self.tokenizer, self.meta = model, codec, tokenizer, meta
-        self.references, self.timbres = references, timbres
+        self.model = model
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self.meta = meta
+        self.references = references
+        self.timbres = timbres
         self.vocoder = getattr(model, "vocoder", False) and hasattr(codec, "vocode")
         self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         trained_with = {key: value for key, value in (config or {}).items() if value is not None}
         self.draw = {key: trained_with.get(key, usual) for key, usual in model.draw.items()}
         self.prompted = trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
         self.device = next(model.parameters()).device
-        self.stopped, self.timbre, self.adapted = None, None, {}
+        self.stopped = None
+        self.timbre = None
+        self.adapted = {}
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
         """The voice of a checkpoint, after its contract check, whose result is `report`. changes: fields of the model's
         config to set, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
         check_settings(dtype=dtype)
-        device, checkpoint = pick_device(device), load_checkpoint(path, needed=WHOLE)
-        pack, meta = checkpoint["codec"], checkpoint["meta"]
+        device = pick_device(device)
+        checkpoint = load_checkpoint(path, needed=WHOLE)
+        pack = checkpoint["codec"]
+        meta = checkpoint["meta"]
         try:
             need(meta, MODEL_META, "meta")
             need(checkpoint["config"], {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")}, "config")
@@ -129,7 +136,8 @@ class Voice:
 
     def check_parts(self):
         """Raise ValueError where model, codec, tokenizer and the speakers' voices do not belong together."""
-        c, speakers = self.model.config, len(self.meta["speakers"])
+        c = self.model.config
+        speakers = len(self.meta["speakers"])
         if (self.codec.n_codebooks, self.codec.codebook_size) != (c.n_codebooks, c.codebook_size):
             raise ValueError(f"the model speaks in {c.n_codebooks} codebooks of {c.codebook_size}, its codec in "
                              f"{self.codec.n_codebooks} of {self.codec.codebook_size}")  # fmt: skip
@@ -149,7 +157,8 @@ class Voice:
         Each file is read once; switching back costs nothing. Raises ValueError or FileNotFoundError.
         """
         if path not in self.adapted:
-            checkpoint, name = load_checkpoint(path), f"adapter-{len(self.adapted)}"
+            checkpoint = load_checkpoint(path)
+            name = f"adapter-{len(self.adapted)}"
             if not checkpoint["base"]:
                 raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
             try:
@@ -162,7 +171,8 @@ class Voice:
     def text_ids(self, text, speaker=""):
         """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty or has characters
         the tokenizer lacks, and for an unknown speaker."""
-        words, speakers = normalise(text, self.meta["lowercase"]), self.meta["speakers"]
+        words = normalise(text, self.meta["lowercase"])
+        speakers = self.meta["speakers"]
         if not words:
             raise ValueError("the text is empty")
         if speaker and speaker not in speakers:
@@ -223,7 +233,8 @@ class Voice:
     def cap(self, ids, cap_seconds=0.0):
         """The largest number of frames of an utterance: `cap_seconds`, or 1 s plus three times the mean duration of so
         many text ids in the training data."""
-        train, rate = self.meta["splits"]["train"], self.codec.frame_rate
+        train = self.meta["splits"]["train"]
+        rate = self.codec.frame_rate
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
     def frames(self, text, speaker="", reference=None, reference_text="", temperature=None, top_k=None,
@@ -238,10 +249,13 @@ class Voice:
         given = dict(zip(DRAWS, (temperature, top_k, top_p, repetition_penalty), strict=True))
         draw = {key: self.draw[key] if value is None else value for key, value in given.items()}
         check_settings(**draw, cap_seconds=cap_seconds)
-        ids, prompt = self.text_ids(text, speaker), self.prompt(reference, reference_text, speaker)
+        ids = self.text_ids(text, speaker)
+        prompt = self.prompt(reference, reference_text, speaker)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
-        training, self.stopped, self.timbre = self.model.training, None, prompt.pop("timbre", None)
+        training = self.model.training
+        self.stopped = None
+        self.timbre = prompt.pop("timbre", None)
         self.model.eval()
         latest = []  # the logits of the last draw
 
@@ -252,7 +266,8 @@ class Voice:
             return draw_code(logits, seen)
 
         try:
-            draw_code, cap = sampler(**draw, generator=generator), self.cap(ids, cap_seconds)
+            draw_code = sampler(**draw, generator=generator)
+            cap = self.cap(ids, cap_seconds)
             self.stopped = yield from self.model.generate(ids, max_frames=cap, choose=choose, **prompt)
             if latest:
                 need_logits(latest[0])
@@ -289,16 +304,26 @@ class Voice:
         Verhelst and Roelands 1993) and is faded in over 10 ms.
         """
         if getattr(self.codec, "streams", False) and not self.vocoder:
-            frames, size = iter(frames), max(1, round(0.08 * self.codec.frame_rate))
+            frames = iter(frames)
+            size = max(1, round(0.08 * self.codec.frame_rate))
             blocks = iter(lambda: list(itertools.islice(frames, size)), [])
             codes = (torch.stack(block, 1)[None].to(self.device) for block in blocks)
             yield from (wav[0].float().cpu() for wav in self.codec.decode_stream(codes))
             return
-        rate, frame_rate = self.sample_rate, self.codec.frame_rate
+        rate = self.sample_rate
+        frame_rate = self.codec.frame_rate
         block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
-        size, reach, fade = rate / frame_rate, rate // 200, rate // 100  # in samples: a frame, 5 ms, 10 ms
-        up, slides = torch.linspace(0, 1, fade), torch.arange(-reach, reach + 1)
-        frames, seen, done, tail, ended = iter(frames), [], 0, None, False
+        # in samples: a frame, 5 ms, 10 ms
+        size = rate / frame_rate
+        reach = rate // 200
+        fade = rate // 100
+        up = torch.linspace(0, 1, fade)
+        slides = torch.arange(-reach, reach + 1)
+        frames = iter(frames)
+        seen = []
+        done = 0
+        tail = None
+        ended = False
         while not ended:
             seen += itertools.islice(frames, done + block + ahead - len(seen))
             ended = len(seen) < done + block + ahead
@@ -313,7 +338,8 @@ class Voice:
                 wav[at : at + fade] = up * wav[at : at + fade] + (1 - up) * tail
             stop = at + round(end * size) - round(done * size)
             yield wav[at:stop]
-            tail, done = wav[stop : stop + fade], end
+            tail = wav[stop : stop + fade]
+            done = end
 
 
 DIVERGED = "the model's logits are not finite: its training run diverged, or dtype is too narrow for its weights"
@@ -351,7 +377,8 @@ def slow_type(device, dtype):
         return ""
 
     def seconds(kind):
-        x, took = torch.ones(256, 1024, dtype=kind), []
+        x = torch.ones(256, 1024, dtype=kind)
+        took = []
         for _ in range(3):
             start = time.perf_counter()
             torch.nn.functional.linear(x, x)
@@ -421,7 +448,10 @@ def pcm(wav):
 def speak(voice, line, path, stream, **how):
     """Speak one line into `path`; `how`: the settings of Voice.frames. Returns a line about it for the terminal, the
     seconds it took, and its seconds of audio."""
-    frames, samples, first, start = [], 0, 0.0, time.perf_counter()
+    frames = []
+    samples = 0
+    first = 0.0
+    start = time.perf_counter()
 
     def counted():
         for frame in voice.frames(line, **how):
@@ -433,7 +463,8 @@ def speak(voice, line, path, stream, **how):
             first = first or time.perf_counter() - start
             samples += len(piece)
             write(piece)
-    took, seconds = time.perf_counter() - start, samples / voice.sample_rate
+    took = time.perf_counter() - start
+    seconds = samples / voice.sample_rate
     message = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
     if not frames:
         message += "; warning: the model stopped at once"
@@ -477,14 +508,18 @@ def read_out(cfg, path, lines, out_dir):
     voice, reference, prompt = get_ready(cfg, path, lines, out_dir)
     how = {key: getattr(cfg, key) for key in HOW}
     how.update(reference=reference, reference_text=cfg.reference_text)
-    difference, ln_v = voice.report["max_difference"], voice.report["ln_v"]
+    difference = voice.report["max_difference"]
+    ln_v = voice.report["ln_v"]
     shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
           f"shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}", file=messages)  # fmt: skip
     if "prompt" in prompt and not voice.prompted:
         print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
               file=messages)  # fmt: skip
-    ended, took, seconds, spoken = 0, 0.0, 0.0, []
+    ended = 0
+    took = 0.0
+    seconds = 0.0
+    spoken = []
     for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):
         target = "-" if piped else os.path.join(out_dir, f"{i:03d}.wav")
         message, *times = speak(voice, line, target, cfg.stream or piped, **how)
@@ -530,7 +565,8 @@ def idle_keys(cfg, voice):
 
 
 def main(cfg):
-    lines, paths = read_lines(cfg.text, cfg.file), find_checkpoints(cfg.ckpt, cfg.out_dir)
+    lines = read_lines(cfg.text, cfg.file)
+    paths = find_checkpoints(cfg.ckpt, cfg.out_dir)
     if len(paths) == 1:
         read_out(cfg, paths[0], lines, cfg.out_dir)
         return
@@ -546,7 +582,8 @@ def main(cfg):
         get_ready(cfg, path, lines, Path(cfg.out_dir) / name)
     columns = [read_out(cfg, path, lines, Path(cfg.out_dir) / name) for path, name in zip(paths, names, strict=True)]
     columns = [[step, loss, *rest] for loss, (step, *rest) in zip(losses, columns, strict=True)]
-    page, first = os.path.join(cfg.out_dir, "index.html"), ["step", "lowest held-out loss", "ended", "real-time factor"]
+    page = os.path.join(cfg.out_dir, "index.html")
+    first = ["step", "lowest held-out loss", "ended", "real-time factor"]
     about = f"The same {len(lines)} lines, spoken by {', '.join(paths)}."
     write_page(page, "Side by side", about, ["", *names], zip([*first, *lines], *columns, strict=True))
     print(f"{page}: to listen to them")

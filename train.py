@@ -189,7 +189,10 @@ class Run:
     """What a run holds between two steps: data, model, optimizer, position, stats; and its folder out_dir."""
 
     def __init__(self, cfg, rank, world, device):
-        self.cfg, self.rank, self.world, self.device = cfg, rank, world, device
+        self.cfg = cfg
+        self.rank = rank
+        self.world = world
+        self.device = device
         self.files, self.val_files = (TokenFiles(cfg.data_dir, split) for split in ("train", "val"))
         self.meta = meta = self.files.meta
         self.data = fingerprint(cfg.data_dir)
@@ -210,7 +213,8 @@ class Run:
         if not resume:
             check_out_dir(cfg.out_dir, self.base, cfg.overwrite)
 
-        self.model, self.codec = model.to(device), codec.to(device)
+        self.model = model.to(device)
+        self.codec = codec.to(device)
         self.average = Average(model, cfg.ema) if cfg.ema else None
         self.spoken = self.average.model if cfg.ema else model  # the weights that are evaluated and speak
         self.optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16", world)
@@ -218,7 +222,9 @@ class Run:
         self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         self.window = Window(device)
         self.step = self.first_step = 0
-        self.best, self.history, self.seconds = math.inf, [], 0.0
+        self.best = math.inf
+        self.history = []
+        self.seconds = 0.0
         self.set_voice()
         if resume:
             self.go_on(checkpoint)
@@ -249,10 +255,14 @@ class Run:
 
     def go_on(self, checkpoint):
         """Continue where the checkpoint stopped."""
-        cfg, state, self.step = self.cfg, checkpoint["train"], checkpoint["iter"]
+        cfg = self.cfg
+        state = checkpoint["train"]
+        self.step = checkpoint["iter"]
         self.first_step = self.step
         self.optimizer.load_state_dict(state, checkpoint.path)
-        self.best, self.history, self.seconds = state["best"], state["history"], state["seconds"]
+        self.best = state["best"]
+        self.history = state["history"]
+        self.seconds = state["seconds"]
         if state.get("data", self.data) == self.data:
             self.batches.restore(state["batches"])
         self.window.totals = {k: pair.to(self.device) * (self.rank == 0) for k, pair in state["window"].items()}
@@ -262,7 +272,8 @@ class Run:
         self.say(f"resuming {cfg.out_dir} at iter {self.step}{what_changed(cfg, checkpoint['config'], self.step)}")
         for line in forgotten(cfg, checkpoint, self.model, self.data):
             self.say(f"{line}: the best loss so far is forgotten, the next evaluation writes best.pt")
-            self.best, self.history = math.inf, []
+            self.best = math.inf
+            self.history = []
         if self.step >= cfg.max_iters:
             self.say(f"nothing left to do: max_iters = {cfg.max_iters} is reached")
         old = checkpoint["config"]
@@ -319,7 +330,8 @@ class Run:
     def log(self, evaluating):
         """Write a line of metrics.jsonl; if `evaluating`, also evaluate, save and speak. Waits for the device."""
         cfg = self.cfg
-        totals, self.window = self.window.collect(self.world), Window(self.device)
+        totals = self.window.collect(self.world)
+        self.window = Window(self.device)
         if int(self.optimizer.in_a_row) >= cfg.max_skipped:
             raise ValueError(f"{int(self.optimizer.in_a_row)} steps in a row up to iter {self.step} had a non-finite "
                              "loss or gradient: the last good checkpoint stays; lower learning_rate")  # fmt: skip
@@ -341,7 +353,8 @@ class Run:
             logger(line)
         if evaluating:
             self.keep(line)
-        self.seconds, self.clock = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        self.clock = time.perf_counter()
 
     def keep(self, line):
         """After an evaluation: write last.pt, best.pt if it is the best, and ckpt_{iter}.pt; draw and speak."""
@@ -376,7 +389,8 @@ class Run:
             "history": self.history, "window": totals, "seconds": self.elapsed(),
         }  # fmt: skip
         weights = lora.adapter_state if cfg.lora_rank else torch.nn.Module.state_dict
-        references, timbres = self.voice.references, self.voice.timbres
+        references = self.voice.references
+        timbres = self.voice.timbres
         checkpoint = {
             "arch": cfg.arch, "model_config": asdict(self.model.config), "config": vars(cfg), "iter": self.step,
             "meta": self.meta, "model": weights(self.model), "ema": weights(self.spoken) if self.average else None,
@@ -393,7 +407,9 @@ class Run:
 
         missing: only those whose file does not exist. A text that cannot be spoken is reported; training goes on.
         """
-        cfg, voice, meta = self.cfg, self.voice, self.meta
+        cfg = self.cfg
+        voice = self.voice
+        meta = self.meta
         files = self.val_files if self.val else self.files
         count = min(cfg.eval_samples, len(files))
         for n in range(count):
@@ -430,7 +446,9 @@ class Run:
 
 def train(run, received):
     """The loop. `received`: a list to which signals are added. Returns the signal that ended the run, or 0."""
-    cfg, model, optimizer = run.cfg, run.model, run.optimizer
+    cfg = run.cfg
+    model = run.model
+    optimizer = run.optimizer
     net = torch.compile(model, dynamic=True) if cfg.compile else model
     if run.world > 1:
         net = DistributedDataParallel(net)
@@ -493,7 +511,8 @@ def make_batches(cfg, model, files, val_files, rank=0, world=1):
 def forgotten(cfg, checkpoint, model, data):
     """Why a resumed run forgets its best loss, one line for each reason. data: the fingerprint of the data."""
     old = checkpoint["config"]
-    before, now = checkpoint["model_config"], asdict(model.config)
+    before = checkpoint["model_config"]
+    now = asdict(model.config)
     lines = []
     if checkpoint["train"].get("data", data) != data:  # older checkpoints have no fingerprint
         lines.append(f"{cfg.data_dir} has other utterances than before, which are read from the first epoch on")
@@ -508,7 +527,8 @@ def forgotten(cfg, checkpoint, model, data):
 def what_changed(cfg, old, step):
     """The keys that a resumed run changes, and the jump of its learning rate, as the end of a sentence."""
     changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k) != v]
-    before, now = get_lr(step, SimpleNamespace(**{**vars(cfg), **old})), get_lr(step, cfg)
+    before = get_lr(step, SimpleNamespace(**{**vars(cfg), **old}))
+    now = get_lr(step, cfg)
     if step < cfg.max_iters and not math.isclose(before, now, rel_tol=0.01):
         changed.append(f"so that the learning rate goes on at {now:.2g} instead of {before:.2g}")
     return f", changed: {', '.join(changed)}" if changed else ""

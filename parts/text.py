@@ -11,6 +11,8 @@ import string
 import unicodedata
 from functools import lru_cache
 
+import sentencepiece
+
 
 def normalise(text, lowercase=False):
     """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request. The halves
@@ -79,8 +81,6 @@ class SentencePiece(Tokenizer):
     file = "tokenizer.model"
 
     def __init__(self, model):
-        import sentencepiece
-
         self.model = model
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -163,8 +163,6 @@ def train_tokenizer(texts, vocab_size, symbols=()):
     symbols: strings that always stay one token, such as speaker tags. The model has fewer pieces than vocab_size where
     the texts support no more. Raises ValueError where vocab_size is too small for the bytes and characters.
     """
-    import sentencepiece
-
     symbols = [s.replace(" ", "\u2581") for s in symbols]  # sentencepiece's own mark for a space
 
     def train(size):

@@ -333,8 +333,8 @@ def test_models_speak_in_several_processes_as_in_one(tmp_path, measure, monkeypa
     assert found[0] == found[1]
     assert list(found[0])[2:] == ["a, word errors %", "b, word errors %", "mean %", "ended"]
     assert found[0]["mean %"] == (found[0]["a, word errors %"] + found[0]["b, word errors %"]) / 2
-    with pytest.raises(ValueError, match="speaker = 'c': choose from a, b"):
-        measure("sample", *flags, "--speaker=c")
+    with pytest.raises(ValueError, match="voices = 'c': choose from a, b"):
+        measure("sample", *flags, "--voices=c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ MOST_PAIRS = 0.02  # share of the statements of a file that may be `a, b = x, y`
 # options that stand in two places on purpose: {name: why}
 DECLARED_TWICE = {
     "out_dir": "train.py's holds a run, sample.py's recordings, weights.py's an export",
+    "ckpt": "bench.py measures several, sample.py speaks with several, weights.py exports one",
     "overwrite": "prepare.py replaces a token folder unless told otherwise, train.py never a run",
 }
 OPTIONAL = {"torch.utils.tensorboard"}  # of required packages, what needs another package

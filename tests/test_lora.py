@@ -501,7 +501,7 @@ def test_refused_adapters():
     refused(lambda: load_adapter(own, {"weights": {}, "rank": 2}), "lacks alpha, dropout, rs, base")
     weights = state["weights"]
     a = weights["two.lora_a"]
-    for bad, word in (({**weights, "two.lora_a": a[:1]}, "two.lora_a has shape"), ({}, "no linear layer"),
+    for bad, word in (({**weights, "two.lora_a": a[:1]}, "two.lora_a has shape"), ({}, "lora_targets is empty"),
                       ({**weights, "two.lora_c": a}, "holds two.lora_c"), ({"two.lora_a": a}, "lacks two.lora_b"),
                       ({**weights, "two.lora_a": a * math.nan}, "two.lora_a holds NaN"),
                       ({**weights, "two.lora_a": a.long()}, "two.lora_a is int64, not float32"),
