@@ -14,3 +14,4 @@ eval_interval = 10
 eval_samples = 1
 log_interval = 1
 temperature = 0.0
+device = "cpu"
