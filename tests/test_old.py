@@ -27,6 +27,15 @@ OLD = Path(__file__).parent / "old"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
 ARRAYS = np.load(OLD / "expected.npz")
 OTHER_RECIPES = [name for name in EXPECTED["recipes"] if name != "digits"]
+# the recipes name these sizes as presets that are gone
+LLAMA = dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0)
+DEPTH = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0)
+LFM2 = {**LLAMA, "n_layer": 5, "layers": "cacaa", "rope_theta": 1_000_000.0, "qk_norm": True}
+GPT2 = {**LLAMA, "d_ff": 512, "rope_theta": 0.0, "feed_forward": "gelu", "bias": True}
+VALLE = {**LLAMA, "feed_forward": "geglu", "final_norm": False, "norm_eps": 1e-6}
+SIZES = {"digits": [f"--backbone={LLAMA}", f"--decoder={DEPTH}"], "digits_kani": [f"--backbone={LFM2}"],
+         "digits_valle_ar": [f"--backbone={VALLE}"], "digits_valle_nar": [f"--backbone={VALLE}"],
+         "digits_xtts": [f"--backbone={GPT2}"]}  # fmt: skip
 TEXT = "three one four"
 
 
@@ -116,5 +125,5 @@ def test_a_run_of_older_code_is_repeated_and_goes_on(folder, name):
 @pytest.mark.parametrize("name", ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_RECIPES)])
 def test_an_older_recipe_for_digits_learns_as_it_did(folder, name):
     found = EXPECTED["recipes"][name]
-    lines = run("out", f"recipes/{name}.py", *found["flags"], f"--data_dir={found['tokens']}")
+    lines = run("out", f"recipes/{name}.py", *found["flags"], *SIZES[name], f"--data_dir={found['tokens']}")
     same_lines(lines, found["lines"])
