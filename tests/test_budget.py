@@ -121,5 +121,5 @@ def test_a_token_folder_is_counted(dry, tokens):
 
 
 def test_refused(dry):
-    with pytest.raises(ValueError, match="^--arch: arch = 'none' must be csm, kani"):
+    with pytest.raises(ValueError, match="^unknown arch 'none'; choose from csm, kani"):
         dry("digits.py", "--arch=none")
