@@ -234,7 +234,8 @@ class _InChunks(torch.autograd.Function):
         inputs, parameters = tensors[:n], tensors[n:]
         wanted = ctx.needs_input_grad[3:]
         sums = [torch.zeros_like(p) for p in parameters]
-        totals, by_chunk = 0, []
+        totals = []
+        by_chunk = []
         device = inputs[0].device.type if inputs[0].device.type != "meta" else "cpu"  # autocast knows no meta
 
         def add(grad, to):
@@ -494,6 +495,12 @@ class FamilyConfig:
     def n_marks(self):
         return (self.text_bos >= 0) + (self.text_eos >= 0)
 
+    def stop_frame(self):
+        """Class `codebook_size`, which is no code, in codebook 0: no speech looks like the end."""
+        frame = np.zeros(self.n_codebooks, np.int64)
+        frame[0] = self.codebook_size
+        return frame
+
     def marked(self, text):
         """Text ids (n,) with the marks around them (n + n_marks,)."""
         marks = [[mark] if mark >= 0 else [] for mark in (self.text_bos, self.text_eos)]
@@ -551,8 +558,10 @@ class Family(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # of the config, not of the model: worker processes get a copy of what they call
-        self.layout, self.length = config.layout, config.length
+        # methods of the config, not of the model: data.py sends them to worker processes
+        self.layout = config.layout
+        self.length = config.length
+        self.stop_frame = config.stop_frame
 
     @property
     def device(self):
@@ -562,18 +571,6 @@ class Family(nn.Module):
     def max_rows(self):
         """The most rows that an utterance may have."""
         return self.config.backbone.max_positions
-
-    def stop_frame(self):
-        return self.config.stop_frame()
-
-    def forward(self, tokens, segment):
-        raise NotImplementedError
-
-    def teacher_forced_logits(self, text, codes):
-        raise NotImplementedError
-
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
-        raise NotImplementedError
 
     def small_set_freeze(self, utterances):
         """Patterns for `freeze`: parameters to leave alone where a trained model continues on so few utterances."""
@@ -602,6 +599,16 @@ class Family(nn.Module):
             return x
         blank = spoken & (torch.rand(spoken.shape, device=spoken.device) < self.config.frame_dropout)
         return x.masked_fill(self.to_device(blank)[..., None], 0)
+
+    def stats(self, loss, n, losses, correct, counts):
+        """The stats of all families. loss: mean over n frames; sums of losses, numbers ranked first and numbers of
+        targets by codebook (K,)."""
+        return {
+            "loss": (loss.detach() * n, n),
+            "c0_accuracy": (correct[0], counts[0]),
+            "loss_by_codebook": (losses.detach(), counts),
+            "accuracy_by_codebook": (correct, counts),
+        }
 
     def frames_left(self, taken, max_frames, rows_per_frame=1):
         """How many frames fit behind `taken` rows, at most max_frames. Raises ValueError where none fits."""
@@ -642,13 +649,8 @@ class CSMConfig(FamilyConfig):
         return self.codebook_size + self.SPARE
 
     def stop_frame(self):
-        """K zeros, or with stop = "class" class `codebook_size` in codebook 0.
-
-        That class is a spare one, so no speech looks like the end. The released weights end with zeros.
-        """
-        frame = np.zeros(self.n_codebooks, np.int64)
-        frame[0] = self.codebook_size if self.stop == "class" else 0
-        return frame
+        """See FamilyConfig. The released weights end with K zeros (stop = "zeros"), which speech may contain."""
+        return super().stop_frame() if self.stop == "class" else np.zeros(self.n_codebooks, np.int64)
 
     def layout(self, text, codes=None, prompt=None):
         """See Family. tokens (S, K + 1): a row holds a text id in its last column, or a frame in the others.
@@ -656,7 +658,8 @@ class CSMConfig(FamilyConfig):
         The text stands between its marks, and a stop frame follows the frames, in the prompt too.
         """
         K = self.n_codebooks
-        blocks, segments = [], []
+        blocks = []
+        segments = []
         for kind, part in in_order(text, codes, prompt):
             ids = self.marked(part) if kind == TEXT else np.concatenate([part, self.stop_frame()[None]])
             block = np.zeros((len(ids), K + 1), np.int64)
@@ -700,7 +703,8 @@ class CSM(Family):
         Also frames (F,), the flat numbers of the rows that hold a frame, and codes (F, K, D), the embeddings of their
         codes. Backbone and depth decoder share this look-up, so that the table gets one gradient.
         """
-        K, kind = self.config.n_codebooks, segment.flatten()
+        K = self.config.n_codebooks
+        kind = segment.flatten()
         text = (kind == TEXT).nonzero()[:, 0]
         frames = (kind >= PROMPT).nonzero()[:, 0]
         ids, text_rows, frame_rows = map(self.to_device, (tokens.flatten(0, 1), text, frames))
@@ -728,7 +732,8 @@ class CSM(Family):
         """See Family. Codebook 0 is predicted at every frame, the others at a random `decoder_fraction` of the frames
         (in eval mode at all) and at every stop frame, `decoder_chunk` frames at a time.
         """
-        c, K, S = self.config, self.config.n_codebooks, segment.shape[1]
+        c = self.config
+        K, S = c.n_codebooks, segment.shape[1]
         x, frames, codes = self.look_up(tokens, segment)
         spoken = segment == AUDIO
         hidden = self.backbone(self.blanked(x, spoken))
@@ -762,14 +767,9 @@ class CSM(Family):
         with torch.no_grad():
             counts = torch.full((K,), m, device=self.device)
             counts[0] = n
-            stats = {
-                "loss": (loss.detach() * n, n),
-                "backbone_loss": (loss0[0] * n, n),
-                "decoder_loss": (decoder_loss * m, m),
-                "c0_accuracy": (correct0[0], n),
-                "loss_by_codebook": (torch.cat([loss0, losses]).detach() * counts, counts),
-                "accuracy_by_codebook": (torch.cat([correct0, correct]), counts),
-            }
+            stats = self.stats(loss, n, torch.cat([loss0, losses]) * counts, torch.cat([correct0, correct]), counts)
+            stats["backbone_loss"] = (loss0[0] * n, n)
+            stats["decoder_loss"] = (decoder_loss * m, m)
             if not self.training:
                 ends = state[self.to_device(stopping)]
                 missed = (ends @ self.codebook0_head.T).argmax(-1) != c.stop_frame()[0]
@@ -858,12 +858,6 @@ class KaniConfig(FamilyConfig):
         if self.vocab_size < tokens:
             raise ValueError(f"vocab_size = {self.vocab_size}: text, special tokens and codes need {tokens}")
 
-    def stop_frame(self):
-        """Class `codebook_size`, end of speech, in codebook 0."""
-        frame = np.zeros(self.n_codebooks, np.int64)
-        frame[0] = self.codebook_size
-        return frame
-
     def layout(self, text, codes=None, prompt=None, every=False):
         """See Family. tokens (S, 1): a row is one token.
 
@@ -875,7 +869,8 @@ class KaniConfig(FamilyConfig):
         so that pauses and long vowels come out too short.
         """
         offset = self.first_code + self.codebook_size * np.arange(self.n_codebooks)
-        rows, segments = [], []
+        rows = []
+        segments = []
         for kind, part in in_order(text, codes, prompt):
             if kind == TEXT:
                 around = [self.human], [self.end_of_human, self.ai, self.speech]
@@ -921,7 +916,8 @@ class Kani(Family):
 
     def heads(self):
         """Rows of the embedding (K, V + 1, D): each codebook's V codes, and behind them end of speech."""
-        c, K = self.config, self.config.n_codebooks
+        c = self.config
+        K = c.n_codebooks
         codes = self.embedding[c.first_code : c.first_code + K * c.codebook_size].unflatten(0, (K, -1))
         return torch.cat([codes, self.embedding[c.end_of_speech].expand(K, 1, -1)], 1)
 
@@ -936,7 +932,9 @@ class Kani(Family):
 
         "loss" counts frames and ends of speech; by codebook, an end of speech counts in codebook 0.
         """
-        c, token, spoken = self.config, tokens.flatten(), segment == AUDIO
+        c = self.config
+        token = tokens.flatten()
+        spoken = segment == AUDIO
         codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: no code
         hidden = self.backbone(self.blanked(self.embed(tokens), spoken)).flatten(0, 1)
 
@@ -949,13 +947,7 @@ class Kani(Family):
             wanted = spoken | (segment.flatten() == TEXT) if c.loss_on == "all" else spoken
             rows = (wanted & (torch.arange(len(token), device=token.device) % segment.shape[1] > 0)).nonzero()[:, 0]
             loss, losses, correct, counts = self._score_tokens(hidden, token[rows], rows, codebook[rows])
-        n = len(frames)
-        stats = {
-            "loss": (loss.detach() * n, n),
-            "c0_accuracy": (correct[0], n),
-            "loss_by_codebook": (losses, counts),
-            "accuracy_by_codebook": (correct, counts),
-        }
+        stats = self.stats(loss, len(frames), losses, correct, counts)
         if not self.training:
             ends = frames[token[frames] == c.end_of_speech]
             state = hidden.index_select(0, self.to_device(ends - 1))
@@ -978,7 +970,8 @@ class Kani(Family):
     def _score_codes(self, hidden, token, frames):
         """The loss of the frames (N,) that begin in these rows, each code against its own codebook; and the same three
         as `_score_tokens`."""
-        c, K = self.config, self.config.n_codebooks
+        c = self.config
+        K = c.n_codebooks
         places = torch.arange(K, device=token.device)
         rows = (frames[:, None] + places).clamp(max=len(token) - 1)  # (N, K)
         target = token[rows] - c.first_code - c.codebook_size * places
@@ -1004,7 +997,8 @@ class Kani(Family):
     def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
         """See Family. Allowed are the codes of the next codebook, and before a frame end of speech: whatever is chosen
         can be decoded, and no other class is scored."""
-        c, K = self.config, self.config.n_codebooks
+        c = self.config
+        K = c.n_codebooks
         tokens, _ = self.rows(text, None, prompt)
         taken = tokens.shape[1]
         max_frames = self.frames_left(taken, max_frames, rows_per_frame=K)
@@ -1115,7 +1109,8 @@ class PerceiverBlock(nn.Module):
 
     def __init__(self, d_model, n_head):
         super().__init__()
-        d_ff, inner = 4 * d_model * 2 // 3, n_head * self.HEAD_DIM
+        d_ff = 4 * d_model * 2 // 3
+        inner = n_head * self.HEAD_DIM
         self.q_proj = nn.Linear(d_model, inner, bias=False)
         self.kv_proj = nn.Linear(d_model, 2 * inner, bias=False)
         self.o_proj = nn.Linear(inner, d_model, bias=False)
@@ -1206,10 +1201,11 @@ class XTTS(Family):
 
     def embed(self, latents, tokens, segment):
         """latents (B, L, D), tokens (B, S, 1), segment (B, S) -> (B, L + S, D), zero for padding."""
-        kind, is_text = segment.flatten(), segment == TEXT
+        kind = segment.flatten()
+        is_text = segment == TEXT
         place = torch.arange(segment.shape[1], device=segment.device).expand_as(segment)
-        place = torch.where(is_text, place, place - is_text.sum(1, keepdim=True)).flatten()
-        text = (kind == TEXT).nonzero()[:, 0]
+        place = torch.where(is_text, place, place - is_text.sum(1, keepdim=True)).flatten()  # both count from 0
+        text = is_text.flatten().nonzero()[:, 0]
         frames = (kind >= PROMPT).nonzero()[:, 0]
         token, place, text, frames = map(self.to_device, (tokens.flatten(), place, text, frames))
         words = self.text_embedding(token[text]) + self.text_positions(place[text])
@@ -1227,7 +1223,8 @@ class XTTS(Family):
         XTTS-v2 was trained on 3 to 6 s, so a longer recording is cut into chunks of `chunk_seconds` (0: not cut), and
         the mean of their latents is taken. A very short last chunk is left out, and so is a chunk of padding.
         """
-        c, rate = self.config, self.config.reference_rate
+        c = self.config
+        rate = c.reference_rate
         reference = torch.as_tensor(reference).to(self.conditioning.latents)[: math.ceil(self.LONGEST * rate)]
         chunks = reference.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else len(reference))
         chunks = [x for x in chunks if len(x) >= self.SHORTEST * rate and (x != x[0]).any()] or [reference]
@@ -1242,7 +1239,8 @@ class XTTS(Family):
         `hide_text_stop` trains so too. Without, training sees what generation sees, and weights that are continued
         learn to read that row.
         """
-        c, L = self.config, self.config.n_latents
+        c = self.config
+        L = c.n_latents
         latents = self.conditioning(self.to_device(reference).to(self.conditioning.latents.dtype))
         mask = None
         if c.hide_text_stop:
@@ -1251,7 +1249,8 @@ class XTTS(Family):
             mask = self.to_device((seen[:, None] & seen.new_ones(2 * seen.shape[1:]).tril())[:, None])
         hidden = self.backbone(self.embed(latents, tokens, segment), mask=mask)[:, L:].flatten(0, 1)
 
-        kind, token = segment.flatten(), tokens.flatten()
+        kind = segment.flatten()
+        token = tokens.flatten()
         first = torch.arange(len(kind), device=kind.device) % segment.shape[1] == 0  # no row predicts it
         words, codes = (((kind == part) & ~first).nonzero()[:, 0] for part in (TEXT, AUDIO))
         text_loss, text_correct = self._score(hidden, token, words, self.text_head)
@@ -1259,14 +1258,9 @@ class XTTS(Family):
         total = loss[0] + c.text_loss_weight * text_loss[0]
         n, m = len(codes), len(words)
         counts = torch.full((1,), n, device=self.device)
-        stats = {
-            "loss": (total.detach() * n, n),
-            "c0_accuracy": (correct[0], n),
-            "text_loss": (text_loss[0].detach() * m, m),
-            "text_accuracy": (text_correct[0], m),
-            "loss_by_codebook": (loss.detach() * n, counts),
-            "accuracy_by_codebook": (correct, counts),
-        }
+        stats = self.stats(total, n, loss * n, correct, counts)
+        stats["text_loss"] = (text_loss[0].detach() * m, m)
+        stats["text_accuracy"] = (text_correct[0], m)
         if not self.training:
             ends = codes[(token[codes] == c.stop_code) & (token[codes - 1] != c.stop_code)]
             state = self.final_norm(hidden.index_select(0, self.to_device(ends - 1)))
@@ -1384,7 +1378,8 @@ class VallEConfig(FamilyConfig):
         The order is that of VALL-E v2, with a separator between the parts: the text between its marks, the language,
         the frames of a prompt, the frames of the utterance. The text of the prompt is not used.
         """
-        K, end = self.n_codebooks, self.separator
+        K = self.n_codebooks
+        end = self.separator
         text = np.concatenate([self.marked(text), [end, end + 2 + self.language, end]])
         prompt_frames = np.zeros((0, K)) if prompt is None else prompt[1]
         frames = np.zeros((0, K)) if codes is None else codes
@@ -1505,7 +1500,8 @@ class VallE(Family):
 
     def __init__(self, config):
         super().__init__(config)
-        K, V, D, heads = config.n_codebooks, config.codebook_size, config.backbone.d_model, 8 * config.level_attention
+        K, V, D = config.n_codebooks, config.codebook_size, config.backbone.d_model
+        heads = 8 * config.level_attention
         self.causal = config.mode == "ar"
         self.text_embedding = nn.Embedding(config.text_vocab_size + 2 + config.languages, D)
         self.prompt_encoder = AudioEncoder(K, V, D, heads)
@@ -1526,7 +1522,9 @@ class VallE(Family):
 
     def embed(self, tokens, segment):
         """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""
-        K, kind, ids = self.config.n_codebooks, segment.flatten(), self.to_device(tokens.flatten(0, 1))
+        K = self.config.n_codebooks
+        kind = segment.flatten()
+        ids = self.to_device(tokens.flatten(0, 1))
         x = self.heads.new_zeros(len(ids), self.heads.shape[-1])
         for part, columns, encode in ((TEXT, K, self.text_embedding), (PROMPT, slice(K), self.prompt_encoder),
                                       (AUDIO, slice(K), self.frame_encoder)):  # fmt: skip
@@ -1573,7 +1571,8 @@ class VallE(Family):
 
     def masked(self, spoken):
         """Which of the frames, spoken (B, S), are masked: drawn anew in training, always the same in evaluation."""
-        c, device = self.config, spoken.device
+        c = self.config
+        device = spoken.device
         generator = None if self.training else torch.Generator(device).manual_seed(0)
         share = c.mask_ratio
         if self.causal:
@@ -1584,7 +1583,8 @@ class VallE(Family):
 
     def without_text(self, tokens, segment):
         """The segment (B, S) with the text, but not its marks, and the prompt turned into padding."""
-        c, ids = self.config, tokens[..., -1]
+        c = self.config
+        ids = tokens[..., -1]
         words = (segment == TEXT) & (ids < c.separator) & (ids != c.text_bos) & (ids != c.text_eos)
         return segment.masked_fill(words | (segment.cummax(1).values == PROMPT), PAD)
 
@@ -1594,8 +1594,10 @@ class VallE(Family):
         As published, an utterance's loss is a mean over all its frames, in which a frame that is not predicted counts
         as 0. All utterances have the same weight; level_weights gives the weights of the codebooks.
         """
-        c, (B, S) = self.config, segment.shape
-        K, spoken = c.n_codebooks, segment == AUDIO
+        c = self.config
+        K = c.n_codebooks
+        B, S = segment.shape
+        spoken = segment == AUDIO
         masked = self.masked(spoken)
         seen = segment
         drawn = torch.ones(B, K, device=segment.device)
@@ -1620,18 +1622,13 @@ class VallE(Family):
             self.decoder(hidden.index_select(0, before)), self.heads, target, self.head_bias,
             codebook_weight=share, row_weight=weight, each=True,
         )  # fmt: skip
-        loss, stats = losses.sum(), {}
+        loss = losses.sum()
+        more = {}
         if not self.causal:
-            length_loss, stats = self.length_loss(tokens, segment)
+            length_loss, more = self.length_loss(tokens, segment)
             loss = loss + c.length_loss_weight * length_loss
         with torch.no_grad():
-            n = len(frame)
-            stats |= {
-                "loss": (loss.detach() * n, n),
-                "c0_accuracy": (correct[:, 0].sum(), counts[0]),
-                "loss_by_codebook": (each.sum(0), counts),
-                "accuracy_by_codebook": (correct.sum(0), counts),
-            }
+            stats = {**self.stats(loss, len(frame), each.sum(0), correct.sum(0), counts), **more}
             if self.causal and not self.training:
                 last = rows[(frame == c.codebook_size).all(-1)] - 1
                 best = self.logits(hidden[self.to_device(last)]).argmax(-1)
@@ -2039,7 +2036,8 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     (N, K), [gradient or None] * 3. Products are made in `dtype`, sums in that of scale.
     """
     (N, K), (_, V, D) = target.shape, weight.shape
-    exact, device = scale.dtype, hidden.device
+    exact = scale.dtype
+    device = hidden.device
     shared = hidden.ndim == 2
     # H heads, each J codebooks wide: heads that share a state form one wide head, so dh is summed inside one product
     H, J = (1, K) if K == 1 or (shared and (kernel or dtype != exact)) else (K, 1)
@@ -2103,7 +2101,8 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
 
 def _tile_size(N, K, V, C, dtype, exact):
     """Elements of a tile whose rows have C columns; the comment above says why so many."""
-    logits, width = N * K * V * 4, C * dtype.itemsize  # bytes
+    logits = N * K * V * 4  # bytes
+    width = C * dtype.itemsize
     share = logits // (18 if dtype == exact else 30)
     if K == 1 and dtype != exact:
         share = max(share, min(logits // 16, 1024 * width))
@@ -2141,7 +2140,8 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
     for part, goal, factor, value, first in zip(*(x.split(few, 1) for x in whole), strict=True):
         x = part.to(scale.dtype).contiguous()  # (g, few, J, V), no copy in float32
         place = goal.clamp(0, V - 1)
-        picked, top = x.gather(-1, place), x.amax(-1, True)
+        picked = x.gather(-1, place)
+        top = x.amax(-1, True)
         if _can_look(x):  # argmax is slow: it only settles ties, in rows where the target has the largest logit
             rows = torch.eq(picked, top, out=first).nonzero(as_tuple=True)[:3]
             first[rows] = x[rows].argmax(-1, True) == goal[rows]
@@ -2178,7 +2178,8 @@ if triton:
         place = head * head_stride + row * row_stride + j
         goal, factor = tl.load(target + place), tl.load(scale + place)
         columns = tl.arange(0, BLOCK)
-        top, best, total, picked, sum_x = -float("inf"), V, 0.0, 0.0, 0.0
+        top, best = -float("inf"), V
+        total = picked = sum_x = 0.0
         for start in range(0, V, BLOCK):
             column = start + columns
             x = tl.load(tile + column, column < V, -float("inf")).to(tl.float32)

@@ -1,18 +1,16 @@
-"""
-Configurator: config files and --key=value flags become one checked namespace.
+"""Configurator: config files and --key=value flags become one checked namespace.
 
-- The defaults are the plain commented assignments at the top of a script: `learning_rate = 3e-4  # peak`. They are read
-  from its source, never by importing it, so that `--help` costs nothing and one recipe can serve several scripts.
-- What a key may be is the type of its default, or its annotation, which may state a range and choices:
+- Defaults are the plain commented assignments at the top of a script: `learning_rate = 3e-4  # peak`. They are read
+  from its source without importing it, so `--help` is fast and one recipe can serve several scripts.
+- A key has the type of its default, or of its annotation, which may add a range or choices:
   `top_p: "0 < float <= 1" = 1.0`, `cap: "int | None >= 1" = None`, `mode: Literal["ar", "nar"] = "nar"`.
-- A key stands in one script. Another that has it too names it: `SHARED = {"sample.py": ["seed"]}`.
-- The keys of a family of models are fields of its config class in model.py, where their default is `fixed(...)` or
-  `free(...)`; they are keys of train.py.
-- A config file is python, executed; every plain name it leaves behind is a key. Flags win over files, later over
-  earlier.
-- A file may hold keys of any of prepare.py, train.py and sample.py. A flag of another script is refused, and so is a
-  key of none of them, with the nearest right name; a wrong value with the name, the value, what was wanted and where
-  it came from.
+- A key is declared in one script. Another script that has it too names it: `SHARED = {"sample.py": ["seed"]}`.
+- The keys of a family of models are the fields of its config class in model.py with a default `fixed(...)` or
+  `free(...)`. They are keys of train.py.
+- A config file is a Python program and is executed; every plain name that it defines is a key. Flags win over files,
+  later ones over earlier ones.
+- A config file may hold keys of prepare.py, train.py and sample.py. A flag of another script is refused. So is an
+  unknown key, with the nearest known name, and a wrong value, with its origin and what is allowed.
 """
 
 import ast
@@ -31,19 +29,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("prepare.py", "train.py", "sample.py")  # a recipe may hold keys of any of these
-TRAINING, MODELS = "train.py", "model.py"  # the config classes of the second hold further keys of the first
+SCRIPTS = ("prepare.py", "train.py", "sample.py")  # a recipe may hold keys of these
+TRAINING, MODELS = "train.py", "model.py"  # the config classes in MODELS hold further keys of TRAINING
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple, "dict": dict}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 SIGNS = {ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<"}
 MIRRORED = {">=": "<=", ">": "<", "<=": ">=", "<": ">"}
-LARGEST = 2**53  # of an int: no key means more, and a float holds all up to it
+LARGEST = 2**53  # of an int: a float holds all integers up to it
 LONGEST_LINE = 400  # characters of an error
 
 
 class Kind(NamedTuple):
-    """What a value may be: its types (none: any), those of what a list holds, texts to choose from, and bounds
-    (sign, number) of the value or of what a list holds."""
+    """What a value may be: its types (none: any), the types of a list's items, choices for a text, and bounds (sign,
+    number) of the value or of the items."""
 
     types: tuple = ()
     items: tuple = ()
@@ -56,7 +54,7 @@ class Kind(NamedTuple):
 
 
 class Key(NamedTuple):
-    """One key as its source states it: default, what it may be, the comment lines above it, and that beside it."""
+    """One key in its source: default, kind, the comment lines above it, and the comment beside it."""
 
     default: object
     kind: Kind
@@ -65,8 +63,8 @@ class Key(NamedTuple):
 
 
 class Config(types.SimpleNamespace):
-    """The keys as attributes. What is no key: `given`, {key: where it was set} of those that the user set, and
-    `files`, the config files."""
+    """The keys as attributes. Besides: `given`, {key: origin} of the keys that the user set, and `files`, the config
+    files."""
 
     __slots__ = ("given", "files")
 
@@ -74,8 +72,8 @@ class Config(types.SimpleNamespace):
 def configure(script, argv, positional=()):
     """The keys of `script` as a Config: defaults, then the config files of `argv`, then its flags.
 
-    script: path of the script whose defaults count. argv: list of strings, without the script's name.
-    positional: names of keys that bare words (not ending in .py) fill in order, as in `bench.py loss`.
+    script: path of the script. argv: list of strings, without the script's name. positional: names of keys that bare
+    words (not ending in .py) set in this order, as in `bench.py loss`.
     Raises ValueError or FileNotFoundError with one line; `--help` prints every key and raises SystemExit(0).
     """
     own = read_defaults(script)
@@ -83,14 +81,14 @@ def configure(script, argv, positional=()):
     for name in SCRIPTS:
         sibling = ROOT / name
         if sibling.exists() and sibling.resolve() != Path(script).resolve():
-            known = {**(others := read_defaults(sibling)), **known}  # where scripts share a key, its own kind holds
+            known = {**(others := read_defaults(sibling)), **known}  # the script's own keys win
             home |= dict.fromkeys(others, name)
     files, flags, words = split_argv(argv, known)
     if "help" in [key for key, _, _ in flags]:
         print(help_text(script, own))
         raise SystemExit(0)
     given = [(key, value, path) for path in files for key, value in read_config(path).items()
-             if key in known or not callable(value)]  # a function or class that a recipe makes for itself is no key
+             if key in known or not callable(value)]  # functions and classes of a recipe are no keys
     given += [(key, word, f"argument {word!r:.60}") for key, word in zip(positional, words, strict=False)] + flags
     cfg = Config(**{key: of.default for key, of in own.items()})
     cfg.given, cfg.files = {}, files
@@ -111,7 +109,7 @@ def configure(script, argv, positional=()):
 
 
 def refuse_idle(cfg, idle, say=print):
-    """Refuse flags that have no effect, and warn of such keys in a config file. idle: {key: why it has none}.
+    """Refuse flags that have no effect, and warn of such keys in a config file. idle: {key: why it has no effect}.
     Raises ValueError with one line."""
     for key, origin in cfg.given.items():
         if key in idle:
@@ -122,15 +120,15 @@ def refuse_idle(cfg, idle, say=print):
 
 
 def out_of_memory(error):
-    """Does an error of Python or torch, on any device, say that the memory is used up?"""
-    said = str(error).lower()
+    """Whether an error of Python or torch, on any device, means that memory is used up."""
+    message = str(error).lower()
     words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in said for word in words)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in message for word in words)
 
 
 def run(main, script, positional=()):
-    """main(cfg) for the command line: ValueError, OSError and a lack of memory end as one line on stderr and exit code
-    1. What stdout and stderr cannot write in their encoding, they write as escapes."""
+    """main(cfg) for the command line. ValueError, OSError and used-up memory end with one line on stderr and exit code
+    1; PARLANDO_DEBUG=1 shows the traceback. Streams escape characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -146,7 +144,7 @@ def run(main, script, positional=()):
         text = str(error)
         if out_of_memory(error):
             text = f"out of memory: {text:.300}" if text else "out of memory"
-        if isinstance(error, OSError) and error.strerror:  # the system's own errors: without their number
+        if isinstance(error, OSError) and error.strerror:  # the system's errors, without their number
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         text = " ".join(text.split()) or type(error).__name__
         line = f"error: {text}"
@@ -155,7 +153,7 @@ def run(main, script, positional=()):
 
 
 def key_nodes(tree):
-    """The assignments that are keys: lower-case names between the imports and the first function or class."""
+    """Yields the assignments that are keys: lower-case names before the first function or class."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             return
@@ -166,8 +164,8 @@ def key_nodes(tree):
 
 
 def read_defaults(script):
-    """{key: Key} of one script: its own in the order of its source, those it shares with others, then those of the
-    families of models that it trains."""
+    """{key: Key} of one script: its own keys in the order of its source, those that it shares with other scripts, and
+    for train.py those of the families."""
     script = Path(script)
     keys, tree = own_keys(script)
     for sibling, names in shared_keys(tree).items():
@@ -209,8 +207,8 @@ def shared_keys(tree):
 
 
 def read_keys(script, source, nodes, first_line=1):
-    """{key: Key} of the assignments (name, node) in a source, whose comments begin in `first_line` or later. Raises
-    ValueError for a default that is no literal."""
+    """{key: Key} of the assignments (name, node) in a source; comments before `first_line` belong to something else.
+    Raises ValueError for a default that is no literal."""
     if not nodes:
         return {}
     keys, before, comments = {}, None, find_comments(source, first_line, nodes[-1][1].end_lineno)
@@ -234,7 +232,7 @@ def read_keys(script, source, nodes, first_line=1):
 
 
 def find_comments(source, first, last):
-    """{line number: (comment, whether it has the line to itself)} of the statements in these lines."""
+    """{line number: (comment, whether it stands alone on its line)} of these lines."""
     lines, comments = source.splitlines(keepends=True)[first - 1 : last], {}
     for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
         if token.type == tokenize.COMMENT:
@@ -244,12 +242,12 @@ def find_comments(source, first, last):
 
 
 def is_field(node):
-    """Whether a default is that of a key in a config class: `fixed(32)` or `free(32)`."""
+    """Whether a default marks a key of a config class: `fixed(32)` or `free(32)`."""
     return isinstance(node, ast.Call) and bool(node.args) and getattr(node.func, "id", "") in ("fixed", "free")
 
 
 def read_kind(node):
-    """The Kind that an annotation states, such as `str | None`, "0 < float <= 1", "list[int] >= 1", Literal["a"]."""
+    """The Kind of an annotation such as `str | None`, "0 < float <= 1", "list[int] >= 1", Literal["a"]."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         node = ast.parse(node.value, mode="eval").body
     terms, signs = [node], []
@@ -283,22 +281,22 @@ def kind_of(annotation):
 
 
 def check_value(name, value, annotation):
-    """Check a value against an annotation, as a key is. Raises ValueError with one line."""
+    """Check a value against an annotation, like the value of a key. Raises ValueError with one line."""
     kind = kind_of(annotation)
     if wrong := fault(converted(value, kind), kind):
         raise ValueError(f"{name} = {show(value)} {wrong}")
 
 
 def check_recorded(script, values, where):
-    """Check {key: value} as a run recorded them; keys the script does not have are passed over. Raises ValueError with
-    one line that begins with `where`."""
+    """Check the keys {key: value} that a run recorded; keys that the script does not have are ignored. Raises
+    ValueError with one line that begins with `where`."""
     for name, key in read_defaults(ROOT / script).items():
         if name in values and (wrong := fault(converted(values[name], key.kind), key.kind)):
             raise ValueError(f"{where}: {name} = {show(values[name])} {wrong}")
 
 
 def check_fields(config):
-    """Check the fields of a dataclass against their annotations, as keys are. A type that no key has may be anything.
+    """Check the fields of a dataclass against their annotations, like keys. Types that no key has are not checked.
     Raises ValueError, one line that names the first wrong field."""
     for f in fields(config):
         check_value(f.name, getattr(config, f.name), f.type)
@@ -327,22 +325,23 @@ def split_argv(argv, known):
 
 
 def read_config(path):
-    """Execute one config file; return the plain names it leaves behind."""
+    """Execute one config file; return the plain names that it defines."""
     if not Path(path).is_file():
-        there = "is not a file" if Path(path).exists() else "not found"
-        raise FileNotFoundError(f"config file {path} {there}")
+        why = "is not a file" if Path(path).exists() else "not found"
+        raise FileNotFoundError(f"config file {path} {why}")
     scope = {"__file__": str(path), "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), scope)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a config file is the user's: its mistakes get one line, and so does sys.exit()
-        line, trace = getattr(error, "lineno", None), error.__traceback__
+    except BaseException as error:  # mistakes in a user's file, and its sys.exit(), get one line
+        line = getattr(error, "lineno", None)
+        trace = error.__traceback__
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
             trace = trace.tb_next
-        said = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise ValueError(f"{path}:{line or 1}: {said:.200}") from error
+        message = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise ValueError(f"{path}:{line or 1}: {message:.200}") from error
     return {
         name: value for name, value in scope.items()
         if isinstance(name, str) and name[:1] != "_" and not isinstance(value, types.ModuleType)
@@ -354,7 +353,7 @@ def parse_bool(text):
 
 
 def checked(key, value, kind, origin, parse):
-    """`value` as the `kind` wants it; with `parse` it is text from the command line. Raises ValueError."""
+    """The value, converted to its kind. parse: it is text from the command line. Raises ValueError."""
     if parse and kind.types == (str,) and not kind.choices:
         return value  # --text="3.14" stays text
     literal = value
@@ -365,14 +364,14 @@ def checked(key, value, kind, origin, parse):
             literal = value
     literal = converted(literal, kind)
     if parse and kind.types and type(literal) not in kind.types:
-        literal = value  # text as it was given, which may be what is wanted
+        literal = value  # perhaps text is allowed
     if wrong := fault(literal, kind):
         raise ValueError(f"{origin:.120}: {key} = {show(literal)} {wrong}")
     return literal
 
 
 def converted(value, kind):
-    """A whole number as the float, and a list as the tuple, that is wanted; or the other way round."""
+    """A whole number as a float, a list as a tuple or a tuple as a list, where the kind asks for it."""
     if float in kind.types and type(value) is int and int not in kind.types:
         return float(value) if abs(value) < 10**300 else math.inf
     for wanted, twin in ((list, tuple), (tuple, list)):
@@ -382,7 +381,7 @@ def converted(value, kind):
 
 
 def fault(value, kind):
-    """What is wrong with a value, as the end of a sentence that begins with it; "" where nothing is."""
+    """What is wrong with a value, as the end of a sentence that begins with it; "" if nothing."""
     if kind.types and object not in kind.types and type(value) not in kind.types:
         return f"is not of type {' or '.join('None' if t is type(None) else t.__name__ for t in kind.types)}"
     if wrong := "" if object in kind.types else no_data(value):
@@ -400,7 +399,7 @@ def fault(value, kind):
 
 
 def no_data(value, depth=0):
-    """Why a value cannot be used and be recorded as JSON, as `fault` says it; "" where it can."""
+    """Why a value cannot be recorded as JSON, in the form of `fault`; "" if it can."""
     if type(value) is float:
         return "" if math.isfinite(value) else "must be finite"
     if type(value) is int:

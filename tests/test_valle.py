@@ -887,7 +887,7 @@ def test_contract_check_refuses(broken, mode):
     (dict(level_weights="auto"), "level_weights = 'auto' must be decreasing, normal or equal"),
     (dict(rounds=0), "rounds = 0 must be >= 1"),
     (dict(guidance=math.inf), "guidance = inf must be finite"),
-    (dict(language=1), "language = 1: there are 1"),
+    (dict(language=1), "language = 1 must be below languages = 1"),
     (dict(level_attention=True, shared_heads=True), "level_attention"),
 ])  # fmt: skip
 def test_configs_that_cannot_be(change, message):
