@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import batch_of, tiny, utterance
+from helpers import batch_of, tiny, utterance
 
 import train
 from parts import budget, configurator
