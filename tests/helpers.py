@@ -1,6 +1,8 @@
 """What several test files share: small models, utterances, token folders and runs of training."""
 
 import os
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -148,3 +150,11 @@ def voice(seconds, seed=0, rate=16000):
     wav = sum(np.clip(a, 0, 1) * np.sin(k * phase) / k for k, a in enumerate(loud, 1))
     wav = 0.2 * wav + 0.02 * rng.standard_normal(len(t)) * np.clip(-loud[0], 0, 1)
     return torch.tensor(wav, dtype=torch.float32)
+
+
+def command(folder, *words):
+    """What a script of the repository in `folder`, called there with these words, prints. It must succeed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

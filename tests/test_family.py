@@ -2,15 +2,13 @@
 
 import ast
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import soundfile
+from helpers import command
 
 ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).parent / "own"
@@ -43,35 +41,27 @@ def copy(tmp_path_factory):
     return folder
 
 
-def run(folder, *command):
-    """A script of the copy; fails with what it printed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_it_is_short():
     assert family().count("\n") < 100 and {node.name for node in ast.parse(family()).body} == {"ChainConfig", "Chain"}
 
 
 def test_it_trains_and_speaks(copy):
-    said = run(copy, "train.py", "config/digits_chain.py")
+    said = command(copy, "train.py", "config/digits_chain.py")
     assert "contract check: generation and teacher forcing agree" in said
     lines = [json.loads(line) for line in (copy / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["iter"] for line in lines] == list(range(1, 21))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and lines[-1]["val_stop_missed"] is not None
-    run(copy, "sample.py", "--ckpt=out/best.pt", "--text=three one four", "--out_dir=spoken", "--cap_seconds=1")
+    command(copy, "sample.py", "--ckpt=out/best.pt", "--text=three one four", "--out_dir=spoken", "--cap_seconds=1")
     wav, rate = soundfile.read(copy / "spoken/000.wav")
     assert rate == 16000 and len(wav) >= rate / 12.5
 
 
 @pytest.mark.slow
 def test_it_resumes_takes_an_adapter_and_a_dry_run(copy):
-    assert "--loss_decay=1.0" in run(copy, "train.py", "--help")
-    assert "parameters" in run(copy, "train.py", "config/digits_chain.py", "--dry_run=True")
+    assert "--loss_decay=1.0" in command(copy, "train.py", "--help")
+    assert "parameters" in command(copy, "train.py", "config/digits_chain.py", "--dry_run=True")
     for more in (["--max_iters=2"], ["--max_iters=4", "--init_from=resume"]):
-        run(copy, "train.py", "config/digits_chain.py", "--out_dir=base", "--lr_decay_iters=20", *more)
-    run(copy, "train.py", "config/digits_chain.py", "--init_from=base/best.pt", "--out_dir=adapted", "--lora_rank=2",
+        command(copy, "train.py", "config/digits_chain.py", "--out_dir=base", "--lr_decay_iters=20", *more)
+    command(copy, "train.py", "config/digits_chain.py", "--init_from=base/best.pt", "--out_dir=adapted", "--lora_rank=2",
         "--max_iters=2")  # fmt: skip
     assert (copy / "adapted/best.pt").stat().st_size < (copy / "base/best.pt").stat().st_size

@@ -1,22 +1,13 @@
 """The whole road as a person walks it: recordings, token files, a trained model, speech."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import soundfile
+from helpers import command
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(*command):
-    """A script of the repository, called from its folder; fails with what it printed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+run = partial(command, Path(__file__).parent.parent)  # a script of the repository, called from its folder
 
 
 def test_from_recordings_to_speech_and_a_small_set_is_learnt_by_heart(tmp_path):
