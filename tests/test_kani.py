@@ -710,5 +710,5 @@ def test_the_lora_recipe():
     found = Counter(name.split(".")[-1] for name in lora.find_linears(model, cfg.lora_targets))
     assert found == {"q_proj": 6, "v_proj": 6, "gate_proj": 16, "up_proj": 16, "down_proj": 16}
     assert model.config.drop_repeats
-    (tokens, segment), seconds = budget.supposed_batch(cfg, meta, model)
+    (tokens, segment), seconds = budget.supposed_batch(cfg, meta["codec"], model)
     assert tokens.shape[:2] == segment.shape == (4, model.length(40, 125)) and seconds == 40
