@@ -74,7 +74,7 @@ init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or the path of a
 dry_run = False  # print what the run would need (parameters, memory, batches, hours of audio) and stop
 overwrite = False  # remove the run that out_dir holds and start over
 # model; each family has further keys: the fields of its config in model.py that are `fixed` or `free`
-arch: Literal["csm", "kani", "xtts", "valle"] = "csm"  # how the codebooks of a frame are predicted
+arch = "csm"  # how the codebooks of a frame are predicted: csm, kani, xtts, valle, or a family that you add to model.py
 # a preset of model.py, or a dict of sizes
 backbone: str | dict = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "d_model": 128, "d_ff": 384, "rope_theta": 10_000.0}
 # csm: the depth decoder, likewise
@@ -552,13 +552,13 @@ def supposed_meta(recipe):
 
 def predict(cfg):
     """The dry run: build the model without memory, and print what the run would need."""
-    configurator.refuse_idle(cfg, idle_keys(cfg))
     files = batches = None
     if os.path.exists(os.path.join(cfg.data_dir, "meta.json")):
         files = TokenFiles(cfg.data_dir, "train")
     meta = files.meta if files else supposed_meta(configurator.configure(configurator.ROOT / "prepare.py", cfg.files))
     with torch.device("meta"):
-        model = build(cfg.arch, meta, vars(cfg)).train()
+        model = build(cfg.arch, meta, vars(cfg)).train()  # which refuses an unknown family
+        configurator.refuse_idle(cfg, idle_keys(cfg))
         prepare_weights(model, len(files) if files else math.inf, cfg)
     if files:
         batches, _ = make_batches(cfg, model, files, ())

@@ -11,6 +11,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # Triton reads this once, on import: its kernels then run on a CPU, line by line
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest.register_assert_rewrite("helpers")
+
 settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile("quick")  # --hypothesis-profile=full loads the other
@@ -24,6 +26,6 @@ def seed():
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     """A token folder of 30 and 5 small utterances, which no test changes."""
-    from test_train import write_tokens
+    from helpers import write_tokens
 
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens")

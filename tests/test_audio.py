@@ -9,22 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import voice
 from scipy.signal import resample_poly
 
 from parts import audio
 from parts.audio import read_audio, resample, write_audio
-
-
-def voice(seconds, seed=0, rate=16000):
-    """Something like a voice: harmonics of a gliding pitch that come and go, with noise between."""
-    rng = np.random.default_rng(seed)
-    t = np.arange(round(seconds * rate)) / rate
-    phase = 2 * np.pi * np.cumsum(120 + 40 * np.sin(2 * np.pi * rng.uniform(0.5, 1.5) * t)) / rate
-    loud = [np.sin(2 * np.pi * rng.uniform(0.5, 3) * t + rng.uniform(0, 6)) for _ in range(20)]
-    wav = sum(np.clip(a, 0, 1) * np.sin(k * phase) / k for k, a in enumerate(loud, 1))
-    wav = 0.2 * wav + 0.02 * rng.standard_normal(len(t)) * np.clip(-loud[0], 0, 1)
-    return torch.tensor(wav, dtype=torch.float32)
-
 
 # -----------------------------------------------------------------------------
 # resampling

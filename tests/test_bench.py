@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_codec_networks import noise
-from test_train import run, write_tokens
+from helpers import noise, run, write_tokens
 
 import bench
 from parts import configurator

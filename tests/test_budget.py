@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import batch_of, tiny, utterance
+from helpers import batch_of, tiny, utterance
 
 import train
 from parts import budget, configurator
@@ -121,5 +121,5 @@ def test_a_token_folder_is_counted(dry, tokens):
 
 
 def test_refused(dry):
-    with pytest.raises(ValueError, match="^--arch: arch = 'none' must be csm, kani"):
+    with pytest.raises(ValueError, match="^unknown arch 'none'; choose from csm, kani"):
         dry("digits.py", "--arch=none")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_audio import voice
+from helpers import voice
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 import transformers
+from helpers import noise
 from safetensors.torch import load_file, save_file
 from ties import check_same, ties
 
@@ -38,10 +39,6 @@ NAMES = PUBLISHED
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # more threads add in another order, which changes codes near a border
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def golden(name):

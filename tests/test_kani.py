@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import batch_of, exact, same, spoken_by, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_model import batch_of, spoken_by, utterance
-from test_train import exact, same
 
 import model as models
 import train

@@ -2,13 +2,13 @@ import json
 import math
 import os
 import pickle
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import STACK, Evil, assert_same, batch_of, checkpoint_of, gradients, tiny, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -18,54 +18,6 @@ import weights as published
 from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
 
 GOLDEN = Path(__file__).parent / "golden"
-STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
-
-
-def tiny(cls=CSM, K=4, V=16, backbone=None, decoder=None, **options):
-    """A small CSM with weights wide enough for logits that differ."""
-    torch.manual_seed(0)
-    config = CSMConfig(text_vocab_size=30, n_codebooks=K, codebook_size=V, text_bos=1, text_eos=2,
-                       backbone={**STACK, **(backbone or {})}, decoder={**STACK, "d_model": 16, **(decoder or {})},
-                       **{"decoder_fraction": 1.0, **options})  # fmt: skip
-    model = cls(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.normal_(std=0.3)
-    return model
-
-
-def utterance(n=5, T=6, K=4, V=16, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(3, 30, n), rng.integers(0, V, (T, K))
-
-
-def batch_of(model, *utterances, width=0):
-    """Laid out and padded on the right, as data.py does: tokens (B, S, C), segment (B, S)."""
-    rows = [model.layout(*u) for u in utterances]
-    S = max(width, *(len(s) for _, s in rows))
-    tokens = np.stack([np.pad(t, ((0, S - len(t)), (0, 0))) for t, _ in rows])
-    return torch.from_numpy(tokens), torch.from_numpy(np.stack([np.pad(s, (0, S - len(s))) for _, s in rows]))
-
-
-def spoken_by(model, *given, **options):
-    """All the frames, and whether the model ended by itself."""
-    speaking, frames = model.generate(*given, **options), []
-    while True:
-        try:
-            frames.append(next(speaking).tolist())
-        except StopIteration as end:
-            return frames, end.value
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, theirs, **tolerance):
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.to(b.dtype), b, **tolerance)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the transformer
 
@@ -790,10 +742,6 @@ def test_sampling_by_seed():
 # checkpoints
 
 
-def checkpoint_of(model, **more):
-    return {"arch": "csm", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None, **more}
-
-
 def test_checkpoint_round_trip(tmp_path):
     model, path = tiny(stop="zeros", backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192))), tmp_path / "x.pt"
     published.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"kind": "x", "model": b"bytes"}))
@@ -830,16 +778,6 @@ def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path):
         published.save_checkpoint(path, {"iter": 2, "weights": torch.zeros(10**6)})
     assert "\n" not in str(error.value)
     assert published.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_files_that_are_no_checkpoint(tmp_path):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Evil, assert_same, batch_of, checkpoint_of, tiny, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_model import assert_same, batch_of, checkpoint_of, tiny, utterance
 
 import model as models
 import train
@@ -347,16 +347,6 @@ class Stranger:
         self.rate = 24000
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_pickles_run_no_code(original, tmp_path):
     write(tmp_path, {"model": original, "config": Stranger()}, name="x.pt")
     same_weights(from_pretrained(tmp_path), published.assemble(ORIGINAL, original, HEADS, "weights"))
@@ -620,8 +610,8 @@ def released(tokens, tmp_path):
 
 
 def test_training_starts_from_them_and_goes_on(tokens, released, tmp_path):
-    from test_train import TINY, exact
-    from test_train import run as run_tiny
+    from helpers import TINY, exact
+    from helpers import run as run_tiny
 
     from sample import Voice
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import run as train_on
 from safetensors.torch import load_file
 from test_prepare import RATE, config, contents, listened, make_set, run, words, write_csv
-from test_train import run as train_on
 
 import prepare
 from codec import load_codec, published_sizes

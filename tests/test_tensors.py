@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import checkpoint_of, tiny
 from safetensors.torch import load_file, save_file
-from test_model import checkpoint_of, tiny
 
 import codec as codecs
 import data

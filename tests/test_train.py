@@ -13,61 +13,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, exact, run, same, write_tokens
 
 import train
 import weights
-from codec import load_codec
-from data import Batches, TokenFiles, TokenWriter
+from data import Batches, TokenFiles
 from evaluate import evaluate
 from model import build
 from parts import configurator, lora, optim
 from parts.files import locked
 from parts.metrics import read_metrics
-from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
 from weights import from_pretrained, load_checkpoint, load_model, save_checkpoint
 
 ROOT = Path(train.__file__).parent
-WORDS = ["zero", "one", "two", "three"]
-TINY = [
-    "--backbone={'n_layer': 1, 'n_head': 2, 'n_kv_head': 1, 'd_model': 16, 'd_ff': 32}",
-    "--decoder={'n_layer': 1, 'n_head': 2, 'n_kv_head': 2, 'd_model': 8, 'd_ff': 16}",
-    "--max_tokens=120", "--warmup_iters=2", "--log_interval=1", "--eval_interval=4", "--eval_samples=0", "--device=cpu",
-]  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)  # as in the subprocesses
-
-
-def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS):
-    """A token folder: each word is four frames that follow from it; the codec is fitted on noise."""
-    rng, K, V = np.random.default_rng(0), 3, 16
-    tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
-    codec = load_codec("mel", n_codebooks=K, codebook_size=V, sample_rate=4000, n_mels=20, dims=16)
-    codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(noise))])
-    with TokenWriter(folder) as w:
-        for i in range(n_train + n_val):
-            spoken = rng.integers(0, len(words), rng.integers(1, 4))
-            codes = 3 * np.repeat(spoken, 4)[:, None] + np.arange(K) + np.arange(4 * len(spoken))[:, None] % 4
-            text = f"[{'ab'[i % 2]}]" + " ".join(words[j] for j in spoken)
-            split = "train" if i < n_train else "val"
-            w.add(split, f"u{i}", tokenizer.encode(text), codes % V, i % 2)
-        w.file("tokenizer.model", tokenizer.model)
-        codec.save(w.partial)
-        keys = ["name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size"]
-        described = {**{key: getattr(codec, key) for key in keys}, "fingerprint": codec.fingerprint()}
-        w.finish({"codec": described, "tokenizer": tokenizer.describe(),
-                  "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
-    return str(folder)
-
-
-def run(data_dir, out_dir, *flags, usual=TINY):
-    """Train in this process, give back last.pt and the lines of metrics.jsonl."""
-    flags = [*usual, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
-    train.main(configurator.configure(train.__file__, flags))
-    return load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
 
 def start(code, data_dir, out_dir, *flags, launcher=(), **more):
@@ -76,29 +38,6 @@ def start(code, data_dir, out_dir, *flags, launcher=(), **more):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     return subprocess.Popen([sys.executable, *launcher, *program, *flags], cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-def exact(lines):
-    """What does not depend on the machine's speed."""
-    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
-
-
-def same(a, b, path="checkpoint"):
-    """Equality of nested states, tensors bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            if key not in ("config", "seconds"):
-                same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 def at_batch(monkeypatch, number, act):

@@ -1,0 +1,150 @@
+"""What several test files share: small models, utterances, token folders and runs of training."""
+
+import os
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import train
+from codec import load_codec
+from data import TokenWriter
+from model import CSM, CSMConfig
+from parts import configurator
+from parts.metrics import read_metrics
+from parts.text import SentencePiece, train_tokenizer
+from weights import load_checkpoint
+
+WORDS = ["zero", "one", "two", "three"]
+TINY = [
+    "--backbone={'n_layer': 1, 'n_head': 2, 'n_kv_head': 1, 'd_model': 16, 'd_ff': 32}",
+    "--decoder={'n_layer': 1, 'n_head': 2, 'n_kv_head': 2, 'd_model': 8, 'd_ff': 16}",
+    "--max_tokens=120", "--warmup_iters=2", "--log_interval=1", "--eval_interval=4", "--eval_samples=0", "--device=cpu",
+]  # fmt: skip
+STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
+
+
+def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS):
+    """A token folder: each word is four frames that follow from it; the codec is fitted on noise."""
+    rng, K, V = np.random.default_rng(0), 3, 16
+    tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
+    codec = load_codec("mel", n_codebooks=K, codebook_size=V, sample_rate=4000, n_mels=20, dims=16)
+    codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(noise))])
+    with TokenWriter(folder) as w:
+        for i in range(n_train + n_val):
+            spoken = rng.integers(0, len(words), rng.integers(1, 4))
+            codes = 3 * np.repeat(spoken, 4)[:, None] + np.arange(K) + np.arange(4 * len(spoken))[:, None] % 4
+            text = f"[{'ab'[i % 2]}]" + " ".join(words[j] for j in spoken)
+            split = "train" if i < n_train else "val"
+            w.add(split, f"u{i}", tokenizer.encode(text), codes % V, i % 2)
+        w.file("tokenizer.model", tokenizer.model)
+        codec.save(w.partial)
+        keys = ["name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size"]
+        described = {**{key: getattr(codec, key) for key in keys}, "fingerprint": codec.fingerprint()}
+        w.finish({"codec": described, "tokenizer": tokenizer.describe(),
+                  "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
+    return str(folder)
+
+
+def run(data_dir, out_dir, *flags, usual=TINY):
+    """Train in this process, give back last.pt and the lines of metrics.jsonl."""
+    flags = [*usual, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    train.main(configurator.configure(train.__file__, flags))
+    return load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
+
+
+def exact(lines):
+    """What does not depend on the machine's speed."""
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def same(a, b, path="checkpoint"):
+    """Equality of nested states, tensors bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in ("config", "seconds"):
+                same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def tiny(cls=CSM, K=4, V=16, backbone=None, decoder=None, **options):
+    """A small CSM with weights wide enough for logits that differ."""
+    torch.manual_seed(0)
+    config = CSMConfig(text_vocab_size=30, n_codebooks=K, codebook_size=V, text_bos=1, text_eos=2,
+                       backbone={**STACK, **(backbone or {})}, decoder={**STACK, "d_model": 16, **(decoder or {})},
+                       **{"decoder_fraction": 1.0, **options})  # fmt: skip
+    model = cls(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=0.3)
+    return model
+
+
+def utterance(n=5, T=6, K=4, V=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(3, 30, n), rng.integers(0, V, (T, K))
+
+
+def batch_of(model, *utterances, width=0):
+    """Laid out and padded on the right, as data.py does: tokens (B, S, C), segment (B, S)."""
+    rows = [model.layout(*u) for u in utterances]
+    S = max(width, *(len(s) for _, s in rows))
+    tokens = np.stack([np.pad(t, ((0, S - len(t)), (0, 0))) for t, _ in rows])
+    return torch.from_numpy(tokens), torch.from_numpy(np.stack([np.pad(s, (0, S - len(s))) for _, s in rows]))
+
+
+def spoken_by(model, *given, **options):
+    """All the frames, and whether the model ended by itself."""
+    speaking, frames = model.generate(*given, **options), []
+    while True:
+        try:
+            frames.append(next(speaking).tolist())
+        except StopIteration as end:
+            return frames, end.value
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs, **tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.to(b.dtype), b, **tolerance)
+
+
+def checkpoint_of(model, **more):
+    return {"arch": "csm", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None, **more}
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def voice(seconds, seed=0, rate=16000):
+    """Something like a voice: harmonics of a gliding pitch that come and go, with noise between."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    phase = 2 * np.pi * np.cumsum(120 + 40 * np.sin(2 * np.pi * rng.uniform(0.5, 1.5) * t)) / rate
+    loud = [np.sin(2 * np.pi * rng.uniform(0.5, 3) * t + rng.uniform(0, 6)) for _ in range(20)]
+    wav = sum(np.clip(a, 0, 1) * np.sin(k * phase) / k for k, a in enumerate(loud, 1))
+    wav = 0.2 * wav + 0.02 * rng.standard_normal(len(t)) * np.clip(-loud[0], 0, 1)
+    return torch.tensor(wav, dtype=torch.float32)
