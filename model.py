@@ -426,7 +426,6 @@ def init_weights(model):
                 p.data /= math.sqrt(2 * transformer.config.n_layer)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
@@ -462,7 +461,7 @@ def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what every family has
+# the contract of a family
 
 
 @dataclass
@@ -629,7 +628,7 @@ class CSMConfig(FamilyConfig):
     decoder: TransformerConfig
     stop: Literal["class", "zeros"] = "class"  # see stop_frame
     decoder_fraction: "0 < float <= 1" = free(0.0625)  # share of the frames the depth decoder trains on
-    decoder_chunk: "int >= 0" = free(96)  # frames per depth-decoder chunk (bounds memory; GPU: more is faster); 0: all
+    decoder_chunk: "int >= 0" = free(96)  # frames per depth-decoder chunk (bounds memory); 0: all
     decoder_loss_weight: "float >= 0" = free(1.0)  # of the depth decoder's loss beside the backbone's
     arch: str = field(default="csm", init=False)
 
@@ -1078,11 +1077,11 @@ class XTTSConfig(FamilyConfig):
 
     def length(self, text, frames, prompt_text=0, prompt_frames=0):
         """See Family. Raises ValueError as `layout` does."""
-        for what, count, most, key in (("text ids", text, self.text_positions - 2, "text_positions"),
+        for what, count, limit, key in (("text ids", text, self.text_positions - 2, "text_positions"),
                                        ("frames", frames, self.max_frames, "code_positions")):  # fmt: skip
-            if (longest := int(np.max(count, initial=0))) > most:
-                raise ValueError(f"an utterance has {longest} {what}, the model has positions for {most}: raise {key}, "
-                                 "or leave such out with prepare.py's max_seconds and max_text_tokens")
+            if (longest := int(np.max(count, initial=0))) > limit:
+                raise ValueError(f"an utterance has {longest} {what}, the model has positions for {limit}: raise "
+                                 f"{key}, or leave such out with prepare.py's max_seconds and max_text_tokens")
         return text + 3 + frames + self.STOPS
 
 
@@ -1698,18 +1697,18 @@ class VallE(Family):
         Mode nar predicts the number of `frames` where it is None, and then returns True if all of them fit. rounds:
         None: as the config says.
         """
-        most = self.frames_left(len(self.layout(text, None, prompt)[0]), max_frames)
+        max_frames = self.frames_left(len(self.layout(text, None, prompt)[0]), max_frames)
         if self.causal:
-            return (yield from self._speak(text, prompt, most, choose))
-        return (yield from self._demask(text, prompt, most, choose, frames, rounds or self.config.rounds))
+            return (yield from self._speak(text, prompt, max_frames, choose))
+        return (yield from self._demask(text, prompt, max_frames, choose, frames, rounds or self.config.rounds))
 
     @torch.no_grad()
-    def _speak(self, text, prompt, most, choose):
+    def _speak(self, text, prompt, max_frames, choose):
         tokens, segment = self.rows(text, None, prompt)
         x = self.embed(tokens, segment)
         positions = self.positions(tokens, segment)
-        cache = self.backbone.cache(1, x.shape[1] + most)
-        for t in range(most):
+        cache = self.backbone.cache(1, x.shape[1] + max_frames)
+        for t in range(max_frames):
             frame = choose(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
             if (frame == self.config.codebook_size).any():
                 return True
@@ -1719,13 +1718,13 @@ class VallE(Family):
         return False
 
     @torch.no_grad()
-    def _demask(self, text, prompt, most, choose, frames, rounds):
+    def _demask(self, text, prompt, max_frames, choose, frames, rounds):
         """All frames at once. A code's score is its probability in the last round, for codes that were kept too."""
         c = self.config
         if frames is None:
             tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
             frames = int(self.guess_length(self.length_state(tokens, segment)))
-        T = max(1, min(frames, most))
+        T = max(1, min(frames, max_frames))
         tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt)
         codes = tokens[0, -T:, :-1]  # a view: the rows change with it
         score = torch.ones(T, c.n_codebooks, device=tokens.device)
@@ -1745,7 +1744,6 @@ class VallE(Family):
             codes[codes == c.mask_class] = chosen[codes == c.mask_class]
         yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
         return frames == T
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1991,9 +1989,9 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
         # after sum() the gradients of all codebooks are one expanded value: its stride says so without a look at it
         alike = grad_loss.stride() == (0,) or len(grad_loss) == 1
         if grads is None or (shared and not alike):  # a second backward pass, or a dh summed with other factors
-            most = grad_loss.abs().max()
-            scale = scale * torch.where(most > 0, grad_loss / most, 0)
-            grad_loss = most.expand(len(grad_loss))
+            largest = grad_loss.abs().max()
+            scale = scale * torch.where(largest > 0, grad_loss / largest, 0)
+            grad_loss = largest.expand(len(grad_loss))
             grads = _cross_entropy_pass(hidden, weight, bias, target, scale, ctx.wanted, **ctx.options)[2]
         factor = grad_loss * unit
         if not (_can_look(factor) and (factor == 1).all()):
@@ -2133,12 +2131,12 @@ def _softmax_rows(tile, target, scale, loss, correct, V, smoothing, z_loss):
     n, J = target.shape[1:]
     tile[..., J * V :] = -math.inf  # padding: with it whole rows are contiguous, which is faster
     # parts that stay in the cache, and whose float32 copies take at most half of the tile; an even number of rows
-    many = max(1 if tile.dtype == scale.dtype else 2, math.ceil(tile.numel() / 2**20))
-    few = 2 * math.ceil(n / many / 2)
+    n_parts = max(1 if tile.dtype == scale.dtype else 2, math.ceil(tile.numel() / 2**20))
+    part_rows = 2 * math.ceil(n / n_parts / 2)
     whole = tile.unflatten(-1, (J, -1)), *(x[..., None] for x in (target, scale, loss, correct))
     minus = scale.new_full((), smoothing - 1)
-    for part, goal, factor, value, first in zip(*(x.split(few, 1) for x in whole), strict=True):
-        x = part.to(scale.dtype).contiguous()  # (g, few, J, V), no copy in float32
+    for part, goal, factor, value, first in zip(*(x.split(part_rows, 1) for x in whole), strict=True):
+        x = part.to(scale.dtype).contiguous()  # (g, part_rows, J, V), no copy in float32
         place = goal.clamp(0, V - 1)
         picked = x.gather(-1, place)
         top = x.amax(-1, True)

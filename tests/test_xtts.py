@@ -484,7 +484,7 @@ def test_small_sets_leave_most_of_trained_weights_alone(tokens, tmp_path, capsys
 def test_large_sets_and_shallow_models_freeze_less():
     model = tiny(backbone=dict(n_layer=4))
     assert model.small_set_freeze(3000) == []
-    train.freeze_parameters(model, model.small_set_freeze(2999))
+    published.freeze_parameters(model, model.small_set_freeze(2999))
     trained = {".".join(name.split(".")[:3]) for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trained if "layers" in name} == {"backbone.layers.2", "backbone.layers.3"}
     assert {"text_embedding.weight", "text_head.weight", "code_head.weight", "backbone.norm.weight"} <= trained
