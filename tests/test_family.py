@@ -62,6 +62,6 @@ def test_it_resumes_takes_an_adapter_and_a_dry_run(copy):
     assert "parameters" in command(copy, "train.py", "config/digits_chain.py", "--dry_run=True")
     for more in (["--max_iters=2"], ["--max_iters=4", "--init_from=resume"]):
         command(copy, "train.py", "config/digits_chain.py", "--out_dir=base", "--lr_decay_iters=20", *more)
-    command(copy, "train.py", "config/digits_chain.py", "--init_from=base/best.pt", "--out_dir=adapted", "--lora_rank=2",
-        "--max_iters=2")  # fmt: skip
+    command(copy, "train.py", "config/digits_chain.py", "--init_from=base/best.pt", "--out_dir=adapted",
+            "--lora_rank=2", "--max_iters=2")  # fmt: skip
     assert (copy / "adapted/best.pt").stat().st_size < (copy / "base/best.pt").stat().st_size
