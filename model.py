@@ -2177,7 +2177,7 @@ if triton:
         goal, factor = tl.load(target + place), tl.load(scale + place)
         columns = tl.arange(0, BLOCK)
         top, best = -float("inf"), V
-        total = picked = sum_x = 0.0
+        total, picked, sum_x = 0.0, 0.0, 0.0  # Triton has no chained assignment
         for start in range(0, V, BLOCK):
             column = start + columns
             x = tl.load(tile + column, column < V, -float("inf")).to(tl.float32)
