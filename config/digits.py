@@ -8,7 +8,7 @@
 sources = "data/digits"
 heldout = "data/digits/heldout.txt"
 data_dir = "data/digits/tokens"
-text_format = "[{speaker}] {text}"  # the space makes every word, the first too, one and the same token
+text_format = "[{speaker}] {text}"  # the space makes each word the same token, the first one too
 vocab_size = 400
 codec = "mel"
 codec_args = {"n_codebooks": 4, "codebook_size": 512, "sample_rate": 16000, "frame_rate": 12.5}
@@ -19,17 +19,17 @@ out_dir = "out/digits"
 arch = "csm"
 backbone = dict(n_layer=4, n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=10_000.0)
 decoder = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=96, d_ff=256, rope_theta=10_000.0)
-decoder_fraction = 0.5  # with 0.25 a quarter more words are misheard: all codebooks have to be clear
-decoder_chunk = 0  # a model so small needs no chunks
-frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text
+decoder_fraction = 0.5  # 0.25 gives a quarter more word errors: all codebooks must be clear
+decoder_chunk = 0  # all at once: so small a model needs no chunks
+frame_dropout = 0.6  # hides most input frames, so that the next word must come from the text
 max_tokens = 2000
 max_batch = 64
 max_iters = 2100
-learning_rate = 6e-3  # with 3e-3 and a cosine to 1.5e-4 one and a half times as many words are misheard
+learning_rate = 6e-3  # 3e-3 with a cosine schedule to 1.5e-4 gives half as many word errors again
 lr_schedule = "linear"  # to 0
 muon = True
 warmup_iters = 100
 eval_interval = 500
 
 # sample.py, and the samples spoken at each evaluation
-temperature = 0.0  # always the likeliest code: so small a model says it most clearly so
+temperature = 0.0  # the likeliest code: so small a model speaks most clearly without sampling

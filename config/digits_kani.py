@@ -8,7 +8,7 @@
 sources = "data/digits"
 heldout = "data/digits/heldout.txt"
 data_dir = "data/digits/tokens_2x2048"
-text_format = "{speaker}: {text}"  # as KaniTTS has it
+text_format = "{speaker}: {text}"  # as in KaniTTS
 vocab_size = 400
 codec = "mel"
 codec_args = {"n_codebooks": 2, "codebook_size": 2048, "sample_rate": 16000, "frame_rate": 12.5}  # 25 tokens a second
@@ -21,7 +21,7 @@ backbone = dict(
     n_layer=5, layers="cacaa", n_head=4, n_kv_head=4, d_model=128, d_ff=384, rope_theta=1_000_000.0, qk_norm=True
 )
 loss_on = "codebook"
-frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text
+frame_dropout = 0.6  # hides most input frames, so that the next word must come from the text
 max_tokens = 3000
 max_batch = 32
 max_iters = 2500
@@ -32,4 +32,4 @@ warmup_iters = 100
 eval_interval = 500
 
 # sample.py, and the samples spoken at each evaluation
-temperature = 0.0  # always the likeliest code: so small a model says it most clearly so
+temperature = 0.0  # the likeliest code: so small a model speaks most clearly without sampling

@@ -8,14 +8,14 @@
 sources = "data/digits"
 heldout = "data/digits/heldout.txt"
 data_dir = "data/digits/tokens_xtts"
-text_format = "[{speaker}] {text}"  # the space makes every word, the first too, one and the same token
+text_format = "[{speaker}] {text}"  # the space makes each word the same token, the first one too
 vocab_size = 400
 codec = "mel"
 codec_args = {"n_codebooks": 1, "codebook_size": 1024, "sample_rate": 16000, "frame_rate": 20, "n_mels": 40}
 fit_seconds = 1200.0
 references = True  # 200 bytes a frame
 
-# train.py: a GPT-2 of 0.8M parameters, and 0.3M that listen
+# train.py: a GPT-2 of 0.8M parameters, conditioning layers of 0.3M
 out_dir = "out/digits_xtts"
 arch = "xtts"
 backbone = dict(
@@ -28,8 +28,8 @@ perceiver_heads = 2
 text_positions = 64
 code_positions = 256
 reference_seconds = [0.5, 1.0]
-voice_prompt = 1.0  # the voice off another recording of the speaker: all frames of one so short are to be learnt from
-frame_dropout = 0.6  # much of what was said is hidden, so that the next word can only come from the text
+voice_prompt = 1.0  # the reference is another recording of the speaker, so that all frames of these short ones are targets
+frame_dropout = 0.6  # hides most input frames, so that the next word must come from the text
 max_tokens = 3000
 max_batch = 64
 max_iters = 2000
@@ -40,5 +40,5 @@ warmup_iters = 100
 eval_interval = 500
 
 # sample.py, and the samples spoken at each evaluation
-temperature = 0.0  # always the likeliest code: so small a model says it most clearly so
+temperature = 0.0  # the likeliest code: so small a model speaks most clearly without sampling
 repetition_penalty = 1.0

@@ -15,7 +15,7 @@ data_dir = "data/kani_lora/tokens"
 codec = "nanocodec"  # 4 codebooks of 4,032 at 12.5 frames/s
 tokenizer = "weights/kani-tts-450m-0.2-pt/tokenizer.json"  # LFM2's
 vocab_size = 64400  # its size; only a dry run without data needs it here
-text_format = "{speaker}: {text}"  # README: where there are several speakers; of one "{text}" is enough
+text_format = "{speaker}: {text}"  # README: for several speakers; "{text}" is enough for one
 max_seconds = 12.0  # README: max_duration_sec
 
 # train.py
@@ -46,6 +46,6 @@ dtype = "bfloat16"  # README: bf16; the weights stay float32
 
 # sample.py
 temperature = 0.6  # config/inference_config.yaml
-top_k = 50  # transformers' own, where nothing else is said
+top_k = 50  # transformers' default
 top_p = 0.95  # config/inference_config.yaml
 repetition_penalty = 1.1  # config/inference_config.yaml
