@@ -24,12 +24,12 @@ decoder_chunk = 0  # all at once: so small a model needs no chunks
 frame_dropout = 0.6  # hides most input frames, so that the next word must come from the text
 max_tokens = 2000
 max_batch = 64
-max_iters = 2100
+max_iters = 2250
 learning_rate = 6e-3  # 3e-3 with a cosine schedule to 1.5e-4 gives half as many word errors again
 lr_schedule = "linear"  # to 0
 muon = True
 warmup_iters = 100
-eval_interval = 500
+eval_interval = 750
 
 # sample.py, and the samples spoken at each evaluation
 temperature = 0.0  # the likeliest code: so small a model speaks most clearly without sampling

@@ -159,6 +159,7 @@ def child(reader, seed, first, count, pipe):
     sys.argv = ["fuzz"]
     read = functools.lru_cache(configurator.read_defaults)  # once, not for each case
     configurator.read_defaults = lambda script: copy.copy(read(str(script)))
+    configurator.configure(ROOT / "prepare.py", [])  # now, and not at the cost of the first case
     os.fsync = lambda _: None
     start, started = multiprocessing.process.BaseProcess.start, []
 

@@ -454,7 +454,7 @@ def test_what_no_audio_file_is(tmp_path):
     assert {u.reason for u in us} == {"unreadable file"} and len(us) == 7
     details = {u.id: u.detail for u in us}
     assert "Hz" in details["e"] and "breaks off" in details["f"] and "g.wav: not readable" in details["g"]
-    assert details["a"].endswith("a.raw: not readable as audio (no kind of recording that is known here)"), details
+    assert details["a"].endswith("a.raw: not readable as audio (unknown kind of recording)"), details
 
 
 def wav_bytes(wav):

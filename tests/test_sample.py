@@ -247,6 +247,7 @@ def test_reference_is_encoded_and_put_before_the_text(voice, recording):
 
 class Mute(nn.Linear):
     draw = {}
+    vocoder = False
 
 
 class Snippets(nn.Module):
