@@ -531,8 +531,8 @@ class Family(nn.Module):
         The frame that ends an utterance.
     forward(tokens (B, S, C), segment (B, S)) -> loss, stats {name: (sum, count)}
         The loss of a batch, a scalar. Sums and counts add up over batches and ranks. "loss" counts frames;
-        "c0_accuracy" is that of codebook 0; "loss_by_codebook" and "accuracy_by_codebook" are (K,); "stop_missed" (in eval mode) counts the stop frames that
-        the model does not predict.
+        "c0_accuracy" is that of codebook 0; "loss_by_codebook" and "accuracy_by_codebook" are (K,); "stop_missed" (in
+        eval mode) counts the stop frames that the model does not predict.
     teacher_forced_logits(text, codes) -> (T + 1, K, V)
         The logits of an utterance's frames and its stop frame, from one pass over all of its rows.
     generate(text, prompt=None, max_frames=1125, choose=sample_code)
