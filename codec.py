@@ -60,14 +60,15 @@ class Codec(nn.Module):
     fitted: False until fit(wavs, seed), for a codec that has to be fitted
     residual: the first codebooks alone are a coarser code
     streams: decode_stream(pieces of codes) yields pieces of wav
-    reference_shape: (R, M) for a codec with reference(wav (B, N)) -> (B, T * R, M), from which a model reads a voice
+    reference: None, or reference(wav (B, N)) -> (B, T * R, M), features from which a model reads a voice
+    timbre, vocode: None, or the two methods of a vocoder that speaks from a model's states, at `vocoder_rate`
     """
 
     name = None
     fitted = True
     residual = True
     streams = False
-    reference_shape = None
+    reference = timbre = vocode = None
 
     def __init__(self, **options):
         super().__init__()
@@ -76,6 +77,14 @@ class Codec(nn.Module):
     def frames(self, n_samples):
         """The number of frames of n_samples; the last may be part silence."""
         return -(-n_samples // self.samples_per_frame)
+
+    def sizes(self, references=False):
+        """What meta.json says of the codec's sizes; references: also of the features that `reference` makes."""
+        sizes = {key: getattr(self, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}
+        if references:
+            silence = self.reference(torch.zeros(1, self.samples_per_frame))[0]
+            sizes["reference"] = {"rows_per_frame": len(silence), "silence": silence[0].tolist()}
+        return sizes
 
     def pack(self):
         """All that `load_codec(name, pack)` needs to make the codec again, as a plain dict."""
@@ -1492,8 +1501,8 @@ def published_sizes(name):
     """The sizes of a published codec, without its weights, as in meta.json: a dict that callers share and must not
     change. `reference`: only for a codec from whose features a model reads a voice."""
     codec = CODECS[name].without_weights()
-    sizes = {key: getattr(codec, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}
-    if codec.reference_shape:
+    sizes = codec.sizes()
+    if codec.reference:
         rows, bands = codec.reference_shape
         sizes["reference"] = {"rows_per_frame": rows, "silence": [0.0] * bands}
     return sizes

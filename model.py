@@ -56,9 +56,10 @@ def fixed(default, mode=None):
     return field(default=default, kw_only=True, metadata={"key": "fixed", "mode": mode})
 
 
-def free(default, mode=None):
-    """A field of a config that is a key of train.py and may change from run to run; `mode` as for `fixed`."""
-    return field(default=default, kw_only=True, metadata={"key": "free", "mode": mode})
+def free(default, mode=None, judges=False):
+    """A field of a config that is a key of train.py and may change from run to run; `mode` as for `fixed`. judges:
+    held-out losses before and after a change cannot be compared."""
+    return field(default=default, kw_only=True, metadata={"key": "free", "mode": mode, "judges": judges})
 
 
 @dataclass
@@ -629,7 +630,7 @@ class CSMConfig(FamilyConfig):
     stop: Literal["class", "zeros"] = "class"  # see stop_frame
     decoder_fraction: "0 < float <= 1" = free(0.0625)  # share of the frames the depth decoder trains on
     decoder_chunk: "int >= 0" = free(96)  # frames per depth-decoder chunk (bounds memory); 0: all
-    decoder_loss_weight: "float >= 0" = free(1.0)  # of the depth decoder's loss beside the backbone's
+    decoder_loss_weight: "float >= 0" = free(1.0, judges=True)  # of the depth decoder's loss beside the backbone's
     arch: str = field(default="csm", init=False)
 
     SPARE = 3  # classes per codebook beyond the codes, as in the released models
@@ -838,8 +839,8 @@ class KaniConfig(FamilyConfig):
 
     first_special: "int >= 0" = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
     vocab_size: "int >= 0" = 0  # rows of the embedding; 0: as many as tokens
-    loss_on: Literal["all", "audio", "codebook"] = free("all")  # codebook: audio, each code against its own codebook
-    drop_repeats: bool = free(False)  # leave out frames equal to the one before, as published; it loses timing
+    loss_on: Literal["all", "audio", "codebook"] = free("all", judges=True)  # codebook: against its own codebook
+    drop_repeats: bool = free(False, judges=True)  # leave out frames equal to the one before; it loses timing
     arch: str = field(default="kani", init=False)
 
     CODES = 9  # from the first special token to the first code; the last three places are not used
@@ -1032,11 +1033,11 @@ class XTTSConfig(FamilyConfig):
     conditioning_layers: "0 <= int <= 1000" = fixed(6)  # of the encoder that reads a recording of the voice
     perceiver_layers: "1 <= int <= 1000" = fixed(2)  # of the perceiver that turns the encoder's output into latents
     perceiver_heads: "1 <= int <= 1000" = fixed(8)  # of the perceiver's attention
-    chunk_seconds: "0 <= float <= 3600" = free(4.0)  # longer recordings: the mean of the latents of chunks; 0: whole
+    chunk_seconds: "0 <= float <= 3600" = free(4.0, judges=True)  # longer recordings are read in chunks; 0: whole
     text_positions: "3 <= int <= 100000" = fixed(404)  # text ids, with 2 marks around them
     code_positions: "6 <= int <= 100000" = fixed(608)  # frames, with 5 marks around them
-    text_loss_weight: "float >= 0" = free(0.01)  # of the text's loss beside that of the codes
-    hide_text_stop: bool = free(False)  # train without attention to the mark behind the text, as published
+    text_loss_weight: "float >= 0" = free(0.01, judges=True)  # of the text's loss beside that of the codes
+    hide_text_stop: bool = free(False, judges=True)  # train without attention to the mark behind the text, as published
     vocoder: bool = False  # a vocoder knows the model's states: that of XTTS-v2, for models that continue from XTTS-v2
     arch: str = field(default="xtts", init=False)
 
@@ -1332,12 +1333,12 @@ class VallEConfig(FamilyConfig):
     level_attention: bool = fixed(False)  # for residual codecs: a frame's codebooks attend to each other
     segmented_mask: bool = fixed(False, "nar")  # nar: text does not see prompt and frames, nor the prompt the frames
     stretched_text: bool = fixed(True, "nar")  # nar: text positions run to the number of frames, see positions
-    mask_ratio: "0 <= float <= 1" = free(0.8, "nar")  # nar: share of the frames masked; 0: another for each utterance
+    mask_ratio: "0 <= float <= 1" = free(0.8, "nar", judges=True)  # nar: share of masked frames; 0: drawn anew
     frame_dropout: "0 <= float <= 1" = narrowed("frame_dropout", "ar")  # ar: share of the input frames masked
     text_dropout: "0 <= float < 1" = free(0.0, "nar")  # nar: share of the utterances without text, for guidance
-    level_weights: Literal["decreasing", "normal", "equal"] = free("decreasing")  # normal: those in the middle
-    random_level: bool = free(False)  # train each utterance on one codebook, drawn for it, instead of on all
-    length_loss_weight: "float >= 0" = free(0.1, "nar")  # nar: of the loss of the lengths
+    level_weights: Literal["decreasing", "normal", "equal"] = free("decreasing", judges=True)  # normal: mid ones
+    random_level: bool = free(False, judges=True)  # train each utterance on one random codebook
+    length_loss_weight: "float >= 0" = free(0.1, "nar", judges=True)  # nar: of the loss of the lengths
     gray_length: bool = True  # nar: lengths are written in a Gray code, see length_digits
     rounds: "1 <= int <= 10000" = free(25, "nar")  # nar: of demasking, when it speaks
     whole_frames: bool = free(True, "nar")  # nar: whole frames are masked again, not each codebook by itself

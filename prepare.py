@@ -472,7 +472,7 @@ def features(utterances, name, path):
     voices = []
     for wav in read(utterances, codec.sample_rate):
         wav = torch.from_numpy(wav)[None]
-        timbre = codec.timbre(wav)[0].numpy() if hasattr(codec, "timbre") else None
+        timbre = codec.timbre(wav)[0].numpy() if codec.timbre else None
         voices.append((codec.reference(wav)[0].numpy().astype(np.float16), timbre))
     return voices
 
@@ -541,7 +541,7 @@ def check(cfg, folder, codec):
         raise ValueError(f"language = {cfg.language!r:.60}: text_format = {cfg.text_format!r:.60} has no {{language}}")
     if not cfg.sources or not cfg.data_dir:
         raise ValueError("name what to read and where to write: --sources=my/metadata.csv --data_dir=my/tokens")
-    if cfg.references and not hasattr(codec, "reference"):
+    if cfg.references and not codec.reference:
         raise ValueError(f"references = True: the codec {codec.name} has no features to take a voice from")
     if cfg.extend_vocab and not cfg.tokenizer:
         raise ValueError(f"extend_vocab = {cfg.extend_vocab} needs a tokenizer to extend: --tokenizer=x/tokenizer.json")
@@ -614,14 +614,9 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings):
 
 def describe(cfg, codec, tokenizer, speakers):
     """The fields of meta.json that say how the token files were made."""
-    of_codec = ("name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
     of_place = ("data_dir", "overwrite", "workers", "max_tokens")  # keys that change nothing in the files
-    about = {"fingerprint": codec.fingerprint(), **{key: getattr(codec, key) for key in of_codec}}
-    if cfg.references:
-        silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
-        about["reference"] = {"rows_per_frame": len(silence), "silence": silence[0].tolist()}
     return {
-        "codec": about,
+        "codec": {"fingerprint": codec.fingerprint(), "name": codec.name, **codec.sizes(cfg.references)},
         "tokenizer": tokenizer.describe(),
         "text_format": cfg.text_format,
         "language": cfg.language,

@@ -89,7 +89,7 @@ class Voice:
         self.meta = meta
         self.references = references
         self.timbres = timbres
-        self.vocoder = model.vocoder and hasattr(codec, "vocode")
+        self.vocoder = model.vocoder and codec.vocode is not None
         self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         trained_with = {key: value for key, value in (config or {}).items() if value is not None}
         self.draw = {key: trained_with.get(key, usual) for key, usual in model.draw.items()}
@@ -303,7 +303,7 @@ class Voice:
         of two blocks may differ where they meet. So the new block slides by up to 5 ms to the best match (WSOLA,
         Verhelst and Roelands 1993) and is faded in over 10 ms.
         """
-        if getattr(self.codec, "streams", False) and not self.vocoder:
+        if self.codec.streams and not self.vocoder:
             frames = iter(frames)
             size = max(1, round(0.08 * self.codec.frame_rate))
             blocks = iter(lambda: list(itertools.islice(frames, size)), [])

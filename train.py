@@ -130,9 +130,6 @@ backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
 
 SHARED = {"sample.py": ["temperature", "top_k", "top_p", "repetition_penalty", "device", "dtype", "seed"]}
 FEWEST_TARGETS = 0.2  # share of the frames; with fewer targets a model does not learn to speak
-# The held-out loss means something else when one of these changes
-MEANING = ("decoder_loss_weight", "text_loss_weight", "length_loss_weight", "level_weights", "random_level", "loss_on",
-           "drop_repeats", "mask_ratio", "hide_text_stop", "chunk_seconds")  # fmt: skip
 
 
 def check(cfg, world, device):
@@ -196,6 +193,7 @@ class Run:
         self.world = world
         self.device = device
         self.files, self.val_files = (TokenFiles(cfg.data_dir, split) for split in ("train", "val"))
+        self.held_out = self.val_files if len(self.val_files) else self.files  # to speak and to check the contract
         self.meta = meta = self.files.meta
         self.data = fingerprint(cfg.data_dir)
         codec = load_codec(meta["codec"]["name"], cfg.data_dir)
@@ -224,6 +222,7 @@ class Run:
         self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         self.window = Window(device)
         self.step = self.first_step = 0
+        self.samples_due = False  # a resumed run may have to make up for what a kill left out
         self.best = math.inf
         self.history = []
         self.seconds = 0.0
@@ -242,7 +241,7 @@ class Run:
     def set_voice(self):
         """What speaks the samples, and the probe: the held-out utterance that checks the contract here and whenever the
         checkpoint is loaded."""
-        files = self.val_files if self.val else self.files
+        files = self.held_out
         frames = files.index[:, 3]
         shortest = int((frames + 10**9 * (frames < 8)).argmin())  # but long enough to tell the three shifts apart
         references = timbres = None
@@ -316,7 +315,7 @@ class Run:
             write_metrics(self.path("metrics.jsonl"), read_metrics(self.path("metrics.jsonl"), self.step))
             with whole(self.path("config.json"), "w") as f:
                 json.dump(vars(cfg), f, indent=1)
-            if resume and self.samples_due:  # a kill may have come between last.pt and these
+            if self.samples_due:  # a kill may have come between last.pt and these
                 draw(read_metrics(self.path("metrics.jsonl")), self.path("loss.html"))
                 self.speak(missing=True)
         self.watched = self.rank == 0 and sys.stderr.isatty()
@@ -412,7 +411,7 @@ class Run:
         cfg = self.cfg
         voice = self.voice
         meta = self.meta
-        files = self.val_files if self.val else self.files
+        files = self.held_out
         count = min(cfg.eval_samples, len(files))
         for n in range(count):
             i = n * len(files) // count
@@ -518,7 +517,8 @@ def forgotten(cfg, checkpoint, model, data):
     lines = []
     if checkpoint["train"].get("data", data) != data:  # older checkpoints have no fingerprint
         lines.append(f"{cfg.data_dir} has other utterances than before, which are read from the first epoch on")
-    keys = [key for key in MEANING if before.get(key, now.get(key)) != now.get(key)]
+    keys = [f.name for f in fields(model.config) if f.metadata.get("judges")]
+    keys = [key for key in keys if before.get(key, now[key]) != now[key]]
     measured = ("eval_iters", "reference_seconds") if model.reference else ("eval_iters",)
     keys += [key for key in measured if old.get(key, getattr(cfg, key)) != getattr(cfg, key)]
     if keys:
@@ -541,11 +541,7 @@ def supposed_meta(recipe):
     if recipe.codec in PUBLISHED:
         codec = dict(published_sizes(recipe.codec))
     else:
-        made = load_codec(recipe.codec, **recipe.codec_args)
-        codec = {key: getattr(made, key) for key in ("sample_rate", "frame_rate", "n_codebooks", "codebook_size")}
-        if recipe.references:
-            rows = made.reference(torch.zeros(1, made.samples_per_frame))[0]
-            codec["reference"] = {"rows_per_frame": len(rows), "silence": rows[0].tolist()}
+        codec = load_codec(recipe.codec, **recipe.codec_args).sizes(recipe.references)
     codec |= {key: value for key, value in recipe.codec_args.items() if key in codec}
     return {"codec": codec, "tokenizer": {"vocab_size": recipe.vocab_size, "bos_id": 1, "eos_id": 2}}
 

@@ -167,27 +167,33 @@ def read_defaults(script):
     """{key: Key} of one script: its own keys in the order of its source, those that it shares with other scripts, and
     for train.py those of the families."""
     script = Path(script)
-    keys, tree = own_keys(script)
-    for sibling, names in shared_keys(tree).items():
+    own, shared = own_keys(script, read_text(script))
+    keys = dict(own)
+    for sibling, names in shared.items():
         path = script.with_name(sibling)
-        theirs = family_keys(path) if sibling == MODELS else own_keys(path)[0]
+        theirs = family_keys(path, read_text(path)) if sibling == MODELS else own_keys(path, read_text(path))[0]
         keys |= {name: theirs[name] for name in names}
     models = script.with_name(MODELS)
     if script.name != TRAINING or not models.is_file():
         return keys
-    return keys | {name: key for name, key in family_keys(models).items() if name not in keys}
+    return keys | {name: key for name, key in family_keys(models, read_text(models)).items() if name not in keys}
 
 
-def own_keys(script):
-    """{key: Key} of the assignments at the top of a script, and the script as a syntax tree."""
-    source = script.read_text(encoding="utf-8")
+def read_text(path):
+    return path.read_text(encoding="utf-8")
+
+
+@cache  # several scripts ask for the keys of one source, and parsing takes most of the start-up time
+def own_keys(script, source):
+    """{key: Key} of the assignments at the top of a script, and {script: names} of the keys that it shares."""
     tree = ast.parse(source)
-    return read_keys(script, source, list(key_nodes(tree))), tree
+    return read_keys(script, source, list(key_nodes(tree))), shared_keys(tree)
 
 
-def family_keys(models):
+@cache
+def family_keys(models, source):
     """{key: Key} of the fields of the config classes in model.py that are keys."""
-    source, keys = models.read_text(encoding="utf-8"), {}
+    keys = {}
     for family in [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]:
         nodes = [(node.target.id, node) for node in family.body if isinstance(node, ast.AnnAssign)]
         nodes = [(name, node) for name, node in nodes if is_field(node.value) and name not in keys]

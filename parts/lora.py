@@ -96,7 +96,7 @@ def find_linears(model, patterns):
     linears = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, LoRALinear)}
     found = set()
     if not patterns:
-        raise ValueError("lora: lora_targets is empty: name linear layers")
+        raise ValueError("lora: no linear layer is named: lora_targets, or the weights of an adapter, are empty")
     for pattern in patterns:
         try:
             hits = {name for name in linears if any(re.search(pattern, x) for x in (name, f"{name}.weight"))}

@@ -457,7 +457,7 @@ def refused(call, *words):
     (dict(alpha=float("nan")), ["alpha = nan"]),
     (dict(dropout=1.0), ["dropout = 1.0", "dropout < 1"]),
     (dict(dropout=-0.1), ["dropout = -0.1"]),
-    (dict(targets=[]), ["lora_targets is empty"]),
+    (dict(targets=[]), ["no linear layer is named"]),
     (dict(targets=["one", "tow"]), ["'tow' matches no nn.Linear", "one, two, out"]),
     (dict(targets="attention"), ["'attention' matches no nn.Linear"]),  # its weights are used past its forward
     (dict(targets=["("]), ["'(' is not a regular expression"]),
@@ -501,7 +501,7 @@ def test_refused_adapters():
     refused(lambda: load_adapter(own, {"weights": {}, "rank": 2}), "lacks alpha, dropout, rs, base")
     weights = state["weights"]
     a = weights["two.lora_a"]
-    for bad, word in (({**weights, "two.lora_a": a[:1]}, "two.lora_a has shape"), ({}, "lora_targets is empty"),
+    for bad, word in (({**weights, "two.lora_a": a[:1]}, "two.lora_a has shape"), ({}, "no linear layer is named"),
                       ({**weights, "two.lora_c": a}, "holds two.lora_c"), ({"two.lora_a": a}, "lacks two.lora_b"),
                       ({**weights, "two.lora_a": a * math.nan}, "two.lora_a holds NaN"),
                       ({**weights, "two.lora_a": a.long()}, "two.lora_a is int64, not float32"),

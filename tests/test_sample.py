@@ -254,6 +254,7 @@ class Snippets(nn.Module):
     """A codec whose every frame sounds the same wherever it stands."""
 
     sample_rate, frame_rate, n_codebooks = 8000, 12.5, 2
+    streams = False
 
     def __init__(self):
         super().__init__()
