@@ -49,11 +49,12 @@ from fuzz import (
 
 import codec as codecs
 import data
+import layouts as published
 import model as models
 import prepare
 import sample
 import train
-import weights as published
+import weights
 from parts import configurator
 from parts.text import SentencePiece, normalise, train_tokenizer
 
@@ -159,7 +160,7 @@ class Yard:
             more = [f"--init_from={folder}/out/csm/best.pt", "--lora_rank=2"] if family == "lora" else []
             train_once(self.tokens(of), out, *FAMILIES[of], *more)
             self.checkpoints[family] = {
-                which: published.load_checkpoint(str(out / f"{which}.pt")) for which in ("best", "last")
+                which: weights.load_checkpoint(str(out / f"{which}.pt")) for which in ("best", "last")
             }  # fmt: skip
 
     def tokens(self, family):
@@ -848,7 +849,7 @@ def checkpoints(rng, yard):
             if isinstance(made, bytes):
                 (folder / name).write_bytes(made)
             else:
-                published.save_checkpoint(str(folder / name), made)
+                weights.save_checkpoint(str(folder / name), made)
             return used(yard, family, use, folder / name)
 
         def sound(family=family, use=use, name=name):
@@ -881,7 +882,7 @@ def publications(yard):
     for family in ("csm", "kani"):
         checkpoint = yard.checkpoints[family]["best"]
         folder = yard.folder / "hub" / family
-        published.export(published.load_model(checkpoint), folder)
+        published.export(weights.load_model(checkpoint), folder)
         given = json.loads((folder / "config.json").read_text())
         found[f"{family} exported"] = load_file(folder / "model.safetensors"), given, False
     args = {"gpt_n_heads": 2, "gpt_start_text_token": 37, "gpt_stop_text_token": None}

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import layouts as published
 import model as models
 import train
-import weights as published
+import weights
 from codec import published_sizes
 from data import Batches, TokenFiles
 from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
@@ -74,7 +75,7 @@ def port():
     ours = Kani(c)
     weights = theirs.state_dict()
     state = {name: weights[published.translate(name, published.LFM2)] for name in ours.state_dict()}
-    published.load_weights(ours, state)
+    weights.load_weights(ours, state)
     return theirs, ours.eval()
 
 
@@ -148,7 +149,7 @@ def test_a_folder_that_transformers_saved(port, tmp_path, age):
         assert type(theirs).from_pretrained(tmp_path).model.layers[0].feed_forward.w1.weight.shape == (48, 32)
     if age == "none":
         (tmp_path / "config.json").unlink()
-    model = published.from_pretrained(tmp_path, **OURS)
+    model = weights.from_pretrained(tmp_path, **OURS)
     assert model.config.backbone.max_positions == (128_000 if age == "none" else 512)
     model.config.backbone.max_positions = 512
     assert model.config == ours.config and not model.training
@@ -162,11 +163,11 @@ def test_where_config_json_is_heeded(port, tmp_path):
     older = dict(rope_parameters=None, rope_theta=3e4)
     for change, theta in ((newer, 5e4), (older, 3e4), (dict(rope_theta=None, theta=2e4), 2e4)):
         rewrite(tmp_path, lambda config, change=change: config.update(change, norm_eps=1e-3))
-        backbone = published.from_pretrained(tmp_path, **OURS).config.backbone
+        backbone = weights.from_pretrained(tmp_path, **OURS).config.backbone
         assert backbone.rope_theta == theta and backbone.norm_eps == 1e-3
     rewrite(tmp_path, lambda config: config.update(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}))
     with pytest.raises(ValueError, match="rope_type = 'yarn'"):
-        published.from_pretrained(tmp_path, **OURS)
+        weights.from_pretrained(tmp_path, **OURS)
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def test_an_export_is_the_same_model_in_transformers(tmp_path):
     torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(model(tokens, segment)[0], expected.loss)
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    again = published.from_pretrained(tmp_path)
+    again = weights.from_pretrained(tmp_path)
     assert again.config == model.config
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="this model has others"):
@@ -226,7 +227,7 @@ def test_weights_that_are_no_kani(port, tmp_path, change, message):
     change(weights)
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as error:
-        published.from_pretrained(tmp_path, **OURS)
+        weights.from_pretrained(tmp_path, **OURS)
     assert "\n" not in str(error.value)
 
 
@@ -630,12 +631,12 @@ def test_contract_check_refuses(broken):
 def test_checkpoint_round_trip(tmp_path):
     model, path = tiny(loss_on="codebook", drop_repeats=True, first_special=33, vocab_size=120), tmp_path / "x.pt"
     checkpoint = {"arch": "kani", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None}
-    published.save_checkpoint(path, checkpoint)
-    again = published.load_model(published.load_checkpoint(path))
+    weights.save_checkpoint(path, checkpoint)
+    again = weights.load_model(weights.load_checkpoint(path))
     assert isinstance(again, Kani) and again.config == model.config and not again.training
     batch = batch_of(model, utterance())
     assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
-    assert published.load_model(checkpoint, loss_on="all").config.loss_on == "all"
+    assert weights.load_model(checkpoint, loss_on="all").config.loss_on == "all"
 
 
 RUN = [
@@ -649,7 +650,7 @@ def run(data_dir, out_dir, *flags, usual=RUN):
     """Train in this process, give back last.pt and the lines of metrics.jsonl."""
     flags = [*usual, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     train.main(configurator.configure(train.__file__, flags))
-    return published.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
+    return weights.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
 
 @pytest.mark.parametrize("flags", [
@@ -685,7 +686,7 @@ def test_training_starts_from_published_weights(tokens, tmp_path):
         run(tokens, tmp_path / "out", *flags)
     usual = [flag for flag in RUN if not flag.startswith("--backbone")]
     checkpoint, lines = run(tokens, tmp_path / "out", *flags, usual=usual)
-    started = published.load_model({**checkpoint, "model": model.state_dict()}).config
+    started = weights.load_model({**checkpoint, "model": model.state_dict()}).config
     assert started == model.config and lines[-1]["loss"] < lines[0]["loss"]
     assert Voice.from_checkpoint(tmp_path / "out/best.pt", "cpu").say("one", cap_seconds=1.0).isfinite().all()
 

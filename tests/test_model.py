@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import layouts as published
 import model as models
-import weights as published
+import weights
 from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,7 +44,7 @@ def test_transformer_equals_transformers_llama(scaled, n_kv_head, head_dim):
     ours = Transformer(c).eval()
     names = {r"attn\.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     weights = theirs.state_dict()
-    published.load_weights(ours, {name: weights[published.translate(name, names)] for name in ours.state_dict()})
+    weights.load_weights(ours, {name: weights[published.translate(name, names)] for name in ours.state_dict()})
     x = torch.randn(2, 100, c.d_model)
     with torch.no_grad():
         expected = theirs(inputs_embeds=x).last_hidden_state
@@ -105,7 +106,7 @@ def test_transformer_equals_transformers_gpt2():
         else:
             state[name] = weights[published.translate(name, names)]
     state = {name: w.T if w.ndim == 2 else w for name, w in state.items()}  # GPT-2's are (in, out)
-    published.load_weights(ours, state)
+    weights.load_weights(ours, state)
     x = torch.randn(2, 40, c.d_model)
     torch.testing.assert_close(ours(x), theirs(inputs_embeds=x).last_hidden_state, rtol=1e-4, atol=1e-4)
 
@@ -744,45 +745,45 @@ def test_sampling_by_seed():
 
 def test_checkpoint_round_trip(tmp_path):
     model, path = tiny(stop="zeros", backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192))), tmp_path / "x.pt"
-    published.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"kind": "x", "model": b"bytes"}))
+    weights.save_checkpoint(path, checkpoint_of(model, iter=7, tokenizer={"kind": "x", "model": b"bytes"}))
     assert os.listdir(tmp_path) == ["x.pt"]
-    checkpoint = published.load_checkpoint(path)
-    again = published.load_model(checkpoint)
+    checkpoint = weights.load_checkpoint(path)
+    again = weights.load_model(checkpoint)
     assert checkpoint["iter"] == 7 and checkpoint["tokenizer"]["model"] == b"bytes"
     assert again.config == model.config and not again.training
     batch = batch_of(model, utterance())
     assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
-    assert published.load_model(checkpoint, dtype=torch.bfloat16).codebook0_head.dtype == torch.bfloat16
+    assert weights.load_model(checkpoint, dtype=torch.bfloat16).codebook0_head.dtype == torch.bfloat16
 
 
 def test_averaged_weights_speak():
     model = tiny()
     averaged = {k: v * 0.5 for k, v in model.state_dict().items()}
-    loaded = published.load_model({**checkpoint_of(model), "ema": averaged})
+    loaded = weights.load_model({**checkpoint_of(model), "ema": averaged})
     assert torch.equal(loaded.codebook0_head, 0.5 * model.codebook0_head)
 
 
 def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "x.pt"
-    published.save_checkpoint(path, {"iter": 1})
+    weights.save_checkpoint(path, {"iter": 1})
 
     class Bad:
         def __reduce__(self):
             raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        published.save_checkpoint(path, {"iter": 2, "bad": Bad()})
-    assert published.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+        weights.save_checkpoint(path, {"iter": 2, "bad": Bad()})
+    assert weights.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
     os.symlink("/dev/full", tmp_path / "x.pt.partial")
     with pytest.raises(OSError) as error:
-        published.save_checkpoint(path, {"iter": 2, "weights": torch.zeros(10**6)})
+        weights.save_checkpoint(path, {"iter": 2, "weights": torch.zeros(10**6)})
     assert "\n" not in str(error.value)
-    assert published.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
+    assert weights.load_checkpoint(path)["iter"] == 1 and os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
     model, good = tiny(), tmp_path / "good.pt"
-    published.save_checkpoint(good, checkpoint_of(model))
+    weights.save_checkpoint(good, checkpoint_of(model))
     whole = good.read_bytes()
     bad = {
         "empty.pt": b"", "half.pt": whole[: len(whole) // 2], "short.pt": whole[:-1], "text.pt": b"hello " * 99,
@@ -791,19 +792,19 @@ def test_files_that_are_no_checkpoint(tmp_path):
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is (truncated or )?not a checkpoint") as e:
-            published.load_checkpoint(tmp_path / name)
+            weights.load_checkpoint(tmp_path / name)
         assert "\n" not in str(e.value)
     torch.save({"evil": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="evil.pt is not a checkpoint: it cannot be read without running code"):
-        published.load_checkpoint(tmp_path / "evil.pt")
+        weights.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
     for foreign in ({"model_state": {}}, [1, 2], torch.zeros(3), {"format": "parlando-0"}):
         torch.save(foreign, tmp_path / "foreign.pt")
         with pytest.raises(ValueError, match="is not a parlando-1 checkpoint"):
-            published.load_checkpoint(tmp_path / "foreign.pt")
+            weights.load_checkpoint(tmp_path / "foreign.pt")
     for name in ("none.pt", ""):
         with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-            published.load_checkpoint(tmp_path / name)
+            weights.load_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -815,9 +816,9 @@ def test_weights_that_do_not_fit(change, message):
     checkpoint = checkpoint_of(tiny())
     change(checkpoint["model"])
     with pytest.raises(ValueError, match=message):
-        published.load_model(checkpoint)
+        weights.load_model(checkpoint)
     with pytest.raises(ValueError, match="unknown family 'tacotron'; this code has csm"):
-        published.load_model({**checkpoint, "arch": "tacotron"})
+        weights.load_model({**checkpoint, "arch": "tacotron"})
 
 
 @pytest.mark.parametrize("change, message", [
@@ -831,9 +832,9 @@ def test_weights_that_are_no_numbers_are_named(change, message, tmp_path):
     checkpoint = checkpoint_of(tiny())
     checkpoint["model"] = {name: w.clone() for name, w in checkpoint["model"].items()}
     change(checkpoint["model"])
-    published.save_checkpoint(tmp_path / "x.pt", checkpoint)
+    weights.save_checkpoint(tmp_path / "x.pt", checkpoint)
     with pytest.raises(ValueError, match=f"x.pt: {message}"):
-        published.from_pretrained(tmp_path / "x.pt")
+        weights.from_pretrained(tmp_path / "x.pt")
 
 
 def test_a_model_that_diverged_fails_the_contract_in_one_line():
@@ -856,13 +857,13 @@ def test_a_model_that_diverged_fails_the_contract_in_one_line():
 def test_fields_of_another_kind(name, change, message, tmp_path):
     checkpoint = checkpoint_of(tiny())
     changed = {**(checkpoint.get(name) or {}), **change} if isinstance(change, dict) else change
-    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, name: changed})
+    weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint, name: changed})
     if message is None:
         with pytest.raises(ValueError, match="x.pt lacks .*iter.*: train.py writes whole ones"):
-            published.load_checkpoint(tmp_path / "x.pt", needed=published.WHOLE)
+            weights.load_checkpoint(tmp_path / "x.pt", needed=weights.WHOLE)
         return
     with pytest.raises(ValueError, match=message):
-        published.load_checkpoint(tmp_path / "x.pt")
+        weights.load_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -873,17 +874,17 @@ def test_fields_of_another_kind(name, change, message, tmp_path):
 def test_configs_that_no_model_has(change, message, tmp_path):
     checkpoint = checkpoint_of(tiny())
     config = {**checkpoint["model_config"], **change}
-    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "model_config": config})
+    weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "model_config": config})
     with pytest.raises(ValueError, match=message):
-        published.load_model(published.load_checkpoint(tmp_path / "x.pt"))
+        weights.load_model(weights.load_checkpoint(tmp_path / "x.pt"))
 
 
 def test_an_adapter_without_its_base(tmp_path):
     for base, error, message in (("gone.pt", FileNotFoundError, "x.pt is an adapter on .*gone.pt, which does not"),
                                  ("x.pt", ValueError, "x.pt is damaged: its base .*x.pt is an adapter")):  # fmt: skip
-        published.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
+        weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
         with pytest.raises(error, match=message):
-            published.from_pretrained(tmp_path / "x.pt")
+            weights.from_pretrained(tmp_path / "x.pt")
 
 
 def test_another_file_in_place_of_a_checkpoint(tmp_path):
@@ -894,4 +895,4 @@ def test_another_file_in_place_of_a_checkpoint(tmp_path):
     for name, message in (("tokens", "no such checkpoint, it is a folder of token"), ("a.wav", "it is a recording"),
                           ("a.safetensors", "it is a safetensors file")):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            published.load_checkpoint(tmp_path / name)
+            weights.load_checkpoint(tmp_path / name)

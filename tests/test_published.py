@@ -15,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import layouts as published
 import model as models
 import train
-import weights as published
+import weights
 from model import AUDIO, CSM, TEXT, CSMConfig, contract_check
 from parts import configurator, lora
 from parts.tensors import Inert
 from weights import from_pretrained
 
-ROOT = Path(published.__file__).parent
+ROOT = Path(weights.__file__).parent
 ORIGINAL, PORT = published.CSM_ORIGINAL, published.CSM_TRANSFORMERS
 HEADS = {"num_attention_heads": 4, "depth_decoder_config": {"num_attention_heads": 4}}
 TABLES = "backbone_model.embed_tokens.embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight"
@@ -381,7 +382,7 @@ def test_weights_stay_in_their_file(original, tmp_path, name, monkeypatch):
 
 def test_a_checkpoint_of_ours_is_one_too(tmp_path):
     model, path = tiny(), tmp_path / "best.pt"
-    published.save_checkpoint(path, checkpoint_of(model))
+    weights.save_checkpoint(path, checkpoint_of(model))
     again = from_pretrained(path, dtype=torch.bfloat16, decoder_fraction=0.5)
     assert again.config.decoder_fraction == 0.5 and torch.equal(again.codebook0_head, model.codebook0_head.bfloat16())
 
@@ -582,7 +583,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path):
 
 def test_the_command(tmp_path):
     model = tiny(backbone=dict(rope_scaling=(32.0, 1.0, 4.0, 8192)))
-    published.save_checkpoint(tmp_path / "best.pt", checkpoint_of(model))
+    weights.save_checkpoint(tmp_path / "best.pt", checkpoint_of(model))
     flags = [f"--ckpt={tmp_path / 'best.pt'}", "--out_dir", str(tmp_path / "out")]
     said = subprocess.run([sys.executable, "weights.py", "export", *flags], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -591,7 +592,7 @@ def test_the_command(tmp_path):
     assert_same(again.state_dict().values(), model.state_dict().values(), rtol=0, atol=0)
     for words in (["export"], ["export", flags[0]], ["import", *flags]):
         with pytest.raises(ValueError, match="give what to export, and where to"):
-            published.main(configurator.configure(published.__file__, words, ["command"]))
+            weights.main(configurator.configure(weights.__file__, words, ["command"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

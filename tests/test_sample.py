@@ -19,7 +19,7 @@ from torch import nn
 import codec as codecs
 import model as models
 import sample
-import weights as published
+import weights
 from parts import configurator
 from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
@@ -59,7 +59,7 @@ def checkpoint():
 @pytest.fixture(scope="session")
 def ckpt(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "best.pt"
-    published.save_checkpoint(path, checkpoint)
+    weights.save_checkpoint(path, checkpoint)
     return str(path)
 
 
@@ -113,7 +113,7 @@ def test_same_seed_same_frames_and_wav(voice):
 
 
 def test_draws_as_the_training_run_did_unless_told_otherwise(ckpt, checkpoint, tmp_path, monkeypatch):
-    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "config": {"temperature": 0.3, "top_k": 7, "seed": 5}})
+    weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "config": {"temperature": 0.3, "top_k": 7, "seed": 5}})
     asked, make = [], models.sampler
     monkeypatch.setattr(sample, "sampler", lambda generator, **how: asked.append(how) or make(**how))
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path)
@@ -372,7 +372,7 @@ def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
     for name, step in (("a", 7), ("b", 1200)):
         (tmp_path / "out" / name).mkdir(parents=True)
         changed = {key: w + 0.3 * (name == "b") for key, w in checkpoint["model"].items()}
-        published.save_checkpoint(tmp_path / "out" / name / "best.pt", {**checkpoint, "iter": step, "model": changed})
+        weights.save_checkpoint(tmp_path / "out" / name / "best.pt", {**checkpoint, "iter": step, "model": changed})
     (tmp_path / "out/b/metrics.jsonl").write_text('{"iter": 1, "val_loss": 2.5}\n{"iter": 2, "val_loss": 2.25}\n')
     both = ",".join(str(tmp_path / "out" / name / "best.pt") for name in "ab")
     run("--ckpt", both, "--file", tmp_path / "lines.txt", "--out_dir", tmp_path / "c d")
@@ -411,7 +411,7 @@ def test_several_checkpoints_stay_inside_out_dir(ckpt, tmp_path, monkeypatch):
 
 def test_keys_without_effect(ckpt, checkpoint, tmp_path, capsys):
     mute = {**checkpoint, "meta": {**checkpoint["meta"], "text_format": "[slt]{text}"}}
-    published.save_checkpoint(tmp_path / "x.pt", mute)
+    weights.save_checkpoint(tmp_path / "x.pt", mute)
     with pytest.raises(ValueError, match=r"--speaker: speaker = 'awb' has no effect: text_format = '\[slt\]{text}'"):
         run("--ckpt", tmp_path / "x.pt", "--text=one", "--speaker=awb", "--out_dir", tmp_path / "out")
     (tmp_path / "recipe.py").write_text("rounds = 3\nwhole_frames = False\n")
@@ -432,7 +432,7 @@ def test_settings_reach_the_voice(ckpt, recording, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_never_met_a_prompt_says_so(checkpoint, recording, tmp_path, capsys, share):
-    published.save_checkpoint(tmp_path / "a.pt", {**checkpoint, "config": {"voice_prompt": share}})
+    weights.save_checkpoint(tmp_path / "a.pt", {**checkpoint, "config": {"voice_prompt": share}})
     flags = ["--ckpt", tmp_path / "a.pt", "--text=one", "--out_dir", tmp_path]
     run(*flags)
     assert "without voice prompts" not in capsys.readouterr().out
@@ -534,7 +534,7 @@ def test_refused(argv, message, ckpt, checkpoint, recording, tmp_path, monkeypat
         codec.fit([0.1 * torch.randn(RATE)]).save("other")
     Path("cut.pt").write_bytes(Path(ckpt).read_bytes()[:-5000])
     torch.save({"model_state": {}}, "foreign.pt")
-    published.save_checkpoint("mute.pt", {**checkpoint, "probe": None})
+    weights.save_checkpoint("mute.pt", {**checkpoint, "probe": None})
     assert message in refused("out", *([] if any("--ckpt" in a for a in argv) else ["--ckpt", ckpt]), *argv)
 
 
@@ -565,7 +565,7 @@ def test_a_broken_contract_is_refused(ckpt, tmp_path, monkeypatch):
 
 def test_voice_takes_what_train_has(checkpoint):
     """train.py has the model at hand and no file; the model may be of another dtype."""
-    model = published.load_model(checkpoint, dtype=torch.bfloat16)
+    model = weights.load_model(checkpoint, dtype=torch.bfloat16)
     codec = codecs.load_codec("mel", checkpoint["codec"])
     voice = Voice(model, codec, SentencePiece(checkpoint["tokenizer"]["model"]), checkpoint["meta"])
     wav = voice.say("one two", temperature=0, cap_seconds=1)
@@ -591,7 +591,7 @@ def test_the_line_that_is_refused_is_named(line, message, ckpt, tmp_path):
 
 def test_all_checkpoints_are_checked_before_the_first_speaks(ckpt, checkpoint, tmp_path):
     (tmp_path / "b").mkdir()
-    published.save_checkpoint(tmp_path / "b/best.pt", {**checkpoint, "probe": {}})
+    weights.save_checkpoint(tmp_path / "b/best.pt", {**checkpoint, "probe": {}})
     said = refused(tmp_path / "out", f"--ckpt={ckpt},{tmp_path}/b/best.pt", "--text=one")
     assert "b/best.pt is damaged: its probe" in said
     assert not list(tmp_path.rglob("*.wav"))
@@ -601,7 +601,7 @@ def test_nothing_is_written_outside_of_out_dir(checkpoint, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         os.mkdir(name)
-        published.save_checkpoint(f"{name}/best.pt", checkpoint)
+        weights.save_checkpoint(f"{name}/best.pt", checkpoint)
     os.mkdir("a/c")
     run("--ckpt=a/c/../best.pt,b/best.pt", "--text=one", "--out_dir=x/y", "--cap_seconds=0.2")
     assert sorted(str(path) for path in Path("x").rglob("*.*")) == ["x/y/a/000.wav", "x/y/b/000.wav", "x/y/index.html"]
@@ -649,7 +649,7 @@ def test_fields_of_another_kind_are_one_line(checkpoint, tmp_path):
     cases = [(field, value) for field in everything(checkpoint) for value in junk]
     refusals = 0
     for field, value in rng.sample(cases, 60):
-        published.save_checkpoint(path, changed(checkpoint, field, value))
+        weights.save_checkpoint(path, changed(checkpoint, field, value))
         try:
             Voice.from_checkpoint(path).say("one", cap_seconds=0.2)
         except (ValueError, OSError) as error:
@@ -665,11 +665,11 @@ def test_fields_of_another_kind_are_one_line(checkpoint, tmp_path):
     ({"config": {"temperature": "x"}}, "config is damaged: temperature is 'x', not a number"),
 ])  # fmt: skip
 def test_parts_that_do_not_belong_together(checkpoint, tmp_path, change, message):
-    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, **change})
+    weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint, **change})
     with pytest.raises(ValueError, match=f"x.pt.*{message}"):
         Voice.from_checkpoint(tmp_path / "x.pt")
     other = train_tokenizer(["six seven"] * 5, 280)
-    published.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "tokenizer": {"kind": "sentencepiece", "model": other}})
+    weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "tokenizer": {"kind": "sentencepiece", "model": other}})
     with pytest.raises(ValueError, match="x.pt is damaged: its tokenizer is not the one"):
         Voice.from_checkpoint(tmp_path / "x.pt")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import codec as codecs
 import data
-import weights as published
+import weights
 from parts.tensors import TYPES, fault, need_tensors, read_safetensors, read_weights, reason, undamaged, what_is
 
 
@@ -41,8 +41,8 @@ def evil(mark):
 
 
 READERS = {
-    "checkpoint": published.load_checkpoint,
-    "published": published.from_pretrained,
+    "checkpoint": weights.load_checkpoint,
+    "published": weights.from_pretrained,
     "codec weights": lambda path: codecs.load_codec("dac", path),
     "codec pack": codecs.read_pack,
 }
@@ -54,7 +54,7 @@ READERS = {
 def test_pickles_run_no_code(read, zipped, protocol, tmp_path, recwarn):
     mark, path = tmp_path / "mark", tmp_path / "x.pth"
     for call in evil(mark):
-        torch.save({"format": published.FORMAT, "model": {"codebook0_head.weight": call}}, path,
+        torch.save({"format": weights.FORMAT, "model": {"codebook0_head.weight": call}}, path,
                    pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)  # fmt: skip
         with pytest.raises(ValueError, match="x.pth") as error:
             read(str(path))
@@ -87,8 +87,8 @@ def same(a, b):
 
 def test_one_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     path, rng = tmp_path / "x.pt", random.Random(0)
-    published.save_checkpoint(path, checkpoint_of(tiny(), iter=7))
-    right, content = published.load_checkpoint(path), path.read_bytes()
+    weights.save_checkpoint(path, checkpoint_of(tiny(), iter=7))
+    right, content = weights.load_checkpoint(path), path.read_bytes()
     assert undamaged(path)
     structure = content.index(b"PK\1\2")  # the directory at the end is small, and all of it is looked at
     places = [rng.randrange(8 * len(content)) for _ in range(150)]
@@ -99,7 +99,7 @@ def test_one_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
-            assert same(published.load_checkpoint(path), right)
+            assert same(weights.load_checkpoint(path), right)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1

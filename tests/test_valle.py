@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import layouts as published
 import model as models
 import train
-import weights as published
+import weights
 from data import Batches, TokenFiles
 from model import AUDIO, PAD, PROMPT, TEXT, AudioEncoder, VallE, VallEConfig, contract_check, length_digits, read_length
 from parts import configurator
@@ -77,7 +78,7 @@ def original(sft, mode="nar", **options):
     if mode == "ar":
         given = {key: x for key, x in asdict(model.config).items() if key != "arch"}
         weights = {name: x for name, x in model.state_dict().items() if not name.startswith("length_")}
-        published.load_weights(model := VallE(VallEConfig(**{**given, "mode": "ar"})), weights)
+        weights.load_weights(model := VallE(VallEConfig(**{**given, "mode": "ar"})), weights)
     return model.eval()
 
 
@@ -120,8 +121,8 @@ def test_golden_states_and_logits(sft, golden, mode):
 
 
 def test_golden_losses_and_gradients(sft, golden):
-    for weights, name in (("decreasing", "_decreasing"), ("equal", "_equal"), ("normal", "")):
-        model = original(sft, level_weights=weights, length_loss_weight=0.0)
+    for factors, name in (("decreasing", "_decreasing"), ("equal", "_equal"), ("normal", "")):
+        model = original(sft, level_weights=factors, length_loss_weight=0.0)
         tokens, segment, masked = golden_batch(model, golden)
         model.masked = lambda spoken: masked  # noqa: B023
         loss, stats = model(tokens, segment)
@@ -898,12 +899,12 @@ def test_checkpoint_round_trip(tmp_path):
     for mode in MODES:
         model, path = tiny(mode=mode, shared_heads=True, languages=2, language=1), tmp_path / "x.pt"
         checkpoint = {"arch": "valle", "model_config": asdict(model.config), "model": model.state_dict(), "ema": None}
-        published.save_checkpoint(path, checkpoint)
-        again = published.load_model(published.load_checkpoint(path))
+        weights.save_checkpoint(path, checkpoint)
+        again = weights.load_model(weights.load_checkpoint(path))
         assert isinstance(again, VallE) and again.config == model.config and not again.training
         batch = batch_of(model, utterance())
         assert torch.equal(again(*batch)[0], model.eval()(*batch)[0])
-    again = published.load_model(checkpoint, rounds=3, guidance=None)
+    again = weights.load_model(checkpoint, rounds=3, guidance=None)
     assert (again.config.rounds, again.config.guidance) == (3, 1.0)
 
 
@@ -918,7 +919,7 @@ def run(data_dir, out_dir, *flags):
     """Train in this process, give back last.pt and the lines of metrics.jsonl."""
     flags = [*RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     train.main(configurator.configure(train.__file__, flags))
-    return published.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
+    return weights.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
 
 EVERYTHING = ["--random_level=True", "--voice_prompt=0.5", "--muon=True", "--dropout=0.1", "--sparse_embeddings=True",
@@ -974,7 +975,7 @@ def test_length_and_batches_agree(tokens):
 def test_rounds_and_guidance_are_refused_elsewhere():
     checkpoint = {"arch": "csm", "model_config": {}, "model": {}, "ema": None}
     with pytest.raises(ValueError, match="rounds = 3: the family 'csm' has no such setting"):
-        published.load_model(checkpoint, rounds=3, guidance=None)
+        weights.load_model(checkpoint, rounds=3, guidance=None)
 
 
 @pytest.mark.parametrize("name", ["digits_valle_ar", "digits_valle_nar", "valle_small", "valle_large"])

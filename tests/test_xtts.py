@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import layouts as published
 import model as models
 import prepare
 import sample
 import train
-import weights as published
+import weights
 from codec import load_codec
 from data import Batches, TokenFiles, TokenWriter
 from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
@@ -484,7 +485,7 @@ def test_small_sets_leave_most_of_trained_weights_alone(tokens, tmp_path, capsys
 def test_large_sets_and_shallow_models_freeze_less():
     model = tiny(backbone=dict(n_layer=4))
     assert model.small_set_freeze(3000) == []
-    published.freeze_parameters(model, model.small_set_freeze(2999))
+    weights.freeze_parameters(model, model.small_set_freeze(2999))
     trained = {".".join(name.split(".")[:3]) for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trained if "layers" in name} == {"backbone.layers.2", "backbone.layers.3"}
     assert {"text_embedding.weight", "text_head.weight", "code_head.weight", "backbone.norm.weight"} <= trained
@@ -626,7 +627,7 @@ def test_greedy_generation_equals_the_original(released):
         state[name] = torch.cat([state[name], more])
     state["code_embedding.weight"] = torch.cat([state["code_embedding.weight"], state["code_embedding.weight"][32:]])
     model = XTTS(XTTSConfig(**{k: v for k, v in config.items() if k != "arch"})).double()
-    published.load_weights(model, state)
+    weights.load_weights(model, state)
     heads = []
 
     def choose(scores, seen=None):
@@ -892,7 +893,7 @@ def test_other_sizes_are_refused_when_it_goes_on(tokens, tmp_path, capsys):
     given += ["--reference_seconds=[0.2,0.4]", f"--data_dir={tokens}", f"--out_dir={tmp_path}/a"]
     checkpoint = load_checkpoint(tmp_path / "a/last.pt")
     checkpoint["config"]["n_latents"] = 99  # as older versions recorded what was asked for
-    published.save_checkpoint(tmp_path / "a/last.pt", checkpoint)
+    weights.save_checkpoint(tmp_path / "a/last.pt", checkpoint)
     capsys.readouterr()
     train.main(configurator.configure(train.__file__, [*given, "--init_from=resume", "--max_iters=3"]))
     assert "resuming" in (out := capsys.readouterr().out) and "n_latents" not in out.split("iter 2")[1].split("\n")[0]

@@ -1,0 +1,642 @@
+"""Layouts: how each family's weights are published, in and out.
+
+- The names of its tensors tell what a published file holds, not its own name. Every tensor is used, or ignored for a
+  reason stated here; the first one that is missing, unknown or of another shape is named.
+- Sizes come from the shapes of the tensors; config.json tells what shapes cannot, such as the number of heads.
+- Nothing is copied twice: tensors stay in the memory-mapped file until they are needed, and the model is built without
+  memory. On a CPU, weights that need no change stay mapped; training copies the pages that it writes.
+
+Each family has a section below, with a `Layout` in LAYOUTS for each way in which it is published.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from model import ARCHS, LLAMA3_ROPE, PRESETS, TAPS, CSMConfig, PerceiverBlock, facts, transformer_config
+from parts.files import whole
+from parts.tensors import (
+    UNBUILT,
+    fault,
+    is_index,
+    is_safetensors,
+    read_index,
+    read_json,
+    read_pickle,
+    read_weights,
+    reason,
+)
+
+
+@dataclass
+class Layout:
+    """One way in which a family's weights are published.
+
+    arch: the family, a key of model.ARCHS.
+    mark: a key that no other layout has. A prefix before it in a file, such as "model.", is removed from all keys.
+    source(name, config) -> keys, make: the published tensors of which our tensor `name` is made, and the function that
+        makes it. It may ignore device, type and memory layout, and must work on the meta device.
+    sizes(shapes, given) -> the fields of our config, as a dict. shapes: {key: shape}; given: config.json, or {}.
+    ignored: regular expression of the keys that are not used.
+    tied: {key: other key} of one tensor with two names; a file has one or both, `source` uses the second.
+    tables: names of our tensors with one row per text id; a tokenizer may have more ids than the weights.
+    write_config(config) -> config.json, for a layout that `export` writes. `make` must then be its own inverse.
+    note: what users of an export must know.
+    """
+
+    arch: str
+    mark: str
+    source: Callable
+    sizes: Callable
+    ignored: str = "(?!)"
+    tied: dict = field(default_factory=dict)
+    tables: tuple = ()
+    write_config: Callable | None = None
+    note: str = ""
+
+
+def translate(name, words):
+    """Translate a name by {regular expression: replacement}, applied one after the other."""
+    for pattern, word in words.items():
+        name = re.sub(pattern, word, name)
+    return name
+
+
+def same(x):
+    return x
+
+
+def transpose(x):
+    return x.mT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published weights, in
+
+
+def load(path, device="cpu", dtype=torch.float32, **changes):
+    """The model of a published file (.safetensors, .sft, .index.json of shards, .pt, .pth, .bin) or folder, in eval
+    mode.
+
+    A folder's safetensors come before its pickles, and whole files before shards. changes: fields of its config to set;
+    None leaves them. Raises FileNotFoundError, and ValueError for files that are damaged, unknown or ambiguous, tensors
+    that are missing, unknown or of another shape, and sizes that neither shapes nor config.json tell.
+    """
+    return assemble(*find(path), device, dtype, **changes)
+
+
+def start(path, arch, meta, habits, say=print):
+    """A model to train further, with published sizes and weights.
+
+    meta: a token folder's meta.json, which tells how a text begins and ends; habits: {field of the config: value} that
+    is no size, unknown ones are ignored; say(line): is told when the vocabulary grows to the tokenizer's. Raises what
+    `load` raises, and ValueError where the weights are of another family, codec or reference, or their text ids do not
+    fit the tokenizer's.
+    """
+    layout, *found = find(path)
+    if layout.arch != arch:
+        raise ValueError(f"arch = {arch!r}, but {path} is of the family {layout.arch!r}")
+    names = {f.name for f in fields(ARCHS[arch][1]) if f.init}
+    own = facts(meta)
+    changes = {**habits, **{key: own[key] for key in ("text_bos", "text_eos", "reference_rate") if key in own}}
+    model = assemble(layout, *found, **{key: value for key, value in changes.items() if key in names}).train()
+    c, K, V, most = model.config, own["n_codebooks"], own["codebook_size"], own["text_vocab_size"]
+    if (c.n_codebooks, c.codebook_size) != (K, V):
+        raise ValueError(f"{path} speaks in {c.n_codebooks} codebooks of {c.codebook_size}, the data in {K} of {V}: "
+                         "prepare them with the codec of these weights")  # fmt: skip
+    if model.reference and own.get("reference_bands", c.reference_bands) != c.reference_bands:
+        raise ValueError(f"{path} reads {c.reference_bands} features of a recording, the data have "
+                         f"{own['reference_bands']}: prepare them with the codec of these weights")  # fmt: skip
+    more = most - c.text_vocab_size
+    if more < 0 if layout.tables else more > 0:
+        raise ValueError(f"{path} knows {c.text_vocab_size} text ids, the data have {most}: prepare them with the "
+                         f"tokenizer of these weights{', or one that extends it' if layout.tables else ''}")
+    if more <= 0:
+        return model
+    say(f"{path}: {more:,} new text ids beside its {c.text_vocab_size:,}; their embeddings start at the mean of the "
+        "others plus a little noise")  # fmt: skip
+    return grow(model, layout.tables, most)
+
+
+def grow(model, tables, size):
+    """A model with `size` text ids from one that has fewer. New rows are the mean of the old ones, which makes a new id
+    as likely as the others on average (Hewitt 2021), plus a hundredth of their standard deviation as noise."""
+    state = model.state_dict()
+    for name in tables:
+        old = state[name]
+        noise = torch.randn(size - len(old), *old.shape[1:])
+        state[name] = torch.cat([old, old.mean(0) + 0.01 * old.std(0) * noise])
+    with WithoutMemory():
+        larger = type(model)(replace(model.config, text_vocab_size=size))
+    larger.load_state_dict(state, assign=True)
+    return larger
+
+
+def known_fields(arch, changes):
+    """The changes that are not None. Raises ValueError for one that is no field of the family's config."""
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if foreign := changes.keys() - {f.name for f in fields(ARCHS[arch][1]) if f.init}:
+        name = min(foreign)
+        raise ValueError(f"{name} = {changes[name]!r}: the family {arch!r} has no such setting")
+    return changes
+
+
+def is_published(path):
+    """Whether a file or folder is anything but a checkpoint of train.py. Raises FileNotFoundError, ValueError."""
+    if os.path.isdir(path) or is_index(path) or is_safetensors(path):
+        return True
+    content = read_pickle(path)
+    return not (isinstance(content, dict) and str(content.get("format")).startswith("parlando"))
+
+
+def find(path):
+    """Layout, tensors {key: tensor}, config.json and path of a file, or of the first choice in a folder."""
+    for group in candidates(path) if os.path.isdir(path) else [[path]]:
+        found = [known for file in group if (known := recognise(file))]
+        if len(found) > 1:
+            raise ValueError(f"{path} holds several models: {', '.join(file for *_, file in found)}; name one of them")
+        if found:
+            return found[0]
+    raise ValueError(f"{path} holds no weights of a known layout: "
+                     f"{', '.join(f'{layout.arch} with {layout.mark}' for layout in LAYOUTS)}")  # fmt: skip
+
+
+def candidates(folder):
+    """A folder's files that may hold weights, in groups [[path]], the preferred group first; an index stands for its
+    shards."""
+    names = sorted(os.listdir(folder))
+    indexes = [name for name in names if is_index(name)]
+    shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
+    whole = [name for name in names if name.endswith((".safetensors", ".sft"))]
+    whole = [name for name in whole if os.path.join(folder, name) not in shards]
+    pickles = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
+    return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
+
+
+def recognise(path):
+    """What `find` returns, for one file; None if its keys contain the mark of no layout."""
+    tensors, inside = read_weights(path)
+    for layout in LAYOUTS:
+        for key in tensors:
+            if f".{key}".endswith(f".{layout.mark}"):
+                before = key.removesuffix(layout.mark)
+                config = os.path.join(os.path.dirname(path), "config.json")
+                given = {**inside, **(read_json(config) if os.path.exists(config) else {})}
+                return layout, {key.removeprefix(before): tensor for key, tensor in tensors.items()}, given, path
+    return None
+
+
+class WithoutMemory(TorchFunctionMode):
+    """Inside this, torch.empty, which makes parameters, gives tensors with a shape and no memory.
+
+    Buffers are computed as usual: rotary tables and the like are in no file.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        meta = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **{**(kwargs or {}), **meta})
+
+
+def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **changes):
+    """The model of a layout's tensors, in eval mode; arguments and errors as in `find` and `load`."""
+    model, its_config = ARCHS[layout.arch]
+    changes = known_fields(layout.arch, changes)
+    tensors = dict(tensors)
+    try:
+        for twin, key in layout.tied.items():
+            if twin in tensors:
+                tensor = tensors.pop(twin)
+                if not torch.equal(tensors.setdefault(key, tensor), tensor):
+                    raise ValueError(f"{twin} and {key} differ, but the family {layout.arch!r} ties them")
+        sizes = layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
+        config = its_config(**{**sizes, **changes})
+        with WithoutMemory():
+            model = model(config)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}") from None
+    except UNBUILT as error:  # impossible shapes, or a damaged config.json
+        raise ValueError(f"{path}: {reason(error)}") from None
+    own = model.state_dict()
+    plan = {name: layout.source(name, config) for name in own}
+    check(plan, own, tensors, layout, path)
+
+    def there(key):
+        tensor = tensors[key]
+        if str(device) != "meta" and (words := fault(tensor)):
+            raise ValueError(f"{path}: {key} {words}")
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    state = {name: make(*map(there, keys)).contiguous() for name, (keys, make) in plan.items()}
+    model.load_state_dict(state, assign=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def check(plan, own, tensors, layout, path):
+    """Raise ValueError if the tensors are not exactly those in the plan {our name: (keys, make)}."""
+    for name, (keys, make) in plan.items():
+        for key in keys:
+            if key not in tensors:
+                raise ValueError(f"{path} lacks {key}")
+            if own[name].is_floating_point() != tensors[key].is_floating_point():
+                raise ValueError(f"{path}: {key} is {tensors[key].dtype}: take weights that are not quantised")
+        try:
+            made = make(*(tensors[key].to("meta") for key in keys)).shape
+        except (RuntimeError, IndexError):
+            made = None
+        if made != own[name].shape:
+            there = " and ".join(f"{key} {tuple(tensors[key].shape)}" for key in keys)
+            raise ValueError(f"{path}: {there} does not give {name} {tuple(own[name].shape)}")
+    used = {key for keys, _ in plan.values() for key in keys}
+    for key in tensors:
+        if key not in used and not re.search(layout.ignored, key):
+            raise ValueError(f"{path} holds {key}, which the family {layout.arch!r} does not have")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published weights, out
+
+
+def safetensors_package():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("export needs the package safetensors: pip install safetensors") from None
+    return safetensors
+
+
+def export(model, folder):
+    """Write config.json and model.safetensors for transformers' from_pretrained, without codec and tokenizer. Returns
+    the layout's note.
+
+    Each file is written under a partial name and renamed. Raises OSError, and ValueError for a family without such a
+    layout, or for a model that transformers' config cannot express.
+    """
+    safetensors = safetensors_package()
+    config = model.config
+    layouts = [layout for layout in LAYOUTS if layout.arch == config.arch and layout.write_config]
+    if not layouts:
+        raise ValueError(f"the family {config.arch!r} cannot be exported; choose from "
+                         f"{', '.join(sorted({layout.arch for layout in LAYOUTS if layout.write_config}))}")
+    layout, state = layouts[0], model.state_dict()
+    with WithoutMemory():
+        plain = type(model)(config).state_dict()
+    if further := state.keys() - plain.keys():
+        raise ValueError(f"{min(further)} is no published tensor: merge adapters first")
+    written = {**layout.write_config(config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    tensors = {}
+    for name, tensor in state.items():
+        (key,), make = layout.source(name, config)
+        tensors[key] = make(tensor).cpu().contiguous()
+    for twin, key in layout.tied.items():
+        tensors[twin] = tensors[key].clone()  # safetensors refuses two names for one memory
+
+    os.makedirs(folder, exist_ok=True)
+    weights = os.path.join(folder, "model.safetensors")
+    try:
+        with whole(os.path.join(folder, "config.json"), "w") as f, whole(weights) as out:
+            json.dump(written, f, indent=2)
+            safetensors.torch.save_file(tensors, out.name, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{weights} could not be written ({reason(error)})") from None
+    return layout.note
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM and Marvis: the layout of their authors (torchtune), and that of transformers
+
+ORIGINAL = {
+    "^text_embedding": "text_embeddings", "^audio_embedding": "audio_embeddings",
+    "^codebook0_head$": "codebook0_head.weight", "^decoder_heads$": "audio_head", "o_proj": "output_proj",
+    "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "attn_norm": "sa_norm", r"norm\.weight": "norm.scale",
+}  # fmt: skip
+TRANSFORMERS = {
+    "^text_embedding": "embed_text_tokens", "^audio_embedding": "depth_decoder.model.embed_tokens",
+    "^codebook0_head$": "lm_head.weight", "^decoder_heads$": "depth_decoder.codebooks_head.weight",
+    "^projection": "depth_decoder.model.inputs_embeds_projector", "^backbone": "backbone_model",
+    r"^decoder\.": "depth_decoder.model.", r"attn\.": "self_attn.", "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
+LLAMA = {
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+    "d_model": "hidden_size", "d_ff": "intermediate_size", "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ENDS = {128256: (128000, 128001), 49152: (1, 2)}  # begin and end of text, by vocabulary: Llama 3.2, SmolLM2 (Marvis)
+AUDIO_IDS = {128256: (128002, 128003)}  # text ids that stand for a frame and for the stop frame in transformers' inputs
+
+
+def half_split(weight, heads):
+    """Rows of q or k (heads * d, D) that rotate in pairs (2j, 2j + 1), reordered for our pairs (j, j + d / 2)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def csm_original(name, config):
+    make = transpose if name == "decoder_heads" else same
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        stack = config.backbone if name.startswith("backbone") else config.decoder
+        make = partial(half_split, heads=stack.n_head if "q_proj" in name else stack.n_kv_head)
+    return [translate(name, ORIGINAL)], make
+
+
+def csm_transformers(name, config):
+    return [translate(name, TRANSFORMERS)], transpose if name == "decoder_heads" else same
+
+
+def csm_sizes(words, shapes, given):
+    """Fields of CSMConfig. Number of heads and rotary positions come from config.json, in transformers' names; without
+    it from the preset with the same other sizes. Released weights stop at a frame of zeros."""
+
+    def rows(name):
+        return shapes[translate(name, words)][0]
+
+    def stack(part, given):
+        first, attn = translate(f"{part}.layers.", words), f"{part}.layers.0.attn"
+        layers = {key.removeprefix(first).split(".")[0] for key in shapes if key.startswith(first)}
+        width, inner = rows(f"{part}.norm.weight"), rows(f"{part}.layers.0.mlp.up_proj.weight")
+        sizes = dict(n_layer=len(layers), d_model=width, d_ff=inner)
+        preset = [preset for preset in PRESETS.values() if sizes.items() <= preset.items()] or [{}]
+        known = {ours: given[theirs] for ours, theirs in LLAMA.items() if given.get(theirs) is not None}
+        known = {"rope_scaling": LLAMA3_ROPE, **preset[0], **known, **llama_rope(given), **sizes}
+        q, k, heads = rows(f"{attn}.q_proj.weight"), rows(f"{attn}.k_proj.weight"), known.get("n_head")
+        if not heads:
+            raise ValueError(f"the number of heads of the {part} of width {width} is unknown: put a config.json with "
+                             "num_attention_heads (also inside depth_decoder_config) beside the weights")  # fmt: skip
+        if q % heads or k % (q // heads):
+            raise ValueError(f"the {part} cannot have {heads} heads: its queries have width {q}, its keys {k}")
+        return {**known, "head_dim": q // heads, "n_kv_head": k // (q // heads)}
+
+    text_vocab_size = rows("text_embedding.weight")
+    text_bos, text_eos = ENDS.get(text_vocab_size, (-1, -1))
+    return {
+        "text_vocab_size": text_vocab_size, "n_codebooks": rows("decoder_heads") + 1,
+        "codebook_size": rows("codebook0_head") - CSMConfig.SPARE, "text_bos": text_bos, "text_eos": text_eos,
+        "backbone": stack("backbone", given), "decoder": stack("decoder", given.get("depth_decoder_config") or {}),
+        "stop": "zeros", **given.get("parlando", {}),
+    }  # fmt: skip
+
+
+def llama_rope(given):
+    """rope_theta and rope_scaling of a config.json, in the newer or the older names of transformers."""
+    rope = given.get("rope_parameters") or given.get("rope_scaling", {})
+    if rope == {}:
+        return {}
+    rope = rope or {"rope_type": "default"}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type = {kind!r} in config.json; choose from default, llama3")
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    return {**theta, "rope_scaling": tuple(rope[word] for word in ROPE) if kind == "llama3" else None}
+
+
+def csm_config(c):
+    """config.json for transformers' CsmForConditionalGeneration. Stop class and text marks, which it does not know,
+    stand under "parlando"."""
+
+    def stack(s, positions):
+        known = {key: getattr(s, key) for key in (*LLAMA, "rope_scaling", "dropout", "recompute")}
+        if transformer_config(known) != s or not s.rope_theta:
+            raise ValueError("transformers' CSM has plain Llama layers, this model has others")
+        config = {theirs: getattr(s, ours) for ours, theirs in LLAMA.items()}
+        config |= {"max_position_embeddings": positions, "rope_scaling": None}
+        if s.rope_scaling:
+            # transformers wants the original context below the positions: halved with its factors it means the same
+            factor, low, high, original = s.rope_scaling
+            less = original
+            while less > positions / 2:
+                less //= 2
+            numbers = factor, low * less / original, high * less / original, less
+            config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, numbers, strict=True))}
+        return {**config, "num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
+
+    audio, audio_eos = AUDIO_IDS.get(c.text_vocab_size, (None, None))
+    return {
+        "architectures": ["CsmForConditionalGeneration"], "model_type": "csm",
+        **stack(c.backbone, c.backbone.max_positions), "text_vocab_size": c.text_vocab_size,
+        "depth_decoder_config": {**stack(c.decoder, c.n_codebooks + 1), "backbone_hidden_size": c.backbone.d_model},
+        "bos_token_id": c.text_bos if c.text_bos >= 0 else None, "pad_token_id": audio, "audio_token_id": audio,
+        "audio_eos_token_id": audio_eos, "codebook_pad_token_id": c.audio_vocab_size - 1, "codebook_eos_token_id": 0,
+        "parlando": {"stop": c.stop, "text_bos": c.text_bos, "text_eos": c.text_eos},
+    }  # fmt: skip
+
+
+CSM_ORIGINAL = Layout(
+    "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL), ignored=r"_causal_mask$|\.kv_cache\."
+)
+CSM_TRANSFORMERS = Layout(
+    "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
+    ignored=r"^codec_model\.",  # Mimi, which codec.py reads
+    tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
+    write_config=csm_config,
+    note="it holds no codec_model, which transformers initialises at random: replace it by "
+         "MimiModel.from_pretrained('kyutai/mimi'); generate stops at a frame of zeros, not at the stop class of "
+         "models trained here",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kani: an Lfm2ForCausalLM of transformers
+
+LFM2 = {
+    "^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm", "^backbone": "model",
+    "attn_norm": "operator_norm", "mlp_norm": "ffn_norm", r"\.attn\.taps": ".conv.conv.weight",
+    r"\.attn\.(in|out)_proj": r".conv.\1_proj", r"\.attn\.o_proj": ".self_attn.out_proj",
+    r"\.attn\.([qk])_norm": r".self_attn.\1_layernorm", r"\.attn\.": ".self_attn.",
+    r"mlp\.gate_proj": "feed_forward.w1", r"mlp\.up_proj": "feed_forward.w3", r"mlp\.down_proj": "feed_forward.w2",
+}  # fmt: skip
+LFM2_SIZES = {**LLAMA, "norm_eps": "norm_eps"}
+KANI_TOKENS = ("text_vocab_size", "n_codebooks", "codebook_size", "text_bos", "text_eos", "first_special")
+
+
+def kani_lfm2(name, config):
+    return [translate(name, LFM2)], same
+
+
+def kani_sizes(shapes, given):
+    """Fields of KaniConfig. Kinds of layers come from the keys and widths from the shapes, for which the names in
+    config.json changed over time. Text ids and codes are those of the released models unless config.json says so."""
+    if second := {"audio_step", "tokens_per_frame"} & given.keys():
+        raise ValueError(f"config.json has {min(second)}: these are weights of KaniTTS-2, where all tokens of a frame "
+                         "share one position; here each has its own, as in KaniTTS-1")  # fmt: skip
+
+    def rows(name):
+        return shapes[translate(name, LFM2)][0]
+
+    kinds = dict(re.findall(r"^model\.layers\.(\d+)\.(conv|self_attn)\.", "\n".join(shapes), re.M))
+    layers = "".join("a" if kinds.get(str(i)) == "self_attn" else "c" for i in range(len(kinds)))
+    attn = f"backbone.layers.{max(0, layers.find('a'))}.attn"
+    head_dim = rows(f"{attn}.q_norm.weight")
+    return {
+        "text_vocab_size": 64400, "n_codebooks": 4, "codebook_size": 4032, "text_bos": 1, "text_eos": 2,
+        "vocab_size": rows("embedding"), **given.get("parlando", {}),
+        "backbone": dict(
+            n_layer=len(layers), layers=layers, d_model=rows("backbone.norm.weight"), head_dim=head_dim, qk_norm=True,
+            n_head=rows(f"{attn}.q_proj.weight") // head_dim, n_kv_head=rows(f"{attn}.k_proj.weight") // head_dim,
+            d_ff=rows("backbone.layers.0.mlp.up_proj.weight"), norm_eps=given.get("norm_eps", 1e-5),
+            max_positions=given.get("max_position_embeddings", 128_000),
+            **{"rope_theta": given.get("rope_theta") or given.get("theta") or 1e6, **llama_rope(given)},
+        ),
+    }  # fmt: skip
+
+
+def kani_config(c):
+    """config.json for transformers' Lfm2ForCausalLM. The meaning of our tokens stands under "parlando"."""
+    s = c.backbone
+    known = {key: getattr(s, key) for key in (*LFM2_SIZES, "layers", "dropout", "recompute")}
+    if transformer_config({**known, "qk_norm": True}) != s or not s.rope_theta:
+        raise ValueError("transformers' LFM2 has the layers of the released models, this model has others")
+    return {
+        "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": c.vocab_size,
+        **{theirs: getattr(s, ours) for ours, theirs in LFM2_SIZES.items()},
+        "layer_types": ["full_attention" if letter == "a" else "conv" for letter in s.layers],
+        "full_attn_idxs": [i for i, letter in enumerate(s.layers) if letter == "a"],
+        "block_auto_adjust_ff_dim": False, "conv_L_cache": TAPS, "conv_bias": False, "tie_word_embeddings": True,
+        "bos_token_id": c.human, "eos_token_id": c.end_of_speech, "pad_token_id": c.first_special + 6,
+        "parlando": {key: getattr(c, key) for key in KANI_TOKENS},
+    }  # fmt: skip
+
+
+KANI_LFM2 = Layout(
+    "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes, tied={"lm_head.weight": "model.embed_tokens.weight"},
+    write_config=kani_config,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# XTTS-v2: model.pth, or a checkpoint of its training script. codec.py reads codec, vocoder and speaker encoder
+
+XTTS = {
+    "^text_positions": "text_pos_embedding.emb", "^code_positions": "mel_pos_embedding.emb", "^code_": "mel_",
+    r"^backbone\.layers": "gpt.h", r"^backbone\.norm": "gpt.ln_f", "attn_norm": "ln_1", "mlp_norm": "ln_2",
+    r"attn\.[qkv]_proj": "attn.c_attn", r"attn\.o_proj": "attn.c_proj", r"mlp\.up_proj": "mlp.c_fc",
+    r"mlp\.down_proj": "mlp.c_proj", r"^conditioning\.input": "conditioning_encoder.init",
+    r"^conditioning\.encoder": "conditioning_encoder.attn", "qkv_proj": "qkv", r"(encoder.*)o_proj": r"\1proj_out",
+    r"^conditioning\.norm\.weight": "conditioning_perceiver.norm.gamma",
+    r"^conditioning\.perceiver": "conditioning_perceiver.layers", r"^conditioning\.": "conditioning_perceiver.",
+    "q_proj": "0.to_q", "kv_proj": "0.to_kv", "o_proj": "0.to_out", "up_proj": "1.0", "down_proj": "1.2",
+}  # fmt: skip
+
+
+def third(x, part):
+    """Queries, keys or values (0, 1, 2) out of a weight (D, 3 D) or bias (3 D) of all."""
+    return x.mT.chunk(3)[part] if x.ndim == 2 else x.chunk(3)[part]
+
+
+def squeeze(x):
+    """A convolution over single rows, (O, I, 1), as a linear layer."""
+    return x[..., 0]
+
+
+def xtts(name, config):
+    make = same
+    if part := re.search(r"^backbone.*\.([qkv])_proj", name):
+        make = partial(third, part="qkv".index(part[1]))
+    elif re.search(r"^backbone.*_proj\.weight", name):
+        make = transpose
+    elif re.search(r"^conditioning\.(input|encoder.*_proj)\.weight", name):
+        make = squeeze
+    return [translate(name, XTTS)], make
+
+
+def xtts_sizes(shapes, given):
+    """Fields of XTTSConfig. Number of heads and text marks come from config.json, without it from XTTS-v2."""
+    args = given.get("model_args") or {}
+
+    def count(stem):
+        return len({key.removeprefix(stem).split(".")[0] for key in shapes if key.startswith(stem)})
+
+    (ids, width), heads = shapes["text_embedding.weight"], args.get("gpt_n_heads")
+    heads = heads or width // 64
+    stack = dict(n_layer=count("gpt.h."), n_head=heads, n_kv_head=heads, d_model=width)
+    return {
+        "text_vocab_size": ids, "codebook_size": shapes["mel_embedding.weight"][0] - 2,
+        "text_bos": args.get("gpt_start_text_token") or 261, "text_eos": args.get("gpt_stop_text_token") or 0,
+        "backbone": {**PRESETS["gpt2-xtts"], **stack, "d_ff": shapes["gpt.h.0.mlp.c_fc.weight"][1]},
+        "reference_bands": shapes["conditioning_encoder.init.weight"][1],
+        "text_positions": shapes["text_pos_embedding.emb.weight"][0],
+        "code_positions": shapes["mel_pos_embedding.emb.weight"][0],
+        "n_latents": shapes["conditioning_perceiver.latents"][0],
+        "conditioning_layers": count("conditioning_encoder.attn."),
+        "perceiver_layers": count("conditioning_perceiver.layers."),
+        "perceiver_heads": shapes["conditioning_perceiver.layers.0.0.to_q.weight"][0] // PerceiverBlock.HEAD_DIM,
+        "vocoder": True,
+    }  # fmt: skip
+
+
+XTTS_V2 = Layout(
+    "xtts", "mel_head.weight", xtts, xtts_sizes,
+    ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
+    tables=("text_embedding.weight", "text_head.weight", "text_head.bias"),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VALL-E v2: fp32.sft or fp32.pth. Tensors for written text, tones and other tasks than speech are ignored: the author
+# speaks from phonemes, without a mark for task or tone
+
+VALLE = {
+    "^prompt_encoder": "proms_emb", "^frame_encoder": "resps_emb", r"emb\.mlp": "emb.proj", "places$": "pos_embedding",
+    r"^decoder\.levels": "audio_decoder.head", "^backbone": "model", r"attn\.": "self_attn.",
+    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def valle(name, config):
+    levels = range(config.n_codebooks)
+    if name == "text_embedding.weight":
+        keys = ["phn_emb.weight", "sep", "len_emb", "langs_emb.weight"]
+        return keys, lambda *tables: torch.cat([x if x.ndim == 2 else x[None] for x in tables])
+    if name.endswith(".codes"):
+        table = translate(name.removesuffix(".codes"), VALLE)
+        return [f"{table}.embs.{k}.weight" for k in levels], lambda *tables: torch.stack(tables, 1)
+    if name in ("heads", "head_bias"):
+        kind = "weight" if name == "heads" else "bias"
+        return [f"audio_decoder.head.{k}.4.{kind}" for k in levels], lambda *heads: torch.stack(heads)
+    if name in ("length_heads", "length_bias"):
+        kind = "weight" if name == "length_heads" else "bias"
+        return [f"len_decoder.head.{kind}"], lambda x: x.unflatten(0, (-1, 10))
+    return [translate(name, VALLE)], (lambda x: x[0]) if name.endswith(".places") else same
+
+
+def valle_sizes(shapes, given):
+    """Fields of VallEConfig. The number of heads comes from the config inside the file; without it heads are 64 wide,
+    as in all published models. How it trains and speaks is the author's choice."""
+    trained, size = given.get("experimental") or {}, given.get("size")
+    if trained.get("unified_position_ids"):
+        raise ValueError("its positions run through all parts (unified_position_ids), here they begin anew in each")
+    K = sum(bool(re.fullmatch(r"resps_emb\.embs\.\d+\.weight", key)) for key in shapes)
+    V, D = shapes["proms_emb.embs.0.weight"]
+    heads = (size.get("heads") if isinstance(size, dict) else None) or D // 64
+    layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
+    stack = dict(n_layer=len(layers), n_head=heads, n_kv_head=heads, d_model=D)
+    weights, ratio = trained.get("audio_level_loss_factors", "auto"), trained.get("masking_ratio")
+    if weights == "auto":
+        weights = "normal" if V == 1000 else "decreasing"
+    return {
+        "text_vocab_size": shapes["phn_emb.weight"][0], "n_codebooks": K, "codebook_size": V, "text_bos": 1,
+        "text_eos": 2, "languages": shapes["langs_emb.weight"][0], "level_weights": weights,
+        "backbone": {**PRESETS["valle-60M"], **stack, "d_ff": shapes["model.layers.0.mlp.up_proj.weight"][0]},
+        "segmented_mask": bool(trained.get("use_segmented_attention_mask")), "stretched_text": False,
+        "mask_ratio": ratio if isinstance(ratio, float) else 0.8,
+        "text_dropout": trained.get("cfg_cond_dropout_p", 0.02),
+        "random_level": not trained.get("resp_parallel_training", True), "gray_length": False, "whole_frames": False,
+        "guidance": 2.5, "top_sigma": 1.0,
+    }  # fmt: skip
+
+
+VALLE_V2 = Layout(
+    "valle", "len_emb", valle, valle_sizes,
+    ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\.",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2, VALLE_V2]
+
