@@ -73,8 +73,8 @@ def port():
             p.data += 0.1 * torch.randn_like(p)  # made as ones
     theirs.model.embed_tokens.weight.data[c.end_of_speech] = 0  # likelier than none of 16 codes: it speaks on
     ours = Kani(c)
-    weights = theirs.state_dict()
-    state = {name: weights[published.translate(name, published.LFM2)] for name in ours.state_dict()}
+    tensors = theirs.state_dict()
+    state = {name: tensors[published.translate(name, published.LFM2)] for name in ours.state_dict()}
     weights.load_weights(ours, state)
     return theirs, ours.eval()
 
@@ -143,8 +143,8 @@ def test_a_folder_that_transformers_saved(port, tmp_path, age):
 
     if age == "old":
         rewrite(tmp_path, older)
-        weights = load_file(tmp_path / "model.safetensors")
-        save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
                   tmp_path / "model.safetensors")  # fmt: skip
         assert type(theirs).from_pretrained(tmp_path).model.layers[0].feed_forward.w1.weight.shape == (48, 32)
     if age == "none":
@@ -223,9 +223,9 @@ def test_the_released_sizes():
     (lambda w: [w.pop(key) for key in list(w) if ".2." in key], "lacks model.layers.2"),
 ])  # fmt: skip
 def test_weights_that_are_no_kani(port, tmp_path, change, message):
-    weights = {key: w.clone() for key, w in port[0].state_dict().items() if key != "lm_head.weight"}
-    change(weights)
-    save_file(weights, tmp_path / "model.safetensors")
+    tensors = {key: w.clone() for key, w in port[0].state_dict().items() if key != "lm_head.weight"}
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message) as error:
         weights.from_pretrained(tmp_path, **OURS)
     assert "\n" not in str(error.value)

@@ -43,8 +43,8 @@ def test_transformer_equals_transformers_llama(scaled, n_kv_head, head_dim):
     )).eval()  # fmt: skip
     ours = Transformer(c).eval()
     names = {r"attn\.": "self_attn.", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    weights = theirs.state_dict()
-    weights.load_weights(ours, {name: weights[published.translate(name, names)] for name in ours.state_dict()})
+    tensors = theirs.state_dict()
+    weights.load_weights(ours, {name: tensors[published.translate(name, names)] for name in ours.state_dict()})
     x = torch.randn(2, 100, c.d_model)
     with torch.no_grad():
         expected = theirs(inputs_embeds=x).last_hidden_state
@@ -95,16 +95,16 @@ def test_transformer_equals_transformers_gpt2():
     theirs.wpe.weight.data.zero_()
     names = {"o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj", "attn_norm": "ln_1", "mlp_norm": "ln_2",
              "layers": "h"}  # fmt: skip
-    weights, ours = theirs.state_dict(), Transformer(c).eval()
+    tensors, ours = theirs.state_dict(), Transformer(c).eval()
     state = {}
     for name in ours.state_dict():
         if name.startswith("norm."):
-            state[name] = weights[f"ln_f.{name[5:]}"]
+            state[name] = tensors[f"ln_f.{name[5:]}"]
         elif (part := name.split(".")[-2]) in ("q_proj", "k_proj", "v_proj"):
-            whole = weights[published.translate(name, {"layers": "h", part: "c_attn"})]
+            whole = tensors[published.translate(name, {"layers": "h", part: "c_attn"})]
             state[name] = whole.chunk(3, -1)["qkv".index(part[0])]
         else:
-            state[name] = weights[published.translate(name, names)]
+            state[name] = tensors[published.translate(name, names)]
     state = {name: w.T if w.ndim == 2 else w for name, w in state.items()}  # GPT-2's are (in, out)
     weights.load_weights(ours, state)
     x = torch.randn(2, 40, c.d_model)

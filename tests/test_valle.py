@@ -77,8 +77,8 @@ def original(sft, mode="nar", **options):
     model = published.load(sft, **{"top_sigma": 0.0, **options})
     if mode == "ar":
         given = {key: x for key, x in asdict(model.config).items() if key != "arch"}
-        weights = {name: x for name, x in model.state_dict().items() if not name.startswith("length_")}
-        weights.load_weights(model := VallE(VallEConfig(**{**given, "mode": "ar"})), weights)
+        tensors = {name: x for name, x in model.state_dict().items() if not name.startswith("length_")}
+        weights.load_weights(model := VallE(VallEConfig(**{**given, "mode": "ar"})), tensors)
     return model.eval()
 
 
