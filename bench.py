@@ -79,7 +79,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
-import layouts
+from export import export
 from model import CSM, LLAMA3_ROPE, CSMConfig, multi_codebook_cross_entropy
 from parts import configurator
 from parts.audio import read_audio, resample
@@ -700,7 +700,7 @@ def transformers_csm(ours):
     from transformers import CsmConfig, CsmForConditionalGeneration
 
     with tempfile.TemporaryDirectory() as folder:
-        layouts.export(ours, folder)
+        export(ours, folder)
         config = CsmConfig.from_pretrained(folder, codec_config=TINY_MIMI)  # a codec has nothing to do here
         model = CsmForConditionalGeneration.from_pretrained(folder, config=config)
     fraction = ours.config.decoder_fraction

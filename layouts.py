@@ -1,4 +1,4 @@
-"""Layouts: how each family's weights are published, in and out.
+"""Layouts: how each family's weights are published. This file reads them, export.py writes them.
 
 - The names of its tensors tell what a published file holds, not its own name. Every tensor is used, or ignored for a
   reason stated here; the first one that is missing, unknown or of another shape is named.
@@ -9,7 +9,6 @@
 Each family has a section below, with a `Layout` in LAYOUTS for each way in which it is published.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +19,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from model import ARCHS, LLAMA3_ROPE, PRESETS, TAPS, CSMConfig, PerceiverBlock, facts, transformer_config
-from parts.files import whole
 from parts.tensors import (
     UNBUILT,
     fault,
@@ -38,6 +36,7 @@ from parts.tensors import (
 class Layout:
     """One way in which a family's weights are published.
 
+    name: of the layout among those of its family, the key `layout` of `weights.py export`.
     arch: the family, a key of model.ARCHS.
     mark: a key that no other layout has. A prefix before it in a file, such as "model.", is removed from all keys.
     source(name, config) -> keys, make: the published tensors of which our tensor `name` is made, and the function that
@@ -50,6 +49,7 @@ class Layout:
     note: what users of an export must know.
     """
 
+    name: str
     arch: str
     mark: str
     source: Callable
@@ -259,55 +259,6 @@ def check(plan, own, tensors, layout, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# published weights, out
-
-
-def safetensors_package():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("export needs the package safetensors: pip install safetensors") from None
-    return safetensors
-
-
-def export(model, folder):
-    """Write config.json and model.safetensors for transformers' from_pretrained, without codec and tokenizer. Returns
-    the layout's note.
-
-    Each file is written under a partial name and renamed. Raises OSError, and ValueError for a family without such a
-    layout, or for a model that transformers' config cannot express.
-    """
-    safetensors = safetensors_package()
-    config = model.config
-    layouts = [layout for layout in LAYOUTS if layout.arch == config.arch and layout.write_config]
-    if not layouts:
-        raise ValueError(f"the family {config.arch!r} cannot be exported; choose from "
-                         f"{', '.join(sorted({layout.arch for layout in LAYOUTS if layout.write_config}))}")
-    layout, state = layouts[0], model.state_dict()
-    with WithoutMemory():
-        plain = type(model)(config).state_dict()
-    if further := state.keys() - plain.keys():
-        raise ValueError(f"{min(further)} is no published tensor: merge adapters first")
-    written = {**layout.write_config(config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    tensors = {}
-    for name, tensor in state.items():
-        (key,), make = layout.source(name, config)
-        tensors[key] = make(tensor).cpu().contiguous()
-    for twin, key in layout.tied.items():
-        tensors[twin] = tensors[key].clone()  # safetensors refuses two names for one memory
-
-    os.makedirs(folder, exist_ok=True)
-    weights = os.path.join(folder, "model.safetensors")
-    try:
-        with whole(os.path.join(folder, "config.json"), "w") as f, whole(weights) as out:
-            json.dump(written, f, indent=2)
-            safetensors.torch.save_file(tensors, out.name, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{weights} could not be written ({reason(error)})") from None
-    return layout.note
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # CSM and Marvis: the layout of their authors (torchtune), and that of transformers
 
 ORIGINAL = {
@@ -427,10 +378,11 @@ def csm_config(c):
 
 
 CSM_ORIGINAL = Layout(
-    "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL), ignored=r"_causal_mask$|\.kv_cache\."
-)
+    "original", "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
+    ignored=r"_causal_mask$|\.kv_cache\.",
+)  # fmt: skip
 CSM_TRANSFORMERS = Layout(
-    "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
+    "transformers", "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
     ignored=r"^codec_model\.",  # Mimi, which codec.py reads
     tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
     write_config=csm_config,
@@ -503,8 +455,8 @@ def kani_config(c):
 
 
 KANI_LFM2 = Layout(
-    "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes, tied={"lm_head.weight": "model.embed_tokens.weight"},
-    write_config=kani_config,
+    "transformers", "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes,
+    tied={"lm_head.weight": "model.embed_tokens.weight"}, write_config=kani_config,
 )  # fmt: skip
 
 
@@ -551,8 +503,8 @@ def xtts_sizes(shapes, given):
     def count(stem):
         return len({key.removeprefix(stem).split(".")[0] for key in shapes if key.startswith(stem)})
 
-    (ids, width), heads = shapes["text_embedding.weight"], args.get("gpt_n_heads")
-    heads = heads or width // 64
+    ids, width = shapes["text_embedding.weight"]
+    heads = args.get("gpt_n_heads") or width // 64
     stack = dict(n_layer=count("gpt.h."), n_head=heads, n_kv_head=heads, d_model=width)
     return {
         "text_vocab_size": ids, "codebook_size": shapes["mel_embedding.weight"][0] - 2,
@@ -570,7 +522,7 @@ def xtts_sizes(shapes, given):
 
 
 XTTS_V2 = Layout(
-    "xtts", "mel_head.weight", xtts, xtts_sizes,
+    "original", "xtts", "mel_head.weight", xtts, xtts_sizes,
     ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
     tables=("text_embedding.weight", "text_head.weight", "text_head.bias"),
 )  # fmt: skip
@@ -607,7 +559,8 @@ def valle(name, config):
 def valle_sizes(shapes, given):
     """Fields of VallEConfig. The number of heads comes from the config inside the file; without it heads are 64 wide,
     as in all published models. How it trains and speaks is the author's choice."""
-    trained, size = given.get("experimental") or {}, given.get("size")
+    trained = given.get("experimental") or {}
+    size = given.get("size")
     if trained.get("unified_position_ids"):
         raise ValueError("its positions run through all parts (unified_position_ids), here they begin anew in each")
     K = sum(bool(re.fullmatch(r"resps_emb\.embs\.\d+\.weight", key)) for key in shapes)
@@ -615,7 +568,8 @@ def valle_sizes(shapes, given):
     heads = (size.get("heads") if isinstance(size, dict) else None) or D // 64
     layers = {key.split(".")[2] for key in shapes if key.startswith("model.layers.")}
     stack = dict(n_layer=len(layers), n_head=heads, n_kv_head=heads, d_model=D)
-    weights, ratio = trained.get("audio_level_loss_factors", "auto"), trained.get("masking_ratio")
+    weights = trained.get("audio_level_loss_factors", "auto")
+    ratio = trained.get("masking_ratio")
     if weights == "auto":
         weights = "normal" if V == 1000 else "decreasing"
     return {
@@ -631,7 +585,7 @@ def valle_sizes(shapes, given):
 
 
 VALLE_V2 = Layout(
-    "valle", "len_emb", valle, valle_sizes,
+    "original", "valle", "len_emb", valle, valle_sizes,
     ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\.",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Weights: checkpoints, and where a run starts. Published weights are read and written by layouts.py.
+"""Weights: checkpoints, and where a run starts. layouts.py reads published weights, export.py writes them.
 
     from_pretrained("weights/csm-1b")                                the model of a checkpoint or of published weights
     python train.py config/csm_1b.py --init_from=weights/csm-1b      continues their training
@@ -16,7 +16,8 @@ from dataclasses import asdict, fields, is_dataclass
 
 import torch
 
-from layouts import export, is_published, known_fields, load, start
+from export import export
+from layouts import is_published, known_fields, load, start
 from model import ARCHS, build, contradiction
 from parts import configurator, lora
 from parts.files import need, whole
@@ -25,7 +26,8 @@ from parts.tensors import UNBUILT, need_tensors, reason, undamaged, unpickle, wh
 
 command = ""  # export
 ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
-out_dir = ""  # folder to write config.json and model.safetensors into
+out_dir = ""  # folder to write it into
+layout = ""  # how: transformers, ...; empty: the first that its family has
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,8 +336,8 @@ def main(cfg):
     model = from_pretrained(cfg.ckpt)
     for name in lora.adapters(model):
         lora.merge(model, name)
-    note = export(model, cfg.out_dir)
-    print(f"{cfg.out_dir} is written for transformers; {note}")
+    note = export(model, cfg.out_dir, cfg.layout)
+    print(f"{cfg.out_dir} is written{note and '; '}{note}")
 
 
 if __name__ == "__main__":

@@ -153,6 +153,27 @@ def place(data, dtype, shape, data_offsets):
     return torch.from_numpy(data[first:last]).view(TYPES[dtype]).view(shape)
 
 
+def write_safetensors(file, tensors, metadata=None):
+    """Write tensors {key: tensor} into a binary file, as safetensors. metadata: {str: str}, for its header.
+
+    Larger types come first, so that each tensor begins at a multiple of its type's size. Raises OSError.
+    """
+    names = {kind: name for name, kind in TYPES.items()}
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    header = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key in order:
+        start = end
+        end += tensors[key].numel() * tensors[key].element_size()
+        entry = {"dtype": names[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+        header[key] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in order:
+        file.write(tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def read_pickle(path, inert=""):
     """Read what torch.save wrote, also inside a NeMo archive. No code is run: other classes become Inert.
 

@@ -55,6 +55,7 @@ import prepare
 import sample
 import train
 import weights
+from export import export
 from parts import configurator
 from parts.text import SentencePiece, normalise, train_tokenizer
 
@@ -882,7 +883,7 @@ def publications(yard):
     for family in ("csm", "kani"):
         checkpoint = yard.checkpoints[family]["best"]
         folder = yard.folder / "hub" / family
-        published.export(weights.load_model(checkpoint), folder)
+        export(weights.load_model(checkpoint), folder)
         given = json.loads((folder / "config.json").read_text())
         found[f"{family} exported"] = load_file(folder / "model.safetensors"), given, False
     args = {"gpt_n_heads": 2, "gpt_start_text_token": 37, "gpt_stop_text_token": None}

@@ -23,14 +23,15 @@ BELOW = {
     "data": set(),
     "model": set(),
     "layouts": {"model"},
-    "weights": {"layouts", "model", "codec"},
+    "export": {"layouts", "model", "codec"},
+    "weights": {"export", "layouts", "model", "codec"},
     "prepare": {"codec", "data"},
     "speak": {"weights", "codec", "data", "model"},
     "sample": {"speak", "weights", "codec", "data", "model"},
     "evaluate": {"sample", "speak", "weights", "codec", "data", "model"},
     "train": {"evaluate", "sample", "speak", "weights", "codec", "data", "model"},
     "sweep": {"train", "evaluate"},
-    "bench": {"train", "evaluate", "sample", "speak", "prepare", "weights", "layouts", "codec", "data", "model"},
+    "bench": {"train", "evaluate", "sample", "speak", "prepare", "weights", "export", "codec", "data", "model"},
 }
 LONGEST_FUNCTION = 80  # lines
 MOST_PAIRS = 0.02  # share of the statements of a file that may be `a, b = x, y`

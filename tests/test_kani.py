@@ -22,6 +22,7 @@ import train
 import weights
 from codec import published_sizes
 from data import Batches, TokenFiles
+from export import export
 from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
 from parts import budget, configurator, lora
 from parts.metrics import read_metrics
@@ -175,7 +176,7 @@ def test_an_export_is_the_same_model_in_transformers(tmp_path):
     from transformers import Lfm2ForCausalLM
 
     model = tiny(K=3, V=20, first_special=40, vocab_size=120, text_eos=-1, backbone=dict(rope_theta=1e5)).eval()
-    published.export(model, tmp_path)
+    export(model, tmp_path)
     theirs, report = Lfm2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     tokens, segment = batch_of(model, utterance(5, 9, 3, 20))
@@ -188,7 +189,7 @@ def test_an_export_is_the_same_model_in_transformers(tmp_path):
     assert again.config == model.config
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="this model has others"):
-        published.export(tiny(backbone=dict(qk_norm=False)), tmp_path)
+        export(tiny(backbone=dict(qk_norm=False)), tmp_path)
 
 
 def test_the_released_sizes():
@@ -680,7 +681,7 @@ def test_it_learns_and_speaks(tokens, tmp_path):
 def test_training_starts_from_published_weights(tokens, tmp_path):
     meta = TokenFiles(tokens, "train").meta
     model = models.build("kani", meta, dict(backbone={**STACK, "rope_theta": 1e6}))
-    published.export(model, tmp_path / "weights")
+    export(model, tmp_path / "weights")
     flags = [f"--init_from={tmp_path / 'weights'}", "--max_iters=4"]
     with pytest.raises(ValueError, match="--backbone: backbone = .* but .*weights was trained with {'n_layer': 4"):
         run(tokens, tmp_path / "out", *flags)

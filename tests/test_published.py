@@ -19,6 +19,7 @@ import layouts as published
 import model as models
 import train
 import weights
+from export import export
 from model import AUDIO, CSM, TEXT, CSMConfig, contract_check
 from parts import configurator, lora
 from parts.tensors import Inert
@@ -132,7 +133,7 @@ def test_losses_and_logits_equal_those_of_transformers(port):
 def test_an_export_is_the_same_model_in_transformers(port, tmp_path):
     theirs, folder = port
     ours = from_pretrained(folder)
-    published.export(ours, tmp_path / "out")
+    export(ours, tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     same_weights(from_pretrained(tmp_path / "out"), ours)
     same_outputs(port_of(tmp_path / "out"), ours)
@@ -144,7 +145,7 @@ def test_an_export_is_the_same_model_in_transformers(port, tmp_path):
 ])  # fmt: skip
 def test_a_model_trained_here_is_the_same_in_transformers(options, tmp_path):
     model = tiny(**options).eval()
-    note = published.export(model, tmp_path)
+    note = export(model, tmp_path)
     assert "codec_model" in note and "not at the stop class" in note
     again = from_pretrained(tmp_path)
     assert (again.config.stop, again.config.text_bos, again.config.text_eos) == ("class", 1, 2)
@@ -164,7 +165,7 @@ def test_greedy_generation_equals_that_of_transformers(port, exported, tmp_path,
     theirs, folder = port
     ours = from_pretrained(folder)
     if exported:
-        published.export(ours, tmp_path)
+        export(ours, tmp_path)
         theirs, ours = port_of(tmp_path), from_pretrained(tmp_path)
     text, _ = utterance(7, 1)
     ids = torch.from_numpy(text)[None]
@@ -330,7 +331,7 @@ def test_shards_and_layouts_side_by_side(port, tmp_path, both):
 
 def test_the_audio_table_may_be_there_once_or_twice(port, tmp_path):
     ours = from_pretrained(port[1])
-    published.export(ours, tmp_path)
+    export(ours, tmp_path)
     config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
     assert set(TABLES) <= tensors.keys() and torch.equal(*(tensors[key] for key in TABLES))
     for leave in TABLES:
@@ -536,7 +537,7 @@ def test_weights_that_are_not_finite_are_named(original, tmp_path, name, value):
 def test_weights_of_the_second_kani_are_refused(tmp_path):
     stack = dict(n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24, layers="ca", rope_theta=1e6, qk_norm=True)
     model = models.Kani(models.KaniConfig(text_vocab_size=50, n_codebooks=3, codebook_size=16, backbone=stack))
-    published.export(model, tmp_path)
+    export(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert from_pretrained(tmp_path).config.n_codebooks == 3
     for word in ("audio_step", "tokens_per_frame"):
@@ -545,13 +546,14 @@ def test_weights_of_the_second_kani_are_refused(tmp_path):
             from_pretrained(tmp_path)
 
 
-def test_without_safetensors_weights_are_read_and_export_says_what_to_install(original, tmp_path, monkeypatch):
+def test_the_package_safetensors_is_not_needed(original, tmp_path, monkeypatch):
     write(tmp_path, original)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     model = from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="pip install safetensors"):
-        published.export(model, tmp_path / "out")
+    export(model, tmp_path / "out")
+    again = from_pretrained(tmp_path / "out")
+    assert_same(again.state_dict().values(), model.state_dict().values(), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,23 +563,25 @@ def test_without_safetensors_weights_are_read_and_export_says_what_to_install(or
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     for odd in (dict(qk_norm=True), dict(layers="ca"), dict(feed_forward="geglu"), dict(rope_theta=0.0)):
         with pytest.raises(ValueError, match="plain Llama layers"):
-            published.export(tiny(backbone=odd), tmp_path / "out")
+            export(tiny(backbone=odd), tmp_path / "out")
     model = tiny()
     lora.add_lora(model, rank=2, alpha=2)
     with pytest.raises(ValueError, match="lora_default.a is no published tensor: merge adapters first"):
-        published.export(model, tmp_path / "out")
-    monkeypatch.setattr(published, "LAYOUTS", [ORIGINAL])
+        export(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="layout = 'gguf': the family 'csm' has transformers"):
+        export(tiny(), tmp_path / "out", "gguf")
+    monkeypatch.setattr("export.LAYOUTS", [ORIGINAL])
     with pytest.raises(ValueError, match="the family 'csm' cannot be exported"):
-        published.export(tiny(), tmp_path / "out")
+        export(tiny(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_export_that_fails_leaves_the_old_one(tmp_path):
-    published.export(tiny(), tmp_path)
+    export(tiny(), tmp_path)
     old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     os.symlink("/dev/full", tmp_path / "config.json.partial")
     with pytest.raises(OSError):
-        published.export(tiny(stop="zeros"), tmp_path)
+        export(tiny(stop="zeros"), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
 
 
@@ -606,7 +610,7 @@ def released(tokens, tmp_path):
     torch.manual_seed(1)
     stack = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=24, d_ff=32, rope_scaling=models.LLAMA3_ROPE)
     model = CSM(CSMConfig(vocab + 5, 3, 16, stack, 0, 0, decoder={**stack, "d_model": 12}, stop="zeros"))
-    published.export(model, tmp_path / "released")
+    export(model, tmp_path / "released")
     return tmp_path / "released", model
 
 

@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 import codec as codecs
 import data
 import weights
-from parts.tensors import TYPES, fault, need_tensors, read_safetensors, read_weights, reason, undamaged, what_is
+from parts.tensors import (
+    TYPES,
+    fault,
+    need_tensors,
+    read_safetensors,
+    read_weights,
+    reason,
+    undamaged,
+    what_is,
+    write_safetensors,
+)
 
 
 class Call:
@@ -213,3 +223,18 @@ def test_a_bare_tensor_is_named_after_its_file(tmp_path):
     torch.save(torch.ones(3), tmp_path / "mel_stats.pth")
     tensors, config = read_weights(tmp_path / "mel_stats.pth")
     assert list(tensors) == ["mel_stats"] and tensors["mel_stats"].equal(torch.ones(3)) and config == {}
+
+
+def test_written_safetensors_are_those_of_the_package(tmp_path):
+    """All types, shapes and strides; what the package reads is what was written."""
+    tensors = {kind: torch.arange(6).to(dtype).view(2, 3).mT for kind, dtype in TYPES.items()}
+    tensors |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3), "after": torch.ones(3, dtype=torch.uint8)}
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        write_safetensors(file, tensors, {"config": '{"a": 1}'})
+    theirs = load_file(tmp_path / "a.safetensors")
+    ours, config = read_safetensors(tmp_path / "a.safetensors")
+    assert config == {"a": 1} and theirs.keys() == ours.keys() == tensors.keys()
+    for key, x in tensors.items():
+        for read in (theirs[key], ours[key]):
+            assert read.dtype == x.dtype and read.shape == x.shape
+            assert torch.equal(*(y.contiguous().flatten().view(torch.uint8) for y in (read, x)))
