@@ -543,7 +543,8 @@ class Family(nn.Module):
         position for a frame.
 
     A family with `reference` also takes features (B, R, M) of recordings of the voice: `reference` is the last argument
-    of forward and teacher_forced_logits, and a keyword of generate.
+    of forward and teacher_forced_logits, and a keyword of generate. voice_latents(reference (R, M)) -> (1, L, D) is
+    all that it hears of a recording, and generate takes that as well: voice=(L, D).
 
     In training the batch lies on the host, and forward picks its rows there: the length of a selection depends on its
     values, so on a GPU each nonzero() would make the host wait. Row numbers and targets then follow by `to_device`.
@@ -1292,14 +1293,17 @@ class XTTS(Family):
         return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
 
     @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference, latents=False):
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference=None, voice=None,
+                 latents=False):  # fmt: skip
         """See Family. With `latents` it yields in place of each frame the state (D,) that predicted it.
 
-        All classes are allowed; a start code ends the utterance as a stop code does. A prompt changes nothing. Raises
-        ValueError for a text that is too long.
+        voice: the latents (L, D) of a voice, in place of a `reference` to read them from. All classes are allowed; a
+        start code ends the utterance as a stop code does. A prompt changes nothing. Raises ValueError for a text that
+        is too long.
         """
         c = self.config
-        x = self.embed(self.voice_latents(reference), *self.rows(text))
+        heard = self.voice_latents(reference) if voice is None else voice[None].to(self.conditioning.latents)
+        x = self.embed(heard, *self.rows(text))
         max_frames = min(max_frames, c.max_frames)
         cache = self.backbone.cache(1, x.shape[1] + max_frames)
         frames = torch.zeros(max_frames, 1, dtype=torch.long, device=x.device)

@@ -185,32 +185,41 @@ class Voice:
         tagged = wording(self.meta["text_format"], speaker or speakers[0], words, self.meta.get("language", ""))
         return np.array(self.tokenizer.encode(tagged))
 
+    @torch.no_grad()
     def listen(self, path):
-        """What the model needs of a recording: its codes (T, K); or, for a model that reads the voice from it, its
-        features (R, M) and the timbre (E,) for a vocoder, None without a vocoder."""
+        """What the model needs of a recording: its codes (T, K); or, for a model that reads the voice from it, the
+        voice: its latents (L, D) and the timbre (E,) for a vocoder, None without a vocoder."""
         wav = read_audio(path, self.codec.sample_rate, max_seconds=MOST_REFERENCE)[None].to(self.device)
         if wav.shape[1] < LEAST_REFERENCE * self.codec.sample_rate:
             raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to clone a voice from")
         if not self.model.reference:
             return self.codec.encode(wav)[0].T.cpu().numpy()
-        return self.codec.reference(wav)[0], self.codec.timbre(wav)[0] if self.vocoder else None
+        latents = self.model.voice_latents(self.codec.reference(wav)[0])[0]
+        return latents, self.codec.timbre(wav)[0] if self.vocoder else None
+
+    @torch.no_grad()
+    def own_voice(self, speaker=""):
+        """The voice of a speaker as `listen` gives it; of the first one where `speaker` is empty. Raises ValueError
+        where none is known."""
+        if self.references is None or self.vocoder and self.timbres is None:
+            raise ValueError("the model reads the voice from a recording: give a reference")
+        own = self.meta["speakers"].index(speaker) if speaker else 0
+        latents = self.model.voice_latents(self.references[own])[0]
+        return latents, self.timbres[own] if self.vocoder else None
 
     def prompt(self, reference, reference_text, speaker=""):
         """What `generate` takes beside the text.
 
         reference: path of a recording, or what `listen` returned for it; reference_text: its transcript. Without both:
         {}. With them: {"prompt": (ids, codes (T, K))}. A model that reads the voice from a recording takes
-        {"reference": (R, M)}, by default that of the speaker; with a vocoder also {"latents": True, "timbre": (E,)}.
-        Raises ValueError where one is missing or cannot be read.
+        {"voice": latents (L, D)}, by default that of the speaker; with a vocoder also {"latents": True, "timbre":
+        (E,)}. Raises ValueError where one is missing or cannot be read.
         """
         if isinstance(reference, str | os.PathLike):
             reference = self.listen(reference)
         if self.model.reference:
-            if reference is None and (self.references is None or self.vocoder and self.timbres is None):
-                raise ValueError("the model reads the voice from a recording: give a reference")
-            own = self.meta["speakers"].index(speaker) if speaker else 0
-            features, timbre = reference or (self.references[own], self.timbres[own] if self.vocoder else None)
-            return {"reference": features, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
+            latents, timbre = self.own_voice(speaker) if reference is None else reference
+            return {"voice": latents, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
         if reference is None and not reference_text:
             return {}
         said = normalise(reference_text)

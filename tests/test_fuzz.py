@@ -784,9 +784,7 @@ def heard(path):
     """What a checkpoint says: ids, logits and the wav of a text."""
     voice = sample.Voice.from_checkpoint(path, "cpu")
     wav = voice.say("one two", cap_seconds=0.3)
-    side = voice.prompt(None, "") if voice.model.reference else {}
-    side.pop("latents", None)
-    side.pop("timbre", None)
+    side = {"reference": voice.references[0]} if voice.model.reference else {}
     codes = np.arange(6 * voice.codec.n_codebooks).reshape(6, -1) % 16
     logits = voice.model.teacher_forced_logits(np.array([5, 6, 7]), codes, **side)
     return voice.text_ids("one two", "b"), logits, wav, voice.sample_rate

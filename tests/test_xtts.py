@@ -457,7 +457,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_speaks(tokens, tmp_path):
     assert voice.report["max_difference"] < 1e-3
     for speaker in "ab":
         assert all(0 <= int(frame) < 16 for frame in voice.frames("one two", speaker=speaker))
-    frames = list(voice.frames("one two", reference=(torch.randn(30, 20), None), temperature=0))
+    heard = voice.model.voice_latents(torch.randn(30, 20))[0]
+    frames = list(voice.frames("one two", reference=(heard, None), temperature=0))
     assert len(frames) <= voice.cap(voice.text_ids("one two"))
 
 
@@ -827,13 +828,14 @@ def test_the_vocoder_speaks_in_the_timbre_of_the_reference(spoken):
     wav, rate = soundfile.read(spoken / "said" / "000.wav", dtype="float32")
     voice = Voice.from_checkpoint(spoken / "out/best.pt", "cpu")
     assert rate == voice.sample_rate == 24000 and voice.vocoder and voice.codec.name == "xtts"
-    features, timbre = voice.listen(spoken / "3.wav")
+    heard, timbre = voice.listen(spoken / "3.wav")
     recording = read_audio(spoken / "3.wav", 22050)[None]
-    assert torch.equal(features, voice.codec.reference(recording)[0]) and timbre.shape == (16,)
-    key = voice.prompt((features, timbre), "")
-    assert key["latents"] is True
+    features = voice.codec.reference(recording)[0]
+    assert torch.equal(heard, voice.model.voice_latents(features)[0]) and timbre.shape == (16,)
+    key = voice.prompt((heard, timbre), "")
+    assert key["latents"] is True and key["voice"] is heard
     voice.vocoder = False
-    codes = torch.stack(list(voice.frames("one two", reference=(features, timbre))))
+    codes = torch.stack(list(voice.frames("one two", reference=(heard, timbre))))
     latents = voice.model.latents(voice.text_ids("one two"), codes, features)
     expected = voice.codec.vocode(latents[None], voice.codec.timbre(recording))[0]
     assert len(wav) == len(expected) == int(len(codes) * 4 * 24000 / 22050) * 256
