@@ -44,7 +44,7 @@ from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes
 from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
 from evaluate import evaluate
 from model import ARCHS, build, contract_check
-from parts import budget, configurator, lora
+from parts import budget, configurator, lora, schedule
 from parts.audio import write_audio
 from parts.files import whole
 from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
@@ -59,7 +59,7 @@ from parts.metrics import (
     timing,
     write_metrics,
 )
-from parts.optim import Average, Optimizer, get_lr
+from parts.optim import Average, Optimizer
 from parts.page import draw
 from parts.segment import PAD
 from parts.tensors import pick_device, reason
@@ -98,6 +98,7 @@ reference_seconds: "0 < list[float] <= 3600" = [3.0, 6.0]  # xtts: length of the
 loader_workers: "0 <= int <= 256" = 0  # processes that read batches; 0: read between steps
 # optimizer
 max_iters: "int >= 1" = 2000  # steps
+epochs: "float >= 0" = 0.0  # passes over the data, in place of max_iters; 0: max_iters counts
 learning_rate: "float >= 0" = 1e-3  # peak
 muon = False  # Muon instead of AdamW for the matrices inside the transformers: it learns faster from scratch
 weight_decay: "float >= 0" = 0.1  # of matrices only
@@ -111,9 +112,11 @@ max_skipped: "int >= 1" = 20  # non-finite steps in a row that end the run (floa
 # learning rate
 lr_schedule: Literal["multistep", "cosine", "linear", "constant"] = "cosine"  # after the warm-up
 warmup_iters: "int >= 0" = 100  # steps of linear warm-up
+warmup_share: "0 <= float < 1" = 0.0  # share of the run that is warm-up, in place of warmup_iters; 0: they count
 lr_decay_iters: "int >= 0" = 0  # step at which cosine and linear reach min_lr; 0: max_iters
 min_lr: "float >= 0" = 0.0  # final learning rate of cosine and linear
-milestones: "list[int] >= 1" = []  # multistep: steps at which the rate is multiplied by gamma
+milestones: "list[float] > 0" = []  # multistep: when the rate is multiplied by gamma
+milestones_in: Literal["steps", "batches", "epochs"] = "steps"  # unit of milestones; batches: micro-batches
 gamma: "float >= 0" = 0.5  # multistep
 # logging and evaluation
 log_interval: "int >= 1" = 10  # steps between lines of metrics.jsonl
@@ -139,17 +142,6 @@ def check(cfg, world, device):
         raise ValueError(f"reference_seconds = {stretch!r:.60}: give the shortest and the longest, as [3.0, 6.0]")
     if cfg.dtype == "float16" and device.type != "cuda" and not cfg.dry_run:
         raise ValueError(f"dtype = 'float16' needs a GPU, not {device.type}: take bfloat16 or float32")
-    steps = cfg.milestones
-    first = max(1, cfg.warmup_iters)
-    if cfg.lr_schedule == "multistep":
-        if not steps or sorted({*steps, first})[-len(steps) :] != steps:
-            raise ValueError(f"milestones = {steps!r:.60}: multistep needs ascending steps from {first} on, as "
-                             "[1000, 2000]")  # fmt: skip
-    elif cfg.lr_schedule != "constant":
-        if 0 < cfg.lr_decay_iters < cfg.warmup_iters:
-            raise ValueError(f"lr_decay_iters = {cfg.lr_decay_iters} comes before warmup_iters = {cfg.warmup_iters}")
-        if cfg.min_lr > cfg.learning_rate:
-            raise ValueError(f"min_lr = {cfg.min_lr} is above learning_rate = {cfg.learning_rate}")
     if cfg.sparse_embeddings and world > 1 and (cfg.backend or device.type) not in ("gloo", "cpu"):
         raise ValueError("sparse_embeddings: nccl cannot add up sparse gradients, take one process or backend=gloo")
     waits = {"grad_clip": cfg.grad_clip, "gradient_accumulation_steps": cfg.gradient_accumulation_steps > 1,
@@ -175,13 +167,7 @@ def idle_keys(cfg):
         idle["reference_seconds"] = f"arch = {cfg.arch!r} reads no voice off a recording"
     if not cfg.lora_rank:
         idle |= {key: "lora_rank = 0" for key in vars(cfg) if key.startswith("lora_") and key != "lora_rank"}
-    if cfg.lr_schedule != "multistep":
-        idle |= dict.fromkeys(("milestones", "gamma"), f"lr_schedule = {cfg.lr_schedule!r}, not 'multistep'")
-    elif cfg.milestones[0] >= cfg.max_iters:
-        idle |= dict.fromkeys(("milestones", "gamma"), f"max_iters = {cfg.max_iters} comes first")
-    if cfg.lr_schedule in ("multistep", "constant"):
-        idle |= dict.fromkeys(("min_lr", "lr_decay_iters"), f"lr_schedule = {cfg.lr_schedule!r} has no use for it")
-    return idle
+    return idle | schedule.idle_keys(cfg)
 
 
 class Run:
@@ -207,6 +193,9 @@ class Run:
         if cfg.lora_rank and cfg.init_from == "scratch":
             raise ValueError("lora_rank: LoRA needs trained weights to add to, name them by init_from")
         model, checkpoint = starting_point(cfg, codec, meta, self.say)
+        self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
+        self.epoch = steps_in_epoch(self.batches, cfg)
+        schedule.count_steps(cfg, self.epoch, self.say)
         configurator.refuse_idle(cfg, idle_keys(cfg), self.say)
         prepare_weights(model, len(self.files), cfg, checkpoint, self.say)
         self.base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
@@ -219,7 +208,6 @@ class Run:
         self.spoken = self.average.model if cfg.ema else model  # the weights that are evaluated and speak
         self.optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16", world)
         self.autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
-        self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         self.window = Window(device)
         self.step = self.first_step = 0
         self.samples_due = False  # a resumed run may have to make up for what a kill left out
@@ -295,6 +283,8 @@ class Run:
         self.say(f"{len(self.files)} utterances, {len(self.batches.plan(0)[0])} micro-batches an epoch, "
                  f"{self.batches.padding():.1%} padding, {targets:.0%} of the frames are targets"
                  + ("" if self.val else "; the val split is empty: no evaluation, no best.pt"))  # fmt: skip
+        for line in schedule.timetable(cfg, self.epoch):
+            self.say(line)
         if targets < FEWEST_TARGETS:
             advice = "lower reference_seconds, or raise voice_prompt" if model.reference else "set drop_repeats=False"
             raise ValueError(f"only {targets:.0%} of the frames are targets, too few to learn to speak from: {advice}")
@@ -337,7 +327,7 @@ class Run:
             raise ValueError(f"{int(self.optimizer.in_a_row)} steps in a row up to iter {self.step} had a non-finite "
                              "loss or gradient: the last good checkpoint stays; lower learning_rate")  # fmt: skip
         line = {
-            "iter": self.step, **means(totals), "lr": get_lr(self.step - 1, cfg),
+            "iter": self.step, **means(totals), "lr": schedule.get_lr(self.step - 1, cfg),
             "skipped": int(self.optimizer.skipped), "epoch": self.batches.epoch,
             "timing": timing(totals, self.meta["codec"]["frame_rate"], self.elapsed(), self.device),
         }  # fmt: skip
@@ -473,10 +463,11 @@ def train(run, received):
             return stop
 
         # one step
-        lr = get_lr(run.step, cfg)
+        lr = schedule.get_lr(run.step, cfg)
         optimizer.set_lr(lr)
         if cfg.lr_schedule == "multistep" and run.step in cfg.milestones:
-            run.say(f"iter {run.step}: the learning rate changes from {get_lr(run.step - 1, cfg):.3g} to {lr:.3g}")
+            before = schedule.get_lr(run.step - 1, cfg)
+            run.say(f"iter {run.step}: the learning rate changes from {before:.3g} to {lr:.3g}")
         for micro in range(micro_steps):
             batch = next(stream)  # tokens (B, S, C), segment (B, S), and a reference where the model takes one
             # randomness belongs to the micro-batch, by its number in the whole run, whichever rank computes it
@@ -509,6 +500,11 @@ def make_batches(cfg, model, files, val_files, rank=0, world=1):
     return batches, Batches(val_files, *rows, shuffle=False, **limits) if len(val_files) else None
 
 
+def steps_in_epoch(batches, cfg):
+    """How many steps the first epoch of the training split takes, with a part of a step."""
+    return len(batches.plan(0)[0]) / cfg.gradient_accumulation_steps
+
+
 def forgotten(cfg, checkpoint, model, data):
     """Why a resumed run forgets its best loss, one line for each reason. data: the fingerprint of the data."""
     old = checkpoint["config"]
@@ -528,9 +524,9 @@ def forgotten(cfg, checkpoint, model, data):
 
 def what_changed(cfg, old, step):
     """The keys that a resumed run changes, and the jump of its learning rate, as the end of a sentence."""
-    changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k) != v]
-    before = get_lr(step, SimpleNamespace(**{**vars(cfg), **old}))
-    now = get_lr(step, cfg)
+    changed = [f"{k} {old[k]!r} -> {v!r}" for k, v in vars(cfg).items() if k != "init_from" and old.get(k, v) != v]
+    before = schedule.get_lr(step, SimpleNamespace(**{**vars(cfg), **old}))
+    now = schedule.get_lr(step, cfg)
     if step < cfg.max_iters and not math.isclose(before, now, rel_tol=0.01):
         changed.append(f"so that the learning rate goes on at {now:.2g} instead of {before:.2g}")
     return f", changed: {', '.join(changed)}" if changed else ""
@@ -554,11 +550,15 @@ def predict(cfg):
     meta = files.meta if files else supposed_meta(configurator.configure(configurator.ROOT / "prepare.py", cfg.files))
     with torch.device("meta"):
         model = build(cfg.arch, meta, vars(cfg)).train()  # which refuses an unknown family
+        if files:
+            batches, _ = make_batches(cfg, model, files, ())
+        epoch = steps_in_epoch(batches, cfg) if files else None
+        schedule.count_steps(cfg, epoch)
         configurator.refuse_idle(cfg, idle_keys(cfg))
         prepare_weights(model, len(files) if files else math.inf, cfg)
-    if files:
-        batches, _ = make_batches(cfg, model, files, ())
     budget.report(cfg, model, meta["codec"], meta["tokenizer"]["vocab_size"], batches)
+    if files:
+        print(*schedule.timetable(cfg, epoch), sep="\n")
 
 
 def in_a_line(error, cfg, world):

@@ -46,10 +46,11 @@ beta1, beta2 = 0.9, 0.96  # XTTS
 weight_decay = 1e-2  # XTTS: on matrices only
 grad_clip = 0.0  # XTTS: its trainer's default
 lr_schedule = "multistep"  # XTTS: MultiStepLR
-milestones = [50000, 150000, 300000]  # Amharic; XTTS has 18 times as many. No small set gets there
+milestones = [50000, 150000, 300000]  # Amharic; XTTS has 18 times as many, one for each batch of its 18 in a step
+milestones_in = "batches"  # steps 391, 1,172 and 2,344 of 128 batches each
 gamma = 0.5  # XTTS
 warmup_iters = 0  # XTTS: none
-max_iters = 600  # XTTS_V2: 100 epochs, here of 3,000 utterances; best.pt is that of the lowest held-out loss
+epochs = 100  # XTTS_V2; of 3,000 utterances 586 steps; best.pt is that of the lowest held-out loss
 eval_interval = 25  # four epochs of as many
 dtype = "float32"  # XTTS: mixed_precision is off
 

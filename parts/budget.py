@@ -141,7 +141,11 @@ def report(cfg, model, codec, vocabulary, batches=None):
               f"ids, a vocabulary of {vocabulary:,}")  # fmt: skip
     count, rows = batch[1].shape
     print(f"a micro-batch: {count} utterances of up to {rows} rows, {seconds:.1f} s of audio; a step: {per_step} such")
-    print(f"{cfg.max_iters:,} steps hear {cfg.max_iters * per_step * seconds / 3600:,.1f} hours of audio{epochs}")
+    if cfg.epochs and not batches:
+        print(f"{cfg.epochs:g} epochs: how many steps and hours of audio these are, the data will tell")
+    else:
+        hours = cfg.max_iters * per_step * seconds / 3600
+        print(f"{cfg.max_iters:,} steps hear {hours:,.1f} hours of audio{epochs}")
 
     activations = kept_by_autograd(model.to(dtype), [x.to(dtype) if x.is_floating_point() else x for x in batch])
     total = sum(parts.values())[2:].sum() + largest + activations

@@ -1,4 +1,4 @@
-"""Optimisation: the learning rate, AdamW, Muon and SparseAdam as one optimizer, averaged weights.
+"""Optimisation: AdamW, Muon and SparseAdam as one optimizer, averaged weights.
 
 - `Optimizer` shares the trained parameters out among torch's AdamW, the Muon below and torch's SparseAdam. It scales
   the loss (float16), clips the gradient, and skips a step whose loss or gradient is not finite.
@@ -8,7 +8,6 @@ Letters in shapes: B matrices of one shape, m rows, n columns.
 """
 
 import copy
-import math
 from collections import defaultdict
 from functools import partial
 
@@ -25,20 +24,6 @@ MEMORY = {
     "SparseAdam": {"step", "exp_avg", "exp_avg_sq"},
     "Muon": {"momentum_buffer"},
 }
-
-
-def get_lr(step, cfg):
-    """The learning rate of step 0, 1, ...: linear warm-up over `warmup_iters`, then the lr_schedule."""
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    if cfg.lr_schedule == "constant":
-        return cfg.learning_rate
-    if cfg.lr_schedule == "multistep":
-        return cfg.learning_rate * cfg.gamma ** sum(step >= m for m in cfg.milestones)
-    end = cfg.lr_decay_iters or cfg.max_iters
-    done = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
-    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
 class Optimizer:
