@@ -431,17 +431,16 @@ def init_weights(model):
 # sampling
 
 
-def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen=None, generator=None):
-    """Draw classes (...) from logits (..., V): temperature 0 takes the likeliest, top_k and top_p cut the tail.
+def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+                repetition_decay=0.0, seen=None, generator=None):  # fmt: skip
+    """Draw classes (...) from logits (..., V): temperature 0 takes the likeliest; top_k, top_p and min_p cut the tail.
 
-    top_k 0 and top_p 1 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together reach it.
-    The repetition penalty (Keskar et al. 2019) divides the positive logits of the classes `seen` (n,) and multiplies
-    the negative ones; 1: off.
+    top_k 0, top_p 1 and min_p 0 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together
+    reach it, min_p (Nguyen et al. 2024) those at least min_p times as likely as the likeliest. repetition_penalty and
+    repetition_decay make the classes `seen` less likely, see `penalised`.
     """
     if seen is not None and repetition_penalty != 1:
-        past = logits[..., seen]
-        past = torch.where(past > 0, past / repetition_penalty, past * repetition_penalty)
-        logits = logits.index_copy(-1, seen, past)
+        logits = penalised(logits.float(), seen, repetition_penalty, repetition_decay)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -452,13 +451,31 @@ def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=
         ordered, order = p.sort(descending=True)
         kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
         p = torch.zeros_like(p).scatter(-1, order, kept)
+    if min_p:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
     return torch.multinomial(p.flatten(0, -2) if p.ndim > 1 else p[None], 1, generator=generator).view(p.shape[:-1])
 
 
-def sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+def penalised(logits, seen, penalty, decay):
+    """Logits (..., V) in which the classes seen (n, ...), the oldest first, are less likely: the positive ones are
+    divided by the penalty (Keskar et al. 2019), the negative ones multiplied by it; 1: off.
+
+    With a decay, a class that was last chosen m codes ago has the penalty 1 + (penalty - 1) / m ** decay; 0: all have
+    the same. The code of VALL-E's author names such a decay, but applies the penalty once more for each repetition, and
+    divides negative logits too, which makes them likelier.
+    """
+    n = len(seen)
+    if not n:
+        return logits
+    place = torch.arange(1, n + 1, device=seen.device).expand(*seen.shape[1:], n)
+    last = place.new_zeros(logits.shape).scatter_reduce(-1, seen.movedim(0, -1), place, "amax")  # 0: never
+    factor = torch.where(last > 0, 1 + (penalty - 1) * (n + 1 - last) ** -float(decay), 1)
+    return torch.where(logits > 0, logits / factor, logits * factor)
+
+
+def sampler(generator=None, **draw):
     """A `choose` for `generate` with these settings of `sample_code`."""
-    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    return lambda logits, seen=None: sample_code(logits, **settings, seen=seen, generator=generator)
+    return lambda logits, seen=None: sample_code(logits, **draw, seen=seen, generator=generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,8 +556,8 @@ class Family(nn.Module):
     generate(text, prompt=None, max_frames=1125, choose=sample_code)
         A generator that yields frames (K,) int64 as they are made. It returns True where the model ended the utterance,
         False where max_frames or the last position cut it off. `choose(logits of the allowed classes, seen=earlier
-        codes of this codebook) -> class` picks a code; see `sampler`. Raises ValueError where text and prompt leave no
-        position for a frame.
+        codes of this codebook, the oldest first) -> class` picks a code; see `sampler`. Raises ValueError where text
+        and prompt leave no position for a frame.
 
     A family with `reference` also takes features (B, R, M) of recordings of the voice: `reference` is the last argument
     of forward and teacher_forced_logits, and a keyword of generate. voice_latents(reference (R, M)) -> (1, L, D) is
@@ -554,7 +571,8 @@ class Family(nn.Module):
     reference = False  # the voice comes from the features of a recording
     transcript = False  # a voice prompt needs its text
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
-    draw = dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)  # how its authors sample, see sampler
+    # how its authors sample, see sample_code; a setting that is not named here has no effect on the family
+    draw = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
     def __init__(self, config):
         super().__init__()
@@ -683,7 +701,7 @@ class CSM(Family):
     """
 
     transcript = True
-    draw = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)
+    draw = dict(temperature=0.9, top_k=50, top_p=1.0, min_p=0.0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -899,7 +917,7 @@ class Kani(Family):
 
     transcript = True
     # top_k, which its authors do not name, is the default of transformers
-    draw = dict(temperature=0.6, top_k=50, top_p=0.95, repetition_penalty=1.1)
+    draw = dict(temperature=0.6, top_k=50, top_p=0.95, min_p=0.0, repetition_penalty=1.1, repetition_decay=0.0)
 
     def __init__(self, config):
         super().__init__(config)
@@ -1164,7 +1182,7 @@ class XTTS(Family):
     """
 
     reference = True
-    draw = dict(temperature=0.75, top_k=50, top_p=0.85, repetition_penalty=5.0)
+    draw = dict(temperature=0.75, top_k=50, top_p=0.85, min_p=0.0, repetition_penalty=5.0, repetition_decay=0.0)
 
     LONGEST = 30.0  # seconds of a reference that are used
     SHORTEST = 0.33  # seconds of its last chunk
@@ -1347,7 +1365,7 @@ class VallEConfig(FamilyConfig):
     rounds: "1 <= int <= 10000" = free(25, "nar")  # nar: of demasking, when it speaks
     whole_frames: bool = free(True, "nar")  # nar: whole frames are masked again, not each codebook by itself
     guidance: "float >= 0" = free(1.0, "nar")  # nar: classifier-free guidance scale; 1: off
-    top_sigma: "float >= 0" = 0.0  # nar: top-n-sigma sampling, in deviations below the best logit; 0: off
+    top_sigma: "float >= 0" = free(0.0)  # draw among logits at most so many deviations below the best; 0: among all
     arch: str = field(default="valle", init=False)
 
     LEVEL_WEIGHTS = {
@@ -1507,6 +1525,8 @@ class VallE(Family):
         K, V, D = config.n_codebooks, config.codebook_size, config.backbone.d_model
         heads = 8 * config.level_attention
         self.causal = config.mode == "ar"
+        if self.causal:
+            self.draw = {**self.draw, "repetition_penalty": 1.0, "repetition_decay": 0.0}
         self.text_embedding = nn.Embedding(config.text_vocab_size + 2 + config.languages, D)
         self.prompt_encoder = AudioEncoder(K, V, D, heads)
         self.frame_encoder = AudioEncoder(K, V + 2, D, heads)
@@ -1572,6 +1592,14 @@ class VallE(Family):
         state = self.decoder(hidden)
         state = state if state.ndim == 3 else state[:, None].expand(-1, len(self.heads), -1)
         return torch.einsum("nkd,kvd->nkv", state, self.heads) + self.head_bias
+
+    def likely(self, logits):
+        """Logits (..., V + 1), -inf where they are more than `top_sigma` standard deviations of all classes below the
+        best one (top-n-sigma sampling, Tang et al. 2024)."""
+        if not self.config.top_sigma:
+            return logits
+        least = logits.amax(-1, keepdim=True) - self.config.top_sigma * logits.std(-1, keepdim=True)
+        return logits.masked_fill(logits < least, -math.inf)
 
     def masked(self, spoken):
         """Which of the frames, spoken (B, S), are masked: drawn anew in training, always the same in evaluation."""
@@ -1713,8 +1741,10 @@ class VallE(Family):
         x = self.embed(tokens, segment)
         positions = self.positions(tokens, segment)
         cache = self.backbone.cache(1, x.shape[1] + max_frames)
+        frames = torch.zeros(max_frames, self.config.n_codebooks, dtype=torch.long, device=x.device)
         for t in range(max_frames):
-            frame = choose(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
+            logits = self.likely(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
+            frames[t] = frame = choose(logits, seen=frames[:t])
             if (frame == self.config.codebook_size).any():
                 return True
             yield frame
@@ -1739,12 +1769,9 @@ class VallE(Family):
                 codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
             else:
                 codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
-            logits = self.frame_logits(tokens, segment)
+            logits = self.likely(self.frame_logits(tokens, segment))
             # the temperature falls to 0 in the last round, as in MaskGIT
             chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)
-            if c.top_sigma:
-                least = logits.amax(-1, keepdim=True) - c.top_sigma * logits.std(-1, keepdim=True)
-                logits = logits.masked_fill(logits < least, -math.inf)
             score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
             codes[codes == c.mask_class] = chosen[codes == c.mask_class]
         yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
@@ -1846,7 +1873,8 @@ def contract_check(model, text, codes, **side):
     if flat.isnan().any() or not flat.isfinite().any():
         raise ValueError("contract check failed: the model's logits are not finite: its training diverged, or its "
                          "config is another model's")  # fmt: skip
-    difference = max(float((a - flat[i, : len(a)]).abs().max()) for i, a in enumerate(generated))
+    # generation may bar classes, with -inf
+    difference = max(float((a - flat[i, : len(a)])[a != -math.inf].abs().max()) for i, a in enumerate(generated))
     scale = float(flat[flat.isfinite()].abs().max())  # a fresh model has small heads and small logits
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
     model.train(training)

@@ -58,7 +58,9 @@ reference_text = ""  # its transcript, word for word; XTTS and VALL-E need none
 temperature: "float | None >= 0" = None  # 0: likeliest code; None, here and below: as in training, or the family's
 top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
-repetition_penalty: "float | None > 0" = None  # kani, xtts: makes codes spoken before less likely; 1: off
+min_p: "0 <= float | None <= 1" = None  # draw among codes at least so many times as likely as the likeliest; 0: all
+repetition_penalty: "float | None > 0" = None  # makes codes spoken before less likely; 1: off
+repetition_decay: "float | None >= 0" = None  # weakens the penalty of a code last spoken n frames ago to 1 / n ** decay
 seed: "0 <= int <= 4294967295" = 1337
 cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times the usual for the text
 stream = False  # write audio while it is generated
@@ -66,10 +68,10 @@ device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 adapter = ""  # another LoRA checkpoint on the same base, to speak with instead of ckpt's
 
-SHARED = {"prepare.py": ["codec_path"], "model.py": ["rounds", "guidance"]}
+SHARED = {"prepare.py": ["codec_path"], "model.py": ["rounds", "guidance", "top_sigma", "whole_frames"]}
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
-DRAWS = ("temperature", "top_k", "top_p", "repetition_penalty")
+DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
 HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
 
 
@@ -246,18 +248,16 @@ class Voice:
         rate = self.codec.frame_rate
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
-    def frames(self, text, speaker="", reference=None, reference_text="", temperature=None, top_k=None,
-               top_p=None, repetition_penalty=None, seed=1337, cap_seconds=0.0):  # fmt: skip
+    def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, cap_seconds=0.0, **draw):
         """Speak a text: yields frames (K,) int64 as the model makes them, or states (D,) for a vocoder.
 
         reference: path of a recording of the voice to clone, or what `listen` returned for it; reference_text: its
-        transcript. temperature, top_k, top_p, repetition_penalty: see model.sample_code. The random numbers depend on
+        transcript. draw: the DRAWS, see model.sample_code; None takes the usual value. The random numbers depend on
         seed and text only. cap_seconds: see cap. Raises ValueError for settings out of range, for logits that are not
         finite, and as text_ids and prompt do.
         """
-        given = dict(zip(DRAWS, (temperature, top_k, top_p, repetition_penalty), strict=True))
-        draw = {key: self.draw[key] if value is None else value for key, value in given.items()}
         check_settings(**draw, cap_seconds=cap_seconds)
+        given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
         ids = self.text_ids(text, speaker)
         prompt = self.prompt(reference, reference_text, speaker)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
@@ -275,7 +275,7 @@ class Voice:
             return draw_code(logits, seen)
 
         try:
-            draw_code = sampler(**draw, generator=generator)
+            draw_code = sampler(**{**self.draw, **given}, generator=generator)
             cap = self.cap(ids, cap_seconds)
             self.stopped = yield from self.model.generate(ids, max_frames=cap, choose=choose, **prompt)
             if latest:
@@ -491,7 +491,7 @@ def get_ready(cfg, path, lines, out_dir):
     if warning := slow_type(voice.device, cfg.dtype):
         print(warning, file=messages)
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
-    for key in {"rounds", "guidance"} & cfg.given.keys() & vars(voice.model.config).keys():
+    for key in {*SHARED["model.py"]} & cfg.given.keys() & vars(voice.model.config).keys():
         setattr(voice.model.config, key, getattr(cfg, key))
     if cfg.adapter:
         voice.adapt(cfg.adapter)
@@ -561,11 +561,13 @@ def idle_keys(cfg, voice):
     """{key: why} of the keys that have no effect on this voice."""
     c, idle = voice.model.config, {}
     known = {f.name: f.metadata.get("mode") for f in fields(c)}
-    for key in ("rounds", "guidance"):
+    which = f"mode = {c.mode!r}" if c.mode else f"arch = {c.arch!r}"
+    idle.update({key: f"{which} does not use it" for key in DRAWS if key not in voice.draw})
+    for key in SHARED["model.py"]:
         if key not in known:
             idle[key] = f"arch = {c.arch!r} has no such key"
         elif known[key] not in (None, c.mode):
-            idle[key] = f"mode = {c.mode!r} does not use it"
+            idle[key] = f"{which} does not use it"
     if not cfg.reference:
         idle["reference_text"] = "no reference is given"
     if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or not voice.model.reference):

@@ -131,7 +131,10 @@ tensorboard = False  # also log to TensorBoard, in out_dir
 compile = False  # torch.compile
 backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
 
-SHARED = {"sample.py": ["temperature", "top_k", "top_p", "repetition_penalty", "device", "dtype", "seed"]}
+SHARED = {
+    "sample.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "device", "dtype",
+                  "seed"],
+}  # fmt: skip
 FEWEST_TARGETS = 0.2  # share of the frames; with fewer targets a model does not learn to speak
 
 

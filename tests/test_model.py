@@ -731,9 +731,33 @@ def test_repetition_penalty():
     assert logits[0] == 2.0
 
 
+def test_a_penalty_that_decays():
+    """A class counts from where it was last; `seen` has a column for each row of logits."""
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.1], [4.0, 3.0, 2.0, 1.0]])
+    seen = torch.tensor([[0, 1], [2, 1], [0, 3], [1, 3]])  # 0 was there 2 codes ago, 2 three, 1 one; 1 three, 3 one
+    for decay in (0.0, 0.5, 1.0):
+        near, two, three = (1 + 2 / n**decay for n in (1, 2, 3))
+        expected = torch.tensor([[2 / two, 1.5 / near, -1.0 * three, -1.1], [4, 3 / three, 2, 1 / near]])
+        torch.testing.assert_close(models.penalised(logits, seen, 3.0, decay), expected)
+        picked = models.sample_code(logits, temperature=0, seen=seen, repetition_penalty=3.0, repetition_decay=decay)
+        assert torch.equal(picked, expected.argmax(-1))
+    assert torch.equal(models.penalised(logits, seen[:0], 3.0, 1.0), logits)
+    assert logits[0, 0] == 2
+
+
+def test_min_p():
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert np.allclose(draws(p.log(), min_p=0.6), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
+    assert np.allclose(draws(p.log(), min_p=0.4), [0, 0.4 / 0.9, 0.2 / 0.9, 0.3 / 0.9], atol=0.03)
+    assert np.allclose(draws(p.log(), min_p=0.2, top_k=2), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
+    assert draws(p.log(), 50, min_p=1.0)[1] == 1
+    theirs = pytest.importorskip("transformers").MinPLogitsWarper(min_p=0.4)(None, p.log()[None])[0]
+    assert np.allclose(draws(p.log(), min_p=0.4), theirs.softmax(-1), atol=0.03)
+
+
 def test_sampling_by_seed():
     def some(seed):
-        choose = models.sampler(1.0, generator=torch.Generator().manual_seed(seed))
+        choose = models.sampler(temperature=1.0, generator=torch.Generator().manual_seed(seed))
         return [int(choose(torch.zeros(1000))) for _ in range(5)]
 
     assert some(1) == some(1) != some(2)

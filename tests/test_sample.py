@@ -119,7 +119,7 @@ def test_draws_as_the_training_run_did_unless_told_otherwise(ckpt, checkpoint, t
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path)
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path, "--temperature=0", "--top_p=0.5")
     run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path)
-    usual = dict(temperature=0.9, top_k=50, top_p=1.0, repetition_penalty=1.0)
+    usual = dict(temperature=0.9, top_k=50, top_p=1.0, min_p=0.0)
     assert asked == [usual | dict(temperature=0.3, top_k=7), usual | dict(temperature=0, top_k=7, top_p=0.5), usual]
 
 
@@ -418,7 +418,7 @@ def test_keys_without_effect(ckpt, checkpoint, tmp_path, capsys):
     run("--ckpt", ckpt, "--text=one", tmp_path / "recipe.py", "--out_dir", tmp_path / "out")
     out = capsys.readouterr().out
     assert f"warning: {tmp_path}/recipe.py: rounds = 3 has no effect: arch = 'csm' has no such key" in out
-    assert "whole_frames" not in out and (tmp_path / "out/000.wav").exists()
+    assert "whole_frames = False has no effect" in out and (tmp_path / "out/000.wav").exists()
 
 
 def test_settings_reach_the_voice(ckpt, recording, tmp_path):
@@ -520,7 +520,11 @@ def refused(out_dir, *argv):
         (["--text=one", "--ckpt=cut.pt,none.pt"], "none.pt: no such checkpoint, one of 2 separated by commas"),
         (["--text=one", "--ckpt=cut.pt,"], "'': no such checkpoint, one of 2 separated by commas"),
         (["--text=one", "--repetition_penalty=-1"], "repetition_penalty = -1.0 must be > 0"),
-        (["--text=one", "--whole_frames=True"], "--whole_frames: whole_frames is a key of train.py"),
+        (["--text=one", "--min_p=1.5"], "min_p = 1.5 must be >= 0 and <= 1"),
+        (["--text=one", "--repetition_penalty=2"], "repetition_penalty = 2.0 has no effect: arch = 'csm' does not use"),
+        (["--text=one", "--repetition_decay=2"], "repetition_decay = 2.0 has no effect: arch = 'csm' does not use it"),
+        (["--text=one", "--whole_frames=True"], "whole_frames = True has no effect: arch = 'csm' has no such key"),
+        (["--text=one", "--top_sigma=1"], "top_sigma = 1.0 has no effect: arch = 'csm' has no such key"),
         (["--text=one", "--guidance=2"], "--guidance: guidance = 2.0 has no effect: arch = 'csm' has no such key"),
     ],
 )

@@ -667,13 +667,13 @@ def test_generation_ends_where_any_codebook_says_stop():
         last = codes[0].copy()
         last[k] = 16
         forced = iter([*codes, last])
-        frames, stopped = spoken_by(model, text, max_frames=10, choose=lambda x: torch.from_numpy(next(forced)))  # noqa: B023
+        frames, stopped = spoken_by(model, text, max_frames=10, choose=lambda x, seen: torch.from_numpy(next(forced)))  # noqa: B023
         assert frames == codes.tolist() and stopped is True
 
 
 def test_caps_and_positions():
     text, codes = utterance(n=5)
-    still = lambda logits: torch.full(logits.shape[:-1], 3)  # noqa: E731
+    still = lambda logits, seen=None: torch.full(logits.shape[:-1], 3)  # noqa: E731
     for mode in MODES:
         model = tiny(mode=mode)
         given = {} if mode == "ar" else {"frames": 40, "rounds": 1}
@@ -748,10 +748,34 @@ def test_draws_become_less_daring():
     assert sum(frame.count(5) for frame in frames) == 4 and sum(frame.count(7) for frame in frames) == 12
 
 
-def test_top_sigma_only_counts_in_scores():
-    text, _ = utterance()
-    plain = spoken_by(tiny(), text, choose=greedy, frames=9, rounds=1)
-    assert plain == spoken_by(tiny(top_sigma=0.5), text, choose=greedy, frames=9, rounds=1)
+@pytest.mark.parametrize("mode", ["nar", "ar"])
+def test_top_sigma_bars_what_is_unlikely(mode):
+    """In both modes; the likeliest codes stay, and the contract check does not mind."""
+    text, codes = utterance()
+    length = dict(frames=9, rounds=1) if mode == "nar" else dict(max_frames=9)
+    plain = spoken_by(tiny(mode=mode), text, choose=greedy, **length)
+    model = tiny(mode=mode, top_sigma=0.5)
+    assert plain == spoken_by(model, text, choose=greedy, **length)
+    asked = []
+    spoken_by(model, text, choose=lambda logits, seen=None: asked.append(logits) or greedy(logits), **length)
+    logits = model.teacher_forced_logits(text, np.zeros((9, 4), int))[: 9 if mode == "nar" else 1]
+    least = logits.amax(-1, keepdim=True) - 0.5 * logits.std(-1, keepdim=True)
+    assert torch.equal(asked[0] == -math.inf, (logits < least).view(asked[0].shape))
+    assert models.contract_check(model, text, codes)["max_difference"] < 1e-4
+
+
+def test_the_penalty_of_mode_ar_counts_each_codebook():
+    model, (text, _) = tiny(mode="ar"), utterance()
+    earlier = []
+
+    def choose(logits, seen):
+        earlier.append(seen.tolist())
+        return torch.tensor([len(earlier), 2, 3, 4])
+
+    frames, _ = spoken_by(model, text, choose=choose, max_frames=3)
+    assert earlier == [frames[:n] for n in range(3)]
+    assert {"repetition_penalty", "repetition_decay"} <= model.draw.keys()
+    assert "repetition_penalty" not in tiny().draw  # all frames at once: nothing was seen before
 
 
 @torch.no_grad()
