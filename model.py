@@ -571,6 +571,7 @@ class Family(nn.Module):
     reference = False  # the voice comes from the features of a recording
     transcript = False  # a voice prompt needs its text
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
+    front_end = "plain"  # what its authors do to a text before a tokenizer reads it, see parts/frontend.py
     # how its authors sample, see sample_code; a setting that is not named here has no effect on the family
     draw = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
 
@@ -701,6 +702,7 @@ class CSM(Family):
     """
 
     transcript = True
+    front_end = "none"
     draw = dict(temperature=0.9, top_k=50, top_p=1.0, min_p=0.0)
 
     def __init__(self, config):
@@ -916,6 +918,7 @@ class Kani(Family):
     """
 
     transcript = True
+    front_end = "none"
     # top_k, which its authors do not name, is the default of transformers
     draw = dict(temperature=0.6, top_k=50, top_p=0.95, min_p=0.0, repetition_penalty=1.1, repetition_decay=0.0)
 
@@ -1182,6 +1185,7 @@ class XTTS(Family):
     """
 
     reference = True
+    front_end = "xtts"
     draw = dict(temperature=0.75, top_k=50, top_p=0.85, min_p=0.0, repetition_penalty=5.0, repetition_decay=0.0)
 
     LONGEST = 30.0  # seconds of a reference that are used
@@ -1519,6 +1523,8 @@ class VallE(Family):
 
     RESCALE = 0.75  # share of the guided logits' spread that is set back to what it was
     ASKED = 4  # in training, one of this many utterances trains the length
+
+    front_end = "phonemes"
 
     def __init__(self, config):
         super().__init__(config)

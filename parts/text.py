@@ -14,11 +14,16 @@ from functools import lru_cache
 import sentencepiece
 
 
-def normalise(text, lowercase=False):
-    """Text as prepare.py stores and sample.py speaks it: Unicode NFC, single spaces, lower case on request. The halves
-    of surrogate pairs that stand alone are dropped: they are no characters, and no tokenizer takes them."""
+def speakable(text):
+    """Text without what no tokenizer takes: zero bytes, byte order marks, and halves of surrogate pairs that stand
+    alone, which are no characters."""
     text = text.replace("\ufeff", "").replace("\0", "")
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+
+
+def normalise(text, lowercase=False):
+    """Text in its normal form: `speakable`, Unicode NFC, single spaces, lower case on request."""
+    text = speakable(text)
     return " ".join(unicodedata.normalize("NFC", text.lower() if lowercase else text).split())
 
 
