@@ -5,6 +5,8 @@
 - Each batch has at most `max_tokens` rows and holds utterances of similar length, shuffled anew in each epoch.
 - The order of the batches is one global list, a pure function of (seed, epoch). Rank r of W takes every W-th batch, so
   any number of ranks divides the same epoch without overlap. The position is two integers: epoch and batch.
+- Several token folders of one codec and tokenizer can be read as one. Weights say how often an epoch repeats each, so
+  that an old language or old voices stay in memory while new ones are learnt (replay).
 - The model's `layout` makes the rows of an utterance; this file only pads and stacks them.
 
 Letters in shapes: B batch, S rows (padded length), C columns, K codebooks, T frames, n text ids, R rows and M numbers
@@ -17,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tokenize
 from collections.abc import Callable
@@ -193,9 +196,14 @@ def read_meta(folder):
     return meta
 
 
-def fingerprint(folder):
-    """A hash of the utterances in a token folder: their ids, lengths and speakers, in both splits. It takes 0.2 s for a
-    million utterances."""
+def fingerprint(data_dir):
+    """A hash of the utterances in token folders: their ids, lengths and speakers, in both splits, and the weights. It
+    takes 0.2 s for a million utterances."""
+    folders = token_folders(data_dir)
+    if list(folders.values()) != [1]:
+        parts = [[fingerprint({folder: 1}), weight] for folder, weight in folders.items()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    (folder,) = folders
     total = hashlib.sha256()
     for name in (f"{split}.{kind}" for split in SPLITS for kind in ("index.npy", "ids.txt")):
         with open(os.path.join(folder, name), "rb") as file:
@@ -207,10 +215,13 @@ def fingerprint(folder):
 class TokenFiles:
     """One split of a token folder. Its index is memory-mapped; text, codes and features are read as they are needed.
 
-    meta: the folder's meta.json. index: (utterances, len(INDEX_COLUMNS)) int64. Raises ValueError for a folder that is
-    not finished, of another version, or damaged: a file does not have the size that follows from meta.json, or the
-    index points to text, frames or speakers that do not exist.
+    meta: the folder's meta.json. index: (utterances, len(INDEX_COLUMNS)) int64. parts: the folders in it, here one.
+    weights: how often an epoch takes each utterance. Raises ValueError for a folder that is not finished, of another
+    version, or damaged: a file does not have the size that follows from meta.json, or the index points to text, frames
+    or speakers that do not exist.
     """
+
+    weights = 1.0
 
     def __init__(self, folder, split):
         self.folder = str(folder)
@@ -254,6 +265,10 @@ class TokenFiles:
 
     def _damaged(self, why):
         return ValueError(f"{self.folder}: the {self.split} split is damaged ({why}): make it again with prepare.py")
+
+    @property
+    def parts(self):
+        return [self]
 
     def __reduce__(self):  # a pickle holds the name of the folder: the process that reads it opens the files itself
         return TokenFiles, (self.folder, self.split)
@@ -311,6 +326,119 @@ class TokenFiles:
             return next(itertools.islice(file, i, None)).rstrip("\n")
 
 
+class Mixture:
+    """The same split of several token folders, read as one TokenFiles: their utterances one folder after the other,
+    their speakers merged by name.
+
+    folders: {folder: weight}. The first folder says in meta how a text is worded. weights: (utterances,). Raises
+    ValueError where a folder is damaged, or of another codec, tokenizer or handling of text than the first one.
+    """
+
+    ONE = ("codec", "tokenizer", "lowercase")  # fields of meta.json that must be the same
+
+    def __init__(self, folders, split):
+        self.folders = folders
+        self.split = split
+        self.parts = [TokenFiles(folder, split) for folder in folders]
+        first = self.parts[0]
+        self.folder = first.folder
+        for part in self.parts[1:]:
+            for field in self.ONE:
+                if key := difference(first.meta[field], part.meta[field], field):
+                    raise ValueError(f"{part.folder} and {first.folder} differ in {key}: prepare one of them again "
+                                     "with the other's codec and tokenizer")  # fmt: skip
+        metas = [part.meta for part in self.parts]
+        speakers = list(dict.fromkeys(name for meta in metas for name in meta["speakers"]))
+        counts = {s: {c: sum(meta["splits"][s][c] for meta in metas) for c in COUNTS} for s in SPLITS}
+        self.meta = {**first.meta, "speakers": speakers, "splits": counts}
+        self.index = np.concatenate([part.index for part in self.parts])
+        sizes = [len(part) for part in self.parts]
+        self.starts = np.cumsum([0, *sizes])
+        self.weights = np.repeat(list(folders.values()), sizes)
+        for part, start in zip(self.parts, self.starts, strict=False):
+            place = np.array([speakers.index(name) for name in part.meta["speakers"]])
+            self.index[start : start + len(part), SPEAKER] = place[part.index[:, SPEAKER]]
+
+    def __reduce__(self):
+        return Mixture, (self.folders, self.split)
+
+    def __len__(self):
+        return len(self.index)
+
+    def find(self, i):
+        """The part that has utterance i, and its number there."""
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part], i - self.starts[part]
+
+    def text(self, i):
+        part, i = self.find(i)
+        return part.text(i)
+
+    def codes(self, i):
+        part, i = self.find(i)
+        return part.codes(i)
+
+    def reference(self, i, first=0, last=None):
+        part, i = self.find(i)
+        return part.reference(i, first, last)
+
+    def name(self, i):
+        part, i = self.find(i)
+        return part.name(i)
+
+    def speaker(self, i):
+        return int(self.index[i, SPEAKER])
+
+    def tokenizer(self):
+        return self.parts[0].tokenizer()
+
+
+def difference(a, b, name):
+    """The name of the first entry in which two fields of meta.json differ, "" if none does."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return next((f"{name} {key}" for key in {**a, **b} if a.get(key) != b.get(key)), "")
+    return name if a != b else ""
+
+
+def token_folders(data_dir):
+    """{folder: weight} of what data_dir names: a folder, "new:3,old" or {"new": 3, "old": 1}. A folder without a weight
+    has 1. Raises ValueError for weights of which none is 1 or more, and for a folder that is named twice."""
+    folders = data_dir
+    if isinstance(data_dir, str):
+        folders = {}
+        for word in [data_dir] if os.path.isdir(data_dir) else data_dir.split(","):  # a path may have a comma in it
+            folder, _, weight = word.strip().rpartition(":")
+            if not folder or not re.fullmatch(r"[\d.]+", weight) or os.path.isdir(word):
+                folder, weight = word.strip(), 1
+            if folder in folders:
+                raise ValueError(f"data_dir names {folder!r:.100} twice: give it a weight, as {folder:.100}:2")
+            folders[folder] = weight
+    try:
+        folders = {folder: float(weight) for folder, weight in folders.items()}
+    except (ValueError, TypeError):
+        folders = {}
+    if not all(0 <= weight < 1e6 for weight in folders.values()) or max(folders.values(), default=0) < 1:
+        raise ValueError(f"data_dir = {data_dir!r:.150}: give each folder a weight, at least one of them 1 or more, as "
+                         "new/tokens:3,old/tokens:0.5")  # fmt: skip
+    return folders
+
+
+def open_tokens(data_dir, split):
+    """One split of the token folders that data_dir names (see token_folders)."""
+    folders = token_folders(data_dir)
+    if list(folders.values()) == [1]:
+        return TokenFiles(*folders, split)
+    return Mixture(folders, split)
+
+
+def part_names(files):
+    """A short name for each of the parts of `files`: what their paths do not share, or else the whole path."""
+    paths = [part.folder.strip("/").split("/") for part in files.parts]
+    shared = set.intersection(*map(set, paths))
+    names = ["_".join(word for word in path if word not in shared) for path in paths]
+    return names if len(set(names)) == len(names) and all(names) else [part.folder for part in files.parts]
+
+
 def silence(meta, frames):
     """The features (R, M) of so many silent frames, as the codec of a token folder's meta.json writes them."""
     reference = meta["codec"]["reference"]
@@ -334,19 +462,23 @@ def padded(features, reference):
     return reference
 
 
-def speaker_timbres(folder):
-    """The timbres in which a vocoder speaks, one for each speaker of a token folder: (speakers, E), or None where the
+def speaker_timbres(files):
+    """The timbres in which a vocoder speaks, one for each speaker of token folders: (speakers, E), or None where a
     folder has none. Raises ValueError for a damaged file."""
-    path = os.path.join(folder, TIMBRES)
-    if not os.path.exists(path):
-        return None
-    try:
-        timbres = np.load(path)
-        if timbres.ndim != 2 or timbres.dtype.kind != "f" or not np.isfinite(timbres).all():
-            raise ValueError(f"an array {timbres.shape} of {timbres.dtype}, not finite numbers (speakers, E)")
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): make the folder again with prepare.py") from None
-    return torch.from_numpy(timbres)
+    timbres = {}
+    for part in files.parts:
+        path = os.path.join(part.folder, TIMBRES)
+        if not os.path.exists(path):
+            return None
+        try:
+            own = np.load(path)
+            floats = own.ndim == 2 and len(own) == len(part.meta["speakers"]) and own.dtype.kind == "f"
+            if not floats or not np.isfinite(own).all():
+                raise ValueError(f"an array {own.shape} of {own.dtype}, not finite numbers (speakers, E)")
+        except (OSError, ValueError, EOFError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): make the folder again with prepare.py") from None
+        timbres = {**dict(zip(part.meta["speakers"], own, strict=False)), **timbres}
+    return torch.from_numpy(np.stack([timbres[name] for name in files.meta["speakers"]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,36 +556,51 @@ class Batches:
         prompts[self._lengths(prompts) > min(self.max_rows, self.max_tokens)] = -1
         return prompts
 
+    def _drawn(self, epoch):
+        """The utterances of an epoch (m,), each as often as its weight says; the part of a weight behind the point is
+        the chance of one time more."""
+        n = len(self.files)
+        weights = np.broadcast_to(self.files.weights, n)
+        chance = np.random.default_rng((self.seed, epoch, 1)).random(n) if (weights % 1).any() else 0
+        return np.repeat(np.arange(n), np.floor(weights + chance).astype(int))
+
     def plan(self, epoch):
-        """An epoch's global list of batches, each an array of utterance numbers, and the prompts (n,), -1 for none."""
+        """An epoch's global list of batches, each an array of utterance numbers, and the prompts (n,), -1 for none.
+        Without `shuffle` each utterance comes once, and no batch has utterances of two folders."""
         rng = np.random.default_rng((self.seed, epoch))
         prompts = self._prompts(rng)
         lengths = self._lengths(prompts)
         if self.shuffle:
+            drawn = self._drawn(epoch)
             border = rng.random()  # so that the buckets differ from epoch to epoch
-            bucket = (np.log(lengths) / np.log(self.BUCKET) + border).astype(int)
-            order = np.lexsort((rng.random(len(lengths)), bucket))
+            bucket = (np.log(lengths[drawn]) / np.log(self.BUCKET) + border).astype(int)
+            orders = [drawn[np.lexsort((rng.random(len(drawn)), bucket))]]
         else:
-            order = np.argsort(lengths, kind="stable")
+            ends = np.cumsum([len(part) for part in self.files.parts])[:-1]
+            parts = np.split(np.arange(len(lengths)), ends)
+            orders = [part[np.argsort(lengths[part], kind="stable")] for part in parts]
+        batches = [batch for order in orders for batch in self._cut(order, lengths[order])]
+        if self.shuffle:
+            batches = [batches[j] for j in rng.permutation(len(batches))]
+        return batches, prompts
+
+    def _cut(self, order, lengths):
+        """Utterances in `order` (m,), of these lengths (m,), cut into batches."""
         # lengths in a bucket are in random order: their running maximum never falls, and bounds each batch
-        envelope = np.maximum.accumulate(lengths[order])
-        batches = []
+        envelope = np.maximum.accumulate(lengths)
         first = 0
         while first < len(order):
             longest = envelope[first : first + self.max_batch]
             cost = longest * np.arange(1, len(longest) + 1)  # rows of a batch of 1, 2, 3, ... utterances, at most
             n = max(1, int(np.searchsorted(cost, self.max_tokens, side="right")))
-            batches.append(order[first : first + n])
+            yield order[first : first + n]
             first += n
-        if self.shuffle:
-            batches = [batches[j] for j in rng.permutation(len(batches))]
-        return batches, prompts
 
     def padding(self, epoch=0):
         """Share of the rows of an epoch that are padding."""
         batches, prompts = self.plan(epoch)
         lengths = self._lengths(prompts)
-        return 1 - lengths.sum() / sum(len(b) * int(lengths[b].max()) for b in batches)
+        return 1 - sum(int(lengths[b].sum()) for b in batches) / sum(len(b) * int(lengths[b].max()) for b in batches)
 
     def targets(self, n_batches=16):
         """Share of the frames in the first batches of an epoch that are targets. The others are in the stretch that is

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from codec import CODECS, PUBLISHED, load_codec, published_sizes
-from data import TIMBRES, TokenWriter, npy, read_meta
+from data import TIMBRES, TokenWriter, npy, read_meta, token_folders
 from parts import configurator
 from parts.audio import audio_header, read_audio
 from parts.files import locked, partial_name
@@ -541,6 +541,9 @@ def check(cfg, folder, codec):
         raise ValueError(f"language = {cfg.language!r:.60}: text_format = {cfg.text_format!r:.60} has no {{language}}")
     if not cfg.sources or not cfg.data_dir:
         raise ValueError("name what to read and where to write: --sources=my/metadata.csv --data_dir=my/tokens")
+    if list(token_folders(cfg.data_dir).values()) != [1]:
+        raise ValueError(f"data_dir = {cfg.data_dir!r:.150} names several folders or weights, as train.py can: prepare "
+                         "one folder at a time")  # fmt: skip
     if cfg.references and not codec.reference:
         raise ValueError(f"references = True: the codec {codec.name} has no features to take a voice from")
     if cfg.extend_vocab and not cfg.tokenizer:
@@ -627,7 +630,7 @@ def describe(cfg, codec, tokenizer, speakers):
 
 
 def main(cfg):
-    folder = os.path.realpath(cfg.data_dir)
+    folder = os.path.realpath(str(cfg.data_dir))
     codec, missing = open_codec(cfg)
     configurator.refuse_idle(cfg, idle_keys(cfg, codec))
     check(cfg, folder, codec)

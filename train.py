@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes
-from data import Batches, TokenFiles, fingerprint, speaker_reference, speaker_timbres
+from data import Batches, fingerprint, open_tokens, speaker_reference, speaker_timbres, token_folders
 from evaluate import evaluate
 from model import ARCHS, build, contract_check
 from parts import budget, configurator, lora, schedule
@@ -68,7 +68,9 @@ from sample import DRAWS, Voice, slow_type
 from weights import family_keys, load_weights, prepare_weights, save_checkpoint, starting_point
 
 # from where to where
-data_dir = "data/digits/tokens"  # token folder, written by prepare.py
+# token folder, written by prepare.py, or several with weights: how often an epoch takes their utterances, as in
+# "new/tokens:3,old/tokens:0.5" or {"new/tokens": 3, "old/tokens": 0.5}
+data_dir: str | dict = "data/digits/tokens"
 out_dir = "out/digits"  # for checkpoints, metrics.jsonl, loss.html, samples/
 init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or the path of a checkpoint or of published weights
 dry_run = False  # print what the run would need (parameters, memory, batches, hours of audio) and stop
@@ -181,11 +183,12 @@ class Run:
         self.rank = rank
         self.world = world
         self.device = device
-        self.files, self.val_files = (TokenFiles(cfg.data_dir, split) for split in ("train", "val"))
-        self.held_out = self.val_files if len(self.val_files) else self.files  # to speak and to check the contract
+        self.files, self.val_files = (open_tokens(cfg.data_dir, split) for split in ("train", "val"))
+        val, train = self.val_files.parts[0], self.files.parts[0]
+        self.held_out = val if len(val) else train  # to speak and to check the contract, worded as meta says
         self.meta = meta = self.files.meta
         self.data = fingerprint(cfg.data_dir)
-        codec = load_codec(meta["codec"]["name"], cfg.data_dir)
+        codec = load_codec(meta["codec"]["name"], self.files.folder)
         if meta["codec"]["fingerprint"] not in (UNKNOWN, codec.fingerprint()):
             raise ValueError(f"{cfg.data_dir}: codec.pt is not the codec its codes were made with: run prepare.py "
                              "again")  # fmt: skip
@@ -242,7 +245,7 @@ class Run:
             size = self.batches.reference[1]
             references = torch.from_numpy(np.stack([speaker_reference(self.files, i, size) for i in count]))
             self.probe["reference"] = references[files.speaker(shortest)]
-            timbres = speaker_timbres(self.cfg.data_dir)
+            timbres = speaker_timbres(self.files)
         self.voice = Voice(self.spoken, self.codec, self.tokenizer, self.meta, references=references, timbres=timbres)
 
     def go_on(self, checkpoint):
@@ -286,6 +289,9 @@ class Run:
         self.say(f"{len(self.files)} utterances, {len(self.batches.plan(0)[0])} micro-batches an epoch, "
                  f"{self.batches.padding():.1%} padding, {targets:.0%} of the frames are targets"
                  + ("" if self.val else "; the val split is empty: no evaluation, no best.pt"))  # fmt: skip
+        for part, weight in zip(self.files.parts, token_folders(cfg.data_dir).values(), strict=True):
+            if part is not self.files:
+                self.say(f"{part.folder}: {len(part)} utterances, each {weight:g} times an epoch")
         for line in schedule.timetable(cfg, self.epoch):
             self.say(line)
         if targets < FEWEST_TARGETS:
@@ -548,8 +554,8 @@ def supposed_meta(recipe):
 def predict(cfg):
     """The dry run: build the model without memory, and print what the run would need."""
     files = batches = None
-    if os.path.exists(os.path.join(cfg.data_dir, "meta.json")):
-        files = TokenFiles(cfg.data_dir, "train")
+    if all(os.path.exists(os.path.join(folder, "meta.json")) for folder in token_folders(cfg.data_dir)):
+        files = open_tokens(cfg.data_dir, "train")
     meta = files.meta if files else supposed_meta(configurator.configure(configurator.ROOT / "prepare.py", cfg.files))
     with torch.device("meta"):
         model = build(cfg.arch, meta, vars(cfg)).train()  # which refuses an unknown family

@@ -46,7 +46,7 @@ def fullest_batch(batches, codec):
     plan, prompts = batches.plan(0)
     lengths = batches._lengths(prompts)
     fullest = max(plan, key=lambda b: len(b) * lengths[b].max())
-    frames = batches.files.index[:, 3].sum()
+    frames = sum(int(batches.files.index[b, 3].sum()) for b in plan)
     batch = batches.read(fullest, prompts[fullest])
     return batch, frames / codec["frame_rate"] / len(plan)
 

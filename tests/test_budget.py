@@ -120,6 +120,12 @@ def test_a_token_folder_is_counted(dry, tokens):
     assert epochs == pytest.approx(20 / micro, abs=0.06)
 
 
+def test_several_token_folders_are_counted_with_their_weights(dry, tokens):
+    once, often = (dry("digits.py", f"--data_dir={tokens}:{n}", "--max_batch=2") for n in (1, 5))
+    micro = [int(re.search(r"an epoch of ([\d,]+) micro-batches", out)[1]) for out in (once, often)]
+    assert micro[1] == pytest.approx(5 * micro[0], rel=0.1)
+
+
 def test_refused(dry):
     with pytest.raises(ValueError, match="^unknown arch 'none'; choose from csm, kani"):
         dry("digits.py", "--arch=none")

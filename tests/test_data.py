@@ -71,11 +71,12 @@ def length(text, frames, prompt_text=0, prompt_frames=0):
 class Lengths:
     """Stands in for a TokenFiles where only the lengths matter."""
 
-    folder, split = "lengths", "train"
+    folder, split, weights = "lengths", "train", 1.0
 
     def __init__(self, text, frames, speaker=None):
         zeros = np.zeros_like(text)
         self.index = np.stack([zeros, text, zeros, frames, zeros if speaker is None else speaker], 1)
+        self.parts = [self]
 
     def __len__(self):
         return len(self.index)
@@ -685,6 +686,91 @@ def test_a_fingerprint_tells_the_utterances_of_two_folders_apart(tmp_path):
         ([("another", *train[0][1:]), *train[1:]], val), ([(*train[0][:3], 1 - train[0][3]), *train[1:]], val),
     ])]  # fmt: skip
     assert prints[0] == prints[1] and len(set(prints)) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several token folders
+
+
+def named(name, n, seed):
+    return [(f"{name}{i}", *u[1:]) for i, u in enumerate(utterances(n, seed))]
+
+
+def test_several_folders_are_read_as_one(tmp_path):
+    content = {"new": named("n", 9, 0), "old": named("o", 5, 1)}
+    for (name, train), speakers in zip(content.items(), (["ann", "bob"], ["cid", "ann"]), strict=True):
+        write(tmp_path / name / "tokens", train, meta={**META, "speakers": speakers})
+    folders = {str(tmp_path / name / "tokens"): weight for name, weight in (("new", 2.0), ("old", 1.0))}
+    files = data.open_tokens(folders, "train")
+    parts = [TokenFiles(folder, "train") for folder in folders]
+    assert len(files) == 14 and files.meta["speakers"] == ["ann", "bob", "cid"]
+    assert files.meta["splits"]["train"]["frames"] == sum(part.meta["splits"]["train"]["frames"] for part in parts)
+    for read in (files, pickle.loads(pickle.dumps(files))):
+        for i in range(14):
+            part, j = (parts[0], i) if i < 9 else (parts[1], i - 9)
+            assert read.name(i) == part.name(j)
+            np.testing.assert_array_equal(read.text(i), part.text(j))
+            np.testing.assert_array_equal(read.codes(i), part.codes(j))
+            assert read.meta["speakers"][read.speaker(i)] == part.meta["speakers"][part.speaker(j)]
+    assert data.part_names(files) == ["new", "old"]
+    assert parts[1].index[:, 4].max() <= 1  # the part itself is left alone
+    plan, _ = batches(files, shuffle=False).plan(0)
+    assert sorted(np.concatenate(plan)) == list(range(14))
+    assert all(b.max() < 9 or b.min() >= 9 for b in plan)
+
+
+def test_weights_say_how_often_an_epoch_takes_an_utterance():
+    files = lengths(400)
+    files.weights = np.repeat([3.0, 1.0, 0.25], [100, 100, 200])
+    made = batches(files, seed=5)
+    counts = [np.bincount(np.concatenate(made.plan(epoch)[0]), minlength=400) for epoch in range(20)]
+    for count in counts:
+        assert (count[:100] == 3).all() and (count[100:200] == 1).all() and set(count[200:]) == {0, 1}
+    assert np.mean([count[200:].sum() for count in counts]) == pytest.approx(50, abs=5)
+    assert any((counts[0] != count).any() for count in counts)  # another quarter in each epoch
+    again = batches(files, seed=5).plan(7)[0]
+    assert all(np.array_equal(a, b) for a, b in zip(made.plan(7)[0], again, strict=True))
+    once = batches(files, shuffle=False).plan(0)[0]
+    assert sorted(np.concatenate(once)) == list(range(400))  # evaluation knows no weights
+
+
+@pytest.mark.parametrize("data_dir, folders", [
+    ("x/tokens", {"x/tokens": 1}), ("x:3, y", {"x": 3, "y": 1}), ("x:0.5,y:1.5", {"x": 0.5, "y": 1.5}),
+    ({"x": 2, "y": 0.25}, {"x": 2, "y": 0.25}), ("C:/x", {"C:/x": 1}),
+])  # fmt: skip
+def test_how_folders_are_named(data_dir, folders):
+    assert data.token_folders(data_dir) == folders
+
+
+@pytest.mark.parametrize("data_dir", ["x:0.5", "x:0,y:0.9", {}, {"x": "much"}, {"x": -1, "y": 1}, "x:1.2.3"])
+def test_weights_that_cannot_be(data_dir):
+    with pytest.raises(ValueError, match="give each folder a weight, at least one of them 1 or more"):
+        data.token_folders(data_dir)
+
+
+def test_a_folder_is_named_once():
+    with pytest.raises(ValueError, match="names 'x' twice: give it a weight, as x:2"):
+        data.token_folders("x,y,x")
+
+
+@pytest.mark.parametrize("field, key, value", [
+    ("codec", "fingerprint", "1"), ("tokenizer", "sha256", "1"), ("lowercase", "", True),
+])  # fmt: skip
+def test_folders_that_do_not_go_together_are_refused_by_name(tmp_path, field, key, value):
+    write(tmp_path / "a", utterances(3))
+    other = {**META, field: {**META[field], key: value} if key else value}
+    write(tmp_path / "b", utterances(3), meta=other)
+    with pytest.raises(ValueError, match=f"b and .*/a differ in {f'{field} {key}'.strip()}: prepare one of them again"):
+        data.open_tokens(f"{tmp_path}/a,{tmp_path}/b", "train")
+
+
+def test_the_fingerprint_of_several_folders_has_their_weights(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, named(name, 5, 0))
+    one, two = str(tmp_path / "a"), str(tmp_path / "b")
+    kinds = [one, two, f"{one},{two}", f"{two},{one}", f"{one}:2,{two}", f"{one}:2"]
+    assert len({data.fingerprint(kind) for kind in kinds}) == len(kinds)
+    assert data.fingerprint(f"{one}:1") == data.fingerprint({one: 1}) == data.fingerprint(one)
 
 
 def test_the_loader_leaves_the_random_state_alone():

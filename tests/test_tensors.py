@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,10 +80,12 @@ def test_pickles_run_no_code(read, zipped, protocol, tmp_path, recwarn):
 
 
 def test_arrays_run_no_code(tmp_path):
+    files = SimpleNamespace(folder=tmp_path, meta={"speakers": ["ann", "bob"]})
+    files.parts = [files]
     for call in evil(tmp_path / "mark"):
         np.save(tmp_path / data.TIMBRES, np.array([call, call], object), allow_pickle=True)
         with pytest.raises(ValueError, match="timbres.npy is damaged .*make the folder again"):
-            data.speaker_timbres(tmp_path)
+            data.speaker_timbres(files)
     assert os.listdir(tmp_path) == [data.TIMBRES]
 
 

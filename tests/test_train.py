@@ -779,6 +779,58 @@ def test_evaluation_is_the_mean_over_the_whole_split(tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# several token folders
+
+
+@pytest.fixture(scope="module")
+def two_folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("two")
+    sizes = {"new": (8, 2), "old": (24, 4)}
+    folders = [write_tokens(place / name / "tokens", *counts) for name, counts in sizes.items()]
+    return f"{folders[0]}:2.5,{folders[1]}:0.5"
+
+
+def test_several_folders_have_losses_of_their_own(two_folders, tmp_path, capsys):
+    last, lines = run(two_folders, tmp_path / "out", "--max_iters=4")
+    assert "new/tokens: 8 utterances, each 2.5 times an epoch" in capsys.readouterr().out
+    found = {name: lines[-1][f"val_loss{name}"] for name in ("", "_new", "_old")}
+    model, off = load_model(last), torch.autocast("cpu", enabled=False)
+    frames = []
+    for name, word in zip(("_new", "_old"), two_folders.split(","), strict=True):
+        part = TokenFiles(word.rpartition(":")[0], "val")
+        frames.append(int(part.index[:, 3].sum()) + len(part))
+        assert evaluate(model, Batches(part, *sizes(last), shuffle=False), off)["loss"] == pytest.approx(found[name])
+    assert found["_new"] != found["_old"]
+    assert found[""] == pytest.approx((frames[0] * found["_new"] + frames[1] * found["_old"]) / sum(frames))
+
+
+def test_a_mixture_goes_on_bit_for_bit_and_new_weights_are_noticed(two_folders, tmp_path, capsys):
+    flags = ["--loader_workers=1", "--gradient_accumulation_steps=2", "--voice_prompt=0.5", "--lr_schedule=constant"]
+    whole, lines = run(two_folders, tmp_path / "whole", *flags, "--max_iters=8")
+    run(two_folders, tmp_path / "parts", *flags, "--max_iters=4")
+    parts, again = run(two_folders, tmp_path / "parts", *flags, "--max_iters=8", "--init_from=resume")
+    same(whole, parts)
+    assert exact(lines) == exact(again)
+    assert "other utterances" not in capsys.readouterr().out
+    other = two_folders.replace(":0.5", ":1")
+    _, lines = run(other, tmp_path / "parts", *flags, "--max_iters=9", "--init_from=resume")
+    assert "has other utterances than before" in capsys.readouterr().out and lines[-1]["epoch"] == 0
+
+
+def test_two_ranks_share_a_mixture(two_folders, tmp_path):
+    flags = ["--max_iters=3", "--gradient_accumulation_steps=2", "--lr_schedule=constant", "--eval_interval=3"]
+    _, lines = run(two_folders, tmp_path / "one", *flags)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start("", two_folders, tmp_path / "two", *flags, launcher=launcher)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for a, b in zip(exact(lines), exact(read_metrics(tmp_path / "two/metrics.jsonl")), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # where a run starts
 
 
