@@ -334,7 +334,7 @@ class Mixture:
     ValueError where a folder is damaged, or of another codec, tokenizer or handling of text than the first one.
     """
 
-    ONE = ("codec", "tokenizer", "lowercase")  # fields of meta.json that must be the same
+    ONE = ("codec", "tokenizer", "lowercase", "front_end")  # fields of meta.json that must be the same
 
     def __init__(self, folders, split):
         self.folders = folders
@@ -344,7 +344,7 @@ class Mixture:
         self.folder = first.folder
         for part in self.parts[1:]:
             for field in self.ONE:
-                if key := difference(first.meta[field], part.meta[field], field):
+                if key := difference(first.meta.get(field), part.meta.get(field), field):
                     raise ValueError(f"{part.folder} and {first.folder} differ in {key}: prepare one of them again "
                                      "with the other's codec and tokenizer")  # fmt: skip
         metas = [part.meta for part in self.parts]

@@ -754,11 +754,11 @@ def test_a_folder_is_named_once():
 
 
 @pytest.mark.parametrize("field, key, value", [
-    ("codec", "fingerprint", "1"), ("tokenizer", "sha256", "1"), ("lowercase", "", True),
+    ("codec", "fingerprint", "1"), ("tokenizer", "sha256", "1"), ("lowercase", "", True), ("front_end", "", "xtts"),
 ])  # fmt: skip
 def test_folders_that_do_not_go_together_are_refused_by_name(tmp_path, field, key, value):
     write(tmp_path / "a", utterances(3))
-    other = {**META, field: {**META[field], key: value} if key else value}
+    other = {**META, field: {**META.get(field, {}), key: value} if key else value}
     write(tmp_path / "b", utterances(3), meta=other)
     with pytest.raises(ValueError, match=f"b and .*/a differ in {f'{field} {key}'.strip()}: prepare one of them again"):
         data.open_tokens(f"{tmp_path}/a,{tmp_path}/b", "train")
