@@ -869,6 +869,7 @@ class NeuralCodec(Codec):
         raw = {}
         for file in files:
             raw |= read_weights(file, inert="TTS.")[0]  # checkpoints of coqui-TTS hold objects of its config classes
+        raw = {name: x for name, x in raw.items() if name.startswith("codec_model.")} or raw  # CSM holds a Mimi
         try:
             weights, sizes = cls.convert(plain(raw), options.get("n_codebooks"))
             need_finite(weights)
@@ -1016,8 +1017,8 @@ class Mimi(NeuralCodec):
 
     @classmethod
     def convert(cls, raw, n_codebooks=None):
-        """Takes transformers' layout, moshi's, and CSM's, which holds a Mimi as its codec_model."""
-        w = rename({name: x for name, x in raw.items() if name.startswith("codec_model.")} or raw, *cls.names)
+        """Takes transformers' layout and moshi's."""
+        w = rename(raw, *cls.names)
         n = codebook_count(n_codebooks, sum(name.endswith("usage") for name in w))
         for i, k in enumerate((1, n - 1)[:n]):
             sums, usages = (torch.stack([w[f"quantizer.{i}.{j}.{x}"] for j in range(k)]) for x in ("sum", "usage"))

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from glob import escape, glob
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,8 @@ from parts.tensors import (
     read_weights,
     reason,
 )
+
+ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin")  # of files of weights; the last three are pickles
 
 
 @dataclass
@@ -102,11 +105,11 @@ def start(path, arch, meta, habits, say=print):
     layout, *found = find(path)
     if layout.arch != arch:
         raise ValueError(f"arch = {arch!r}, but {path} is of the family {layout.arch!r}")
-    names = {f.name for f in fields(ARCHS[arch][1]) if f.init}
     own = facts(meta)
-    changes = {**habits, **{key: own[key] for key in ("text_bos", "text_eos", "reference_rate") if key in own}}
-    model = assemble(layout, *found, **{key: value for key, value in changes.items() if key in names}).train()
-    c, K, V, most = model.config, own["n_codebooks"], own["codebook_size"], own["text_vocab_size"]
+    habits = {key: habits[key] for key in habits.keys() & {f.name for f in fields(ARCHS[arch][1]) if f.init}}
+    model = assemble(layout, *found, **{**habits, **outer_fields(arch, own)}).train()
+    c = model.config
+    K, V, most = (own[key] for key in ("n_codebooks", "codebook_size", "text_vocab_size"))
     if (c.n_codebooks, c.codebook_size) != (K, V):
         raise ValueError(f"{path} speaks in {c.n_codebooks} codebooks of {c.codebook_size}, the data in {K} of {V}: "
                          "prepare them with the codec of these weights")  # fmt: skip
@@ -122,6 +125,13 @@ def start(path, arch, meta, habits, say=print):
     say(f"{path}: {more:,} new text ids beside its {c.text_vocab_size:,}; their embeddings start at the mean of the "
         "others plus a little noise")  # fmt: skip
     return grow(model, layout.tables, most)
+
+
+def outer_fields(arch, own):
+    """Those of the facts of a meta.json, own, that are fields of a family's config and in no weights: the marks around
+    a text, and how many features of a recording a second has."""
+    names = {f.name for f in fields(ARCHS[arch][1])} & own.keys()
+    return {key: own[key] for key in ("text_bos", "text_eos", "reference_rate") if key in names}
 
 
 def grow(model, tables, size):
@@ -163,8 +173,26 @@ def find(path):
             raise ValueError(f"{path} holds several models: {', '.join(file for *_, file in found)}; name one of them")
         if found:
             return found[0]
-    raise ValueError(f"{path} holds no weights of a known layout: "
-                     f"{', '.join(f'{layout.arch} with {layout.mark}' for layout in LAYOUTS)}")  # fmt: skip
+    known = ", ".join(f"{layout.arch} with {layout.mark}" for layout in LAYOUTS)
+    raise ValueError(f"{path} holds no weights of a known layout, but {contents(path)}; known are {known}")
+
+
+def contents(path):
+    """What a file or folder without known weights holds, in a few words for a message."""
+    if os.path.isdir(path):
+        own = [os.path.basename(file) for file in sum(candidates(path), [])]
+        if own:
+            return ", ".join(own[:3])
+        for depth in range(1, 5):  # as in ecker/vall-e
+            for file in sorted(glob(os.path.join(escape(path), *["*"] * depth, "*"))):
+                if file.endswith(ENDINGS):
+                    return f"{file:.120}: name that"
+        return f"no file that ends in {', '.join(ENDINGS)}"
+    tensors, _ = read_weights(path)
+    if tensors:
+        return f"tensors such as {min(tensors):.60}"
+    content = {} if is_safetensors(path) else read_pickle(path)
+    return "the state of an optimizer" if "param_groups" in content else "no tensors"
 
 
 def candidates(folder):
@@ -173,9 +201,9 @@ def candidates(folder):
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if is_index(name)]
     shards = {shard for name in indexes for shard in read_index(os.path.join(folder, name))}
-    whole = [name for name in names if name.endswith((".safetensors", ".sft"))]
+    whole = [name for name in names if name.endswith(ENDINGS[:2])]
     whole = [name for name in whole if os.path.join(folder, name) not in shards]
-    pickles = [name for name in names if name.endswith((".pt", ".pth", ".bin"))]
+    pickles = [name for name in names if name.endswith(ENDINGS[2:])]
     return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
 
 
@@ -208,18 +236,11 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
     model, its_config = ARCHS[layout.arch]
     changes = known_fields(layout.arch, changes)
     tensors = dict(tensors)
+    sizes = read_sizes(layout, tensors, given, path)
     try:
-        for twin, key in layout.tied.items():
-            if twin in tensors:
-                tensor = tensors.pop(twin)
-                if not torch.equal(tensors.setdefault(key, tensor), tensor):
-                    raise ValueError(f"{twin} and {key} differ, but the family {layout.arch!r} ties them")
-        sizes = layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
         config = its_config(**{**sizes, **changes})
         with WithoutMemory():
             model = model(config)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error.args[0]}") from None
     except UNBUILT as error:  # impossible shapes, or a damaged config.json
         raise ValueError(f"{path}: {reason(error)}") from None
     own = model.state_dict()
@@ -235,6 +256,22 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
     state = {name: make(*map(there, keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def read_sizes(layout, tensors, given, path):
+    """The fields of our config that a layout's tensors and config.json tell. Where a tensor has two names, `tensors`
+    keeps the second."""
+    try:
+        for twin, key in layout.tied.items():
+            if twin in tensors:
+                tensor = tensors.pop(twin)
+                if not torch.equal(tensors.setdefault(key, tensor), tensor):
+                    raise ValueError(f"{twin} and {key} differ, but the family {layout.arch!r} ties them")
+        return layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}") from None
+    except UNBUILT as error:
+        raise ValueError(f"{path}: {reason(error)}") from None
 
 
 def check(plan, own, tensors, layout, path):

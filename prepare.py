@@ -35,7 +35,16 @@ from parts.report import judge, report, show, show_cost
 from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 from parts.tables import EXTENSIONS
 from parts.tensors import pick_device
-from parts.text import HuggingFace, SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording
+from parts.text import (
+    HuggingFace,
+    SentencePiece,
+    extend_tokenizer,
+    load_tokenizer,
+    normalise,
+    open_tokenizer,
+    train_tokenizer,
+    wording,
+)
 from parts.workers import map_chunks, put_back, start_pool
 
 # input and output
@@ -355,16 +364,11 @@ def tagged(u, cfg):
 
 
 def read_tokenizer(cfg):
-    """The tokenizer that cfg names; the content of the file tells its kind. Raises ValueError."""
-    with open(cfg.tokenizer, "rb") as file:
-        model = file.read()
-    kind = HuggingFace.kind if model.lstrip()[:1] == b"{" else SentencePiece.kind
-    if cfg.extend_vocab and kind != HuggingFace.kind:
+    """The tokenizer that cfg names. Raises OSError and ValueError."""
+    tokenizer = open_tokenizer(cfg.tokenizer)
+    if cfg.extend_vocab and tokenizer.kind != HuggingFace.kind:
         raise ValueError(f"extend_vocab = {cfg.extend_vocab} extends a tokenizer.json: {cfg.tokenizer} is not one")
-    try:
-        return load_tokenizer(kind, model)
-    except ValueError as error:
-        raise ValueError(f"{cfg.tokenizer}: {error}") from None
+    return tokenizer
 
 
 def find_tags(cfg, utterances):

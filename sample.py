@@ -1,13 +1,15 @@
-"""A checkpoint speaks: text in, wav files out.
+"""A checkpoint or published weights speak: text in, wav files out.
 
     python sample.py --ckpt out/digits/best.pt --text "three one four"
     python sample.py --ckpt out/digits/best.pt --file lines.txt --out_dir spoken   spoken/000.wav, 001.wav, ...
     python sample.py config/digits.py --text "three one four"                      the recipe's out_dir/best.pt speaks
     python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "its transcript" --text "my clone"
-    python sample.py --ckpt out/a/best.pt,out/b/best.pt --file lines.txt --out_dir both   both/index.html: side by side
+    python sample.py --ckpt weights/csm-1b --text "..."                            as published, before any training
+    python sample.py --ckpt "weights/csm-1b,out/*" --file lines.txt --out_dir all  all/index.html: side by side
     python sample.py --ckpt out/x/best.pt --text "..." --out_dir - | aplay -f S16_LE -r 16000
 
-- Before it speaks, a checkpoint is checked: cached generation must equal teacher forcing on an utterance it holds.
+- Before it speaks, a model is checked: cached generation must equal teacher forcing on an utterance that its checkpoint
+  holds, for published weights on a made-up one.
 - The same seed and text give the same audio, whatever other lines are spoken beside it.
 - `Voice.frames` yields frames as the model makes them. Streaming decodes them block by block, with context on both
   sides; without streaming all are decoded at once. Both ways decode the same codes.
@@ -29,6 +31,7 @@ import time
 import wave
 from dataclasses import fields
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +41,7 @@ from tqdm import tqdm
 
 from codec import load_codec
 from data import MODEL_META
+from layouts import is_published
 from model import contract_check, sampler
 from parts import configurator, lora
 from parts.audio import read_audio
@@ -46,9 +50,12 @@ from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.tensors import UNBUILT, fault, pick_device, reason
 from parts.text import load_tokenizer, normalise, wording
+from released import made_up, open_release
 from weights import WHOLE, load_checkpoint, load_model
 
-ckpt = ""  # checkpoint, or several separated by commas; empty: best.pt in out_dir, so that a recipe alone is enough
+# a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
+# these separated by commas; empty: best.pt in out_dir, so that a recipe alone is enough
+ckpt = ""
 text = ""  # the text to speak
 file = ""  # or a text file, one utterance per line
 out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; "-": raw 16-bit mono samples to stdout
@@ -68,11 +75,15 @@ device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 adapter = ""  # another LoRA checkpoint on the same base, to speak with instead of ckpt's
 
-SHARED = {"prepare.py": ["codec_path"], "model.py": ["rounds", "guidance", "top_sigma", "whole_frames"]}
+SHARED = {
+    "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
+    "model.py": ["rounds", "guidance", "top_sigma", "whole_frames"],
+}
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
 HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
+PARTS = ("codec", "tokenizer", "text_format")  # keys that name what a checkpoint holds, and published weights do not
 
 
 class Voice:
@@ -80,17 +91,19 @@ class Voice:
 
     meta: the meta.json of the token folder that the model was trained on. config: the keys of the training run, the
     defaults of temperature and the like. references (speakers, R, M) and timbres (speakers, E): each speaker's own, for
-    a model that reads the voice from a recording and for its vocoder. The wav has `sample_rate`. After an utterance,
-    `stopped` tells whether the model ended it by itself, and `timbre` (E,) is that of the vocoder.
+    a model that reads the voice from a recording and for its vocoder; or voices {speaker: (latents (L, D), timbre)},
+    already read. The wav has `sample_rate`. After an utterance, `stopped` tells whether the model ended it by itself,
+    and `timbre` (E,) is that of the vocoder.
     """
 
-    def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None):
+    def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
         self.model = model
         self.codec = codec
         self.tokenizer = tokenizer
         self.meta = meta
         self.references = references
         self.timbres = timbres
+        self.voices = voices or {}
         self.vocoder = model.vocoder and codec.vocode is not None
         self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         trained_with = {key: value for key, value in (config or {}).items() if value is not None}
@@ -132,6 +145,21 @@ class Voice:
             raise ValueError(f"{path} is damaged: {reason(error)}") from None
         try:
             voice.report = {**contract_check(model, **probe), "iter": checkpoint["iter"]}
+        except UNBUILT as error:
+            raise ValueError(f"{path}: {reason(error)}") from None
+        return voice
+
+    @classmethod
+    def from_published(cls, path, device="auto", codec_path="", dtype="float32", **given):
+        """The voice of published weights, a file or folder, after a contract check, whose result is `report`. given:
+        further arguments of released.open_release. Raises ValueError or OSError."""
+        check_settings(dtype=dtype)
+        device = pick_device(device)
+        dtype = getattr(torch, dtype)
+        model, codec, tokenizer, meta, voices = open_release(path, device, dtype, codec_path=codec_path, **given)
+        voice = cls(model, codec.to(device), tokenizer, meta, voices=voices)
+        try:
+            voice.report = {**contract_check(model, **made_up(model)), "iter": None}
         except UNBUILT as error:
             raise ValueError(f"{path}: {reason(error)}") from None
         return voice
@@ -201,10 +229,13 @@ class Voice:
 
     @torch.no_grad()
     def own_voice(self, speaker=""):
-        """The voice of a speaker as `listen` gives it; of the first one where `speaker` is empty. Raises ValueError
-        where none is known."""
+        """The voice of a speaker as `listen` gives it; where `speaker` is empty, that of the first one in the training
+        data. Raises ValueError where none is known."""
+        if speaker in self.voices:
+            return self.voices[speaker]
         if self.references is None or self.vocoder and self.timbres is None:
-            raise ValueError("the model reads the voice from a recording: give a reference")
+            some = f", or a speaker: {', '.join(list(self.voices)[:5])}, ..." if self.voices else ""
+            raise ValueError(f"the model reads the voice from a recording: give a reference{some}")
         own = self.meta["speakers"].index(speaker) if speaker else 0
         latents = self.model.voice_latents(self.references[own])[0]
         return latents, self.timbres[own] if self.vocoder else None
@@ -483,10 +514,21 @@ def speak(voice, line, path, stream, **how):
     return message, took, seconds
 
 
+def open_voice(cfg, path):
+    """The voice of the checkpoint or of the published weights at `path`. Raises ValueError or OSError."""
+    how = cfg.device, cfg.codec_path, cfg.dtype
+    if not is_published(path):
+        return Voice.from_checkpoint(path, *how)
+    given = {key: getattr(cfg, key) for key in PARTS if key in cfg.given}
+    if cfg.given.get("text_format") in cfg.files:  # a recipe says what its own model reads
+        del given["text_format"]
+    return Voice.from_published(path, *how, speaker=cfg.speaker, **given)
+
+
 def get_ready(cfg, path, lines, out_dir):
     """The voice of the checkpoint `path`, what it needs of the reference, and the prompt. All errors that can be found
     before the first line is spoken are raised here: ValueError or OSError."""
-    voice = Voice.from_checkpoint(path, cfg.device, cfg.codec_path, cfg.dtype)
+    voice = open_voice(cfg, path)
     messages = sys.stderr if out_dir == "-" else sys.stdout
     if warning := slow_type(voice.device, cfg.dtype):
         print(warning, file=messages)
@@ -519,9 +561,11 @@ def read_out(cfg, path, lines, out_dir):
     how.update(reference=reference, reference_text=cfg.reference_text)
     difference = voice.report["max_difference"]
     ln_v = voice.report["ln_v"]
+    step = voice.report["iter"]
     shifts = ", ".join(f"{loss:.2f}" for loss in voice.report["loss_at_shift"])
-    print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}; cross-entropy at "
-          f"shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}", file=messages)  # fmt: skip
+    shifts = "" if step is None else f"; cross-entropy at shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}"
+    print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}{shifts}",
+          file=messages)  # fmt: skip
     if "prompt" in prompt and not voice.prompted:
         print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
               file=messages)  # fmt: skip
@@ -538,23 +582,49 @@ def read_out(cfg, path, lines, out_dir):
         took += times[0]
         seconds += times[1]
     factor = f"{took / seconds:.2f}" if seconds else ""
-    return [f"{voice.report['iter']:,}", f"{ended} of {len(lines)}", factor, *spoken]
+    return ["published" if step is None else f"{step:,}", f"{ended} of {len(lines)}", factor, *spoken]
 
 
 def find_checkpoints(ckpt, out_dir):
-    """The paths that `ckpt` names, separated by commas; out_dir's best.pt if it is empty. Raises ValueError if that
-    does not exist, and FileNotFoundError for any other."""
+    """The paths that `ckpt` names, separated by commas, out_dir's best.pt if it is empty. A pattern stands for what it
+    matches, and a run's folder for its best.pt, or last.pt. Raises ValueError if there is no best.pt in out_dir, and
+    FileNotFoundError for any other path that does not exist."""
     if not ckpt:
         path = os.path.join(out_dir, "best.pt")
         if not os.path.isfile(path):
             raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and {path} does not exist")
         return [path]
-    paths = [ckpt] if os.path.isfile(ckpt) else ckpt.split(",")  # a path may have a comma in it
-    for path in paths:
-        if not os.path.isfile(path):
-            among = f", one of {len(paths)} separated by commas" if len(paths) > 1 else ""
-            raise FileNotFoundError(f"{path or repr(path)}: no such checkpoint{among}")
+    names = [ckpt] if os.path.exists(ckpt) else ckpt.split(",")  # a path may have a comma in it
+    paths = []
+    for name in names:
+        found = [name] if os.path.exists(name) else sorted(glob(name))
+        if not found:
+            among = f", one of {len(names)} separated by commas" if len(names) > 1 else ""
+            raise FileNotFoundError(f"{name or repr(name)}: no such checkpoint{among}")
+        for path in found:
+            inside = [os.path.join(path, kept) for kept in ("best.pt", "last.pt")]
+            path = next(filter(os.path.isfile, inside), path)
+            if path == name or path not in paths:  # a pattern may match what was named before
+                paths.append(path)
     return paths
+
+
+def folder_of(path):
+    """The folder of a checkpoint or of published weights, which may themselves be a folder."""
+    return Path(path) if os.path.isdir(path) else Path(path).parent
+
+
+def column_names(paths):
+    """Names for these paths, each another: those of their folders, or as many parts of the paths as that takes. Raises
+    ValueError where one path is there twice."""
+    places = [Path(path).resolve() for path in paths]  # "a/../best.pt" is not in a folder named ".."
+    names = [folder_of(place).name for place in places]
+    parts = [place.parts[1:] if place.is_dir() else place.with_suffix("").parts[1:] for place in places]
+    for n in range(2, 2 + max(map(len, parts))):
+        if len({*names, ""}) == len(names) + 1:
+            return names
+        names = ["_".join(part[-n:]) for part in parts]
+    raise ValueError(f"ckpt = {','.join(paths)}: several checkpoints need folders of their own, and files to write to")
 
 
 def idle_keys(cfg, voice):
@@ -575,19 +645,24 @@ def idle_keys(cfg, voice):
     return idle
 
 
+def refuse_parts(cfg, paths):
+    """Raise ValueError for flags that name the parts of published weights, where all paths are checkpoints."""
+    flags = [key for key in PARTS if key in cfg.given and cfg.given[key] not in cfg.files]
+    if flags and not any(map(is_published, paths)):
+        raise ValueError(f"--{flags[0]} is for published weights, {paths[0]:.200} holds its own")
+
+
 def main(cfg):
     lines = read_lines(cfg.text, cfg.file)
     paths = find_checkpoints(cfg.ckpt, cfg.out_dir)
+    refuse_parts(cfg, paths)
     if len(paths) == 1:
         read_out(cfg, paths[0], lines, cfg.out_dir)
         return
-    places = [Path(path).resolve() for path in paths]  # "a/../best.pt" is not in a folder named ".."
-    names = [place.parent.name for place in places]
-    if len(set(names)) < len(names):
-        names = ["_".join(place.with_suffix("").parts[-2:]) for place in places]
-    if len(set(names)) < len(names) or "" in names or cfg.out_dir == "-":
+    if cfg.out_dir == "-":
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
-    losses = [lowest_loss(read_metrics(Path(path).with_name("metrics.jsonl"))) for path in paths]
+    names = column_names(paths)
+    losses = [lowest_loss(read_metrics(folder_of(path) / "metrics.jsonl")) for path in paths]
     losses = ["" if loss is None else f"{loss:.3f}" for loss in losses]
     for path, name in zip(paths, names, strict=True):  # twice, so that the last one is not refused after hours
         get_ready(cfg, path, lines, Path(cfg.out_dir) / name)

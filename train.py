@@ -99,7 +99,7 @@ voice_prompt: "0 <= float <= 1" = 0.0  # share of utterances with another one of
 reference_seconds: "0 < list[float] <= 3600" = [3.0, 6.0]  # xtts: length of the reference recording, from and to
 loader_workers: "0 <= int <= 256" = 0  # processes that read batches; 0: read between steps
 # optimizer
-max_iters: "int >= 1" = 2000  # steps
+max_iters: "int >= 0" = 2000  # steps; 0: evaluate and save the weights as they are
 epochs: "float >= 0" = 0.0  # passes over the data, in place of max_iters; 0: max_iters counts
 learning_rate: "float >= 0" = 1e-3  # peak
 muon = False  # Muon instead of AdamW for the matrices inside the transformers: it learns faster from scratch
@@ -137,6 +137,7 @@ SHARED = {
     "sample.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "device", "dtype",
                   "seed"],
 }  # fmt: skip
+UNTRAINED = {name: torch.zeros(2) for name in ("loss", "c0_accuracy", "grad_norm", "padding")}  # sums before step 1
 FEWEST_TARGETS = 0.2  # share of the frames; with fewer targets a model does not learn to speak
 
 
@@ -215,7 +216,8 @@ class Run:
         self.optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16", world)
         self.autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
         self.window = Window(device)
-        self.step = self.first_step = 0
+        self.step = 0
+        self.first_step = 0 if cfg.max_iters else -1  # without steps, step 0 is logged
         self.samples_due = False  # a resumed run may have to make up for what a kill left out
         self.best = math.inf
         self.history = []
@@ -330,13 +332,13 @@ class Run:
     def log(self, evaluating):
         """Write a line of metrics.jsonl; if `evaluating`, also evaluate, save and speak. Waits for the device."""
         cfg = self.cfg
-        totals = self.window.collect(self.world)
+        totals = self.window.collect(self.world) or UNTRAINED
         self.window = Window(self.device)
         if int(self.optimizer.in_a_row) >= cfg.max_skipped:
             raise ValueError(f"{int(self.optimizer.in_a_row)} steps in a row up to iter {self.step} had a non-finite "
                              "loss or gradient: the last good checkpoint stays; lower learning_rate")  # fmt: skip
         line = {
-            "iter": self.step, **means(totals), "lr": schedule.get_lr(self.step - 1, cfg),
+            "iter": self.step, **means(totals), "lr": schedule.get_lr(max(0, self.step - 1), cfg),
             "skipped": int(self.optimizer.skipped), "epoch": self.batches.epoch,
             "timing": timing(totals, self.meta["codec"]["frame_rate"], self.elapsed(), self.device),
         }  # fmt: skip
@@ -373,7 +375,7 @@ class Run:
             for path in kept_checkpoints(self.cfg.out_dir)[: -self.cfg.keep_last] if self.cfg.keep_last else []:
                 os.remove(path)
             draw(read_metrics(self.path("metrics.jsonl")), self.path("loss.html"))
-            if line.get("val_loss", line["loss"]) is None:  # drawing from NaN would crash a GPU
+            if self.step and line.get("val_loss", line["loss"]) is None:  # drawing from NaN would crash a GPU
                 self.say(f"iter {self.step}: no samples, as the loss is not finite")
             else:
                 self.speak()

@@ -22,7 +22,7 @@ from model import ARCHS, build, contradiction
 from parts import configurator, lora
 from parts.files import need, whole
 from parts.folder import kept_checkpoints
-from parts.tensors import UNBUILT, need_tensors, reason, undamaged, unpickle, what_is
+from parts.tensors import UNBUILT, need_tensors, reason, undamaged, unpickle, what_is, why_unread
 
 command = ""  # export
 ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
@@ -88,16 +88,12 @@ def load_checkpoint(path, device="cpu", needed=()):
     if not os.path.isfile(path):
         found = f", it is {what_is(path)}" if os.path.isdir(path) else ""
         raise FileNotFoundError(f"{path}: no such checkpoint{found}")
-    if not zipfile.is_zipfile(path):
-        found = what_is(path)
-        found = "truncated or not a checkpoint" if found == "a zip archive" else f"not a checkpoint, it is {found}"
-        raise ValueError(f"{path} is {found}")
-    if not undamaged(path):
-        raise ValueError(f"{path} is damaged: it does not have the checksums it was written with; take another copy")
+    if not zipfile.is_zipfile(path) or not undamaged(path):
+        raise ValueError(f"{path} {why_unread(path, 'checkpoint')}")
     try:
         checkpoint = unpickle(path, device)
     except Exception:  # torch.load raises many kinds of errors for other files
-        raise ValueError(f"{path} is not a checkpoint: it cannot be read without running code") from None
+        raise ValueError(f"{path} {why_unread(path, 'checkpoint')}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
     need(checkpoint, FIELDS, path)

@@ -134,7 +134,7 @@ def summary(line):
     shown = {key: math.nan if value is None else value for key, value in {**line, **line["timing"]}.items()}
     text = ("loss {loss:.3f} c0 {c0_accuracy:.3f} lr {lr:.1e} gnorm {grad_norm:.2f} {tokens_per_second:.0f} tok/s "
             "{audio_seconds_per_second:.0f} audio s/s pad {padding:.1%} {memory_gb:.1f} GB")  # fmt: skip
-    text = text.format(**shown)
+    text = text.format(**shown) if line["iter"] else "before the first step"
     if "val_loss" in line:
         text += " | held out: loss {val_loss:.3f} c0 {val_c0_accuracy:.3f}".format(**shown)
     return text + (f" | {line['skipped']} steps skipped" if line["skipped"] else "")

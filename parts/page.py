@@ -80,7 +80,7 @@ def chart(title, series):
     if not series:
         return ""
     xs, ys = zip(*(point for line in series.values() for point in line), strict=True)
-    low, high, far = min(ys), max(ys), max(xs)
+    low, high, far = min(ys), max(ys), max(1, *xs)
     high = high if high > low else low + (abs(low) or 1)  # a constant curve still needs a height
     svg = [f'<h2>{title}</h2>\n<svg viewBox="0 0 900 300" role="img" aria-label="{title}">']
     for i in range(5):

@@ -17,9 +17,12 @@ import numpy as np
 import torch
 
 STARTS = {
-    b"PK\3\4": "a zip archive", b"\x1f\x8b": "a gzip archive", b"\x93NUMPY": "an array of numpy's",
-    b"RIFF": "a recording", b"fLaC": "a recording", b"OggS": "a recording", b"ID3": "a recording",
-    b"GGUF": "a GGUF file", b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
+    b"PK\3\4": "a zip archive", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive",
+    b"\x93NUMPY": "an array of numpy's", b"RIFF": "a recording", b"fLaC": "a recording", b"OggS": "a recording",
+    b"ID3": "a recording", b"\xff\xfb": "a recording", b"\xff\xd8\xff": "an image", b"\x89PNG": "an image",
+    b"GIF8": "an image", b"%PDF": "a PDF", b"<!DOCTYPE": "a web page", b"<!doctype": "a web page",
+    b"<html": "a web page", b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
 }  # fmt: skip
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -46,7 +49,7 @@ def what_is(path):
         return "a folder"
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(64)
+        head = file.read(512)
     if not size:
         return "empty"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
@@ -56,6 +59,9 @@ def what_is(path):
             return words
     if head[:1] == b"\x80":
         return "a pickle"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    head = head[:64]
     try:
         head[:60].decode()
     except UnicodeDecodeError:
@@ -74,6 +80,27 @@ def undamaged(path):
             return not packed and archive.testzip() is None
     except Exception:  # zipfile fails in many ways on archives that are damaged
         return False
+
+
+def why_unread(path, wanted="file of weights"):
+    """Why a file cannot be read as one that torch.save wrote, as the end of a sentence that begins with its path."""
+    kind = what_is(path)
+    if kind == "a pickle":
+        return f"is no {wanted} that can be read without running code, it is a pickle"
+    if kind != "a zip archive":
+        return f"is no {wanted}, it is {kind}"
+    if not zipfile.is_zipfile(path):
+        return "is truncated: it begins as torch.save begins a file, and has no end"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # see undamaged
+        names = ["data.pkl"]
+    if not any(os.path.basename(name) == "data.pkl" for name in names):
+        return f"is no {wanted}, it is a zip archive with {(names or ['nothing'])[0]:.60} in it"
+    if not undamaged(path):
+        return "is damaged: it does not have the checksums it was written with; take another copy"
+    return "cannot be read without running code"
 
 
 def unpickle(file, device="cpu", inert=None):
@@ -179,12 +206,13 @@ def read_pickle(path, inert=""):
 
     inert: only those whose names begin with this. Raises ValueError, one line that names the file.
     """
-    file = from_nemo(path) if str(path).endswith(".nemo") else path
+    nemo = str(path).endswith(".nemo")
+    file = from_nemo(path) if nemo else path
     try:
         return unpickle(file, inert=inert)
     except Exception:  # torch.load fails in many ways on files of other kinds
-        raise ValueError(f"{path} is truncated, or no file of weights that can be read without running code (it is "
-                         f"{what_is(path)})") from None  # fmt: skip
+        why = "is damaged, or holds weights that cannot be read without running code" if nemo else why_unread(path)
+        raise ValueError(f"{path} {why}") from None
 
 
 def from_nemo(path):

@@ -162,6 +162,17 @@ def load_tokenizer(kind, model):
     return kinds[kind](model)
 
 
+def open_tokenizer(path):
+    """The tokenizer in a file; its content tells the kind. Raises OSError, and ValueError that names the file."""
+    with open(path, "rb") as file:
+        model = file.read()
+    kind = HuggingFace.kind if model.lstrip()[:1] == b"{" else SentencePiece.kind
+    try:
+        return load_tokenizer(kind, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def train_tokenizer(texts, vocab_size, symbols=()):
     """The bytes of a sentencepiece BPE model trained on texts. It knows all their characters, and others as bytes.
 

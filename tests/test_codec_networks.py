@@ -697,7 +697,7 @@ def test_what_is_missing_is_named(published, tmp_path):
     refused(r"nano.nemo \(for the codec audiocodec44k\)", "audiocodec44k", published["nanocodec"])
     refused("has no option 'bandwidth'", "encodec", None, bandwidth=6)
     path.write_bytes(b"no weights at all")
-    refused("model.safetensors is truncated, or no file of weights .* a text", "encodec", path)
+    refused("model.safetensors is no file of weights, it is a text", "encodec", path)
     path.write_bytes((published["encodec"] / "model.safetensors").read_bytes()[:5000])
     refused("model.safetensors is truncated or damaged", "encodec", path)
 
@@ -726,12 +726,12 @@ def test_pickles_run_no_code(published, tmp_path):
         archive.addfile(info, io.BytesIO(packed.getvalue()))
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"x": Evil(mark)}, protocol=2))
     for name, file in (("dac", "weights.pth"), ("nanocodec", "evil.nemo"), ("dac", "plain.pth")):
-        with pytest.raises(ValueError, match=f"{file} is truncated, or no file of weights that can be read") as info:
+        with pytest.raises(ValueError, match=rf"{file} .*read without running code") as info:
             load_codec(name, tmp_path / file)
         assert "\n" not in str(info.value)
     assert not mark.exists()
     torch.save({"x": torch.zeros(1), "evil": Stranger()}, tmp_path / "strange.pth")
-    with pytest.raises(ValueError, match="strange.pth is truncated, or no file of weights that can be read"):
+    with pytest.raises(ValueError, match="strange.pth cannot be read without running code"):
         load_codec("dac", tmp_path / "strange.pth")
 
 

@@ -815,11 +815,11 @@ def test_files_that_are_no_checkpoint(tmp_path):
     }  # fmt: skip
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is (truncated or )?not a checkpoint") as e:
+        with pytest.raises(ValueError, match=f"{name} is (truncated|no checkpoint)") as e:
             weights.load_checkpoint(tmp_path / name)
         assert "\n" not in str(e.value)
     torch.save({"evil": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is not a checkpoint: it cannot be read without running code"):
+    with pytest.raises(ValueError, match="evil.pt cannot be read without running code"):
         weights.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "made").exists()
     for foreign in ({"model_state": {}}, [1, 2], torch.zeros(3), {"format": "parlando-0"}):

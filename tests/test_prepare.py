@@ -666,7 +666,7 @@ BAD = {
     "missing tokenizer": (["--tokenizer=nowhere.model"], "nowhere.model"),
     "json that is no tokenizer": (["--tokenizer=broken.jsonl"], "broken.jsonl: the tokenizer is not a tokenizer.json"),
     "nothing to extend": (["--extend_vocab=9"], "needs a tokenizer to extend"),
-    "no way to extend": (["--extend_vocab=9", "--tokenizer=prose.csv"], "prose.csv is not one"),
+    "no way to extend": (["--extend_vocab=9", "--tokenizer=prose.csv"], "prose.csv: the tokenizer is not a sentence"),
     "limit below 0": (["--max_text_tokens=-1"], "max_text_tokens = -1 must be >= 0"),
     "text_format": (["--text_format={txt}"], "text_format"),
     "workers": (["--workers=-1"], "workers = -1 must be >= 0 and <= 1024"),
