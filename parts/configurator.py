@@ -82,7 +82,8 @@ def configure(script, argv, positional=()):
         sibling = ROOT / name
         if sibling.exists() and sibling.resolve() != Path(script).resolve():
             known = {**(others := read_defaults(sibling)), **known}  # the script's own keys win
-            home |= dict.fromkeys(others, name)
+            declared, _ = own_keys(sibling, read_text(sibling))
+            home |= {key: name for key in others if key in declared or key not in home}
     files, flags, words = split_argv(argv, known)
     if "help" in [key for key, _, _ in flags]:
         print(help_text(script, own))

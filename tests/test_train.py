@@ -877,7 +877,7 @@ def trained(tokens, tmp_path_factory):
     (["--ema=1.0"], "ema = 1.0 must be >= 0 and < 1"),
     (["--learning_rate=nan"], "learning_rate"),
     (["--learning_rate=-0.1"], "learning_rate = -0.1 must be >= 0"),
-    (["--max_iters=0"], "max_iters = 0 must be >= 1"),
+    (["--max_iters=-1"], "max_iters = -1 must be >= 0"),
     (["--voice_prompt=1.5"], "voice_prompt = 1.5 must be >= 0 and <= 1"),
     (["--backbone=llama-2M"], "unknown preset 'llama-2M'"),
     (["--arch=gpt"], "unknown arch 'gpt'"),
