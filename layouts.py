@@ -316,7 +316,8 @@ LLAMA = {
     "max_positions": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
 }  # fmt: skip
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ENDS = {128256: (128000, 128001), 49152: (1, 2)}  # begin and end of text, by vocabulary: Llama 3.2, SmolLM2 (Marvis)
+SMOLLM2 = 49152  # text ids of the tokenizer that Marvis has
+ENDS = {128256: (128000, 128001), SMOLLM2: (1, 2)}  # begin and end of text, by vocabulary: Llama 3.2, SmolLM2
 AUDIO_IDS = {128256: (128002, 128003)}  # text ids that stand for a frame and for the stop frame in transformers' inputs
 
 
@@ -339,7 +340,8 @@ def csm_transformers(name, config):
 
 def csm_sizes(words, shapes, given):
     """Fields of CSMConfig. Number of heads and rotary positions come from config.json, in transformers' names; without
-    it from the preset with the same other sizes. Released weights stop at a frame of zeros."""
+    it from the preset with the same other sizes. Released weights stop at a frame of zeros; Marvis, known by the
+    vocabulary of SmolLM2, clones a voice in one segment."""
 
     def rows(name):
         return shapes[translate(name, words)][0]
@@ -366,7 +368,8 @@ def csm_sizes(words, shapes, given):
         "text_vocab_size": text_vocab_size, "n_codebooks": rows("decoder_heads") + 1,
         "codebook_size": rows("codebook0_head") - CSMConfig.SPARE, "text_bos": text_bos, "text_eos": text_eos,
         "backbone": stack("backbone", given), "decoder": stack("decoder", given.get("depth_decoder_config") or {}),
-        "stop": "zeros", **given.get("parlando", {}),
+        "stop": "zeros", "prompt_style": "joined" if text_vocab_size == SMOLLM2 else "segments",
+        **given.get("parlando", {}),
     }  # fmt: skip
 
 
@@ -410,7 +413,7 @@ def csm_config(c):
         "depth_decoder_config": {**stack(c.decoder, c.n_codebooks + 1), "backbone_hidden_size": c.backbone.d_model},
         "bos_token_id": c.text_bos if c.text_bos >= 0 else None, "pad_token_id": audio, "audio_token_id": audio,
         "audio_eos_token_id": audio_eos, "codebook_pad_token_id": c.audio_vocab_size - 1, "codebook_eos_token_id": 0,
-        "parlando": {"stop": c.stop, "text_bos": c.text_bos, "text_eos": c.text_eos},
+        "parlando": {key: getattr(c, key) for key in ("stop", "prompt_style", "text_bos", "text_eos")},
     }  # fmt: skip
 
 

@@ -530,9 +530,14 @@ def narrowed(name, mode):
 
 
 def in_order(text, codes, prompt):
-    """The parts of an utterance as (segment, text ids or codes), those of a prompt first."""
-    parts = [(TEXT, text)] if prompt is None else [(TEXT, prompt[0]), (PROMPT, prompt[1]), (TEXT, text)]
-    return parts if codes is None else [*parts, (AUDIO, codes)]
+    """The parts of an utterance as (segment, text ids or codes), those of its prompts first."""
+    before = [part for words, frames in as_list(prompt) for part in ((TEXT, words), (PROMPT, frames))]
+    return [*before, (TEXT, text)] + ([] if codes is None else [(AUDIO, codes)])
+
+
+def as_list(prompt):
+    """A prompt (text ids, codes), several of them in a list, or None, as a list."""
+    return [prompt] if isinstance(prompt, tuple) else prompt or []
 
 
 class Family(nn.Module):
@@ -540,8 +545,9 @@ class Family(nn.Module):
 
     layout(text, codes=None, prompt=None) -> tokens (S, C), segment (S,), both int64
         One utterance, text ids (n,) and codes (T, K), as rows. `segment` says what each row is (parts/segment.py). A
-        prompt (text ids, codes) is another utterance of the same voice. It comes first, and no loss falls on its
-        frames. Without codes the rows end where speech begins: generation starts from the rows that training sees.
+        prompt (text ids, codes) is another utterance of the same voice; a list holds several. It comes first, and no
+        loss falls on its frames. Without codes the rows end where speech begins: generation starts from the rows that
+        training sees.
     length(text, frames, prompt_text=0, prompt_frames=0) -> S
         The number of rows that `layout` makes of these numbers of text ids and frames (numbers or arrays).
         prompt_frames 0: no prompt.
@@ -648,6 +654,8 @@ class CSMConfig(FamilyConfig):
 
     decoder: TransformerConfig
     stop: Literal["class", "zeros"] = "class"  # see stop_frame
+    prompt_style: Literal["segments", "joined"] = free("segments")  # joined: as Marvis clones a voice, see layout
+    loose_stop: bool = free(False)  # of released weights: the last codebook of a stop frame may be any, see generate
     decoder_fraction: "0 < float <= 1" = free(0.0625)  # share of the frames the depth decoder trains on
     decoder_chunk: "int >= 0" = free(96)  # frames per depth-decoder chunk (bounds memory); 0: all
     decoder_loss_weight: "float >= 0" = free(1.0, judges=True)  # of the depth decoder's loss beside the backbone's
@@ -675,13 +683,23 @@ class CSMConfig(FamilyConfig):
     def layout(self, text, codes=None, prompt=None):
         """See Family. tokens (S, K + 1): a row holds a text id in its last column, or a frame in the others.
 
-        The text stands between its marks, and a stop frame follows the frames, in the prompt too.
+        The text stands between its marks, and a stop frame follows the frames, in the prompt too. With prompt_style
+        "joined" a prompt is the beginning of the utterance itself: its text and the other between one pair of marks,
+        then its frames without a stop frame, which the other frames continue.
         """
         K = self.n_codebooks
         blocks = []
         segments = []
-        for kind, part in in_order(text, codes, prompt):
-            ids = self.marked(part) if kind == TEXT else np.concatenate([part, self.stop_frame()[None]])
+        parts = in_order(text, codes, prompt)
+        joined = prompt is not None and self.prompt_style == "joined"
+        if joined:
+            words = np.concatenate([part for kind, part in parts if kind == TEXT])
+            parts = [(TEXT, words), *(part for part in parts if part[0] != TEXT)]
+        for kind, part in parts:
+            if kind == TEXT:
+                ids = self.marked(part)
+            else:
+                ids = part if kind == PROMPT and joined else np.concatenate([part, self.stop_frame()[None]])
             block = np.zeros((len(ids), K + 1), np.int64)
             block[:, K if kind == TEXT else slice(0, K)] = ids
             blocks.append(block)
@@ -689,7 +707,8 @@ class CSMConfig(FamilyConfig):
         return np.concatenate(blocks), np.concatenate(segments)
 
     def length(self, text, frames, prompt_text=0, prompt_frames=0):
-        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + self.n_marks + prompt_frames + 1, 0)
+        around = 0 if self.prompt_style == "joined" else self.n_marks + 1
+        prompt = np.where(np.asarray(prompt_frames) > 0, prompt_text + prompt_frames + around, 0)
         return text + self.n_marks + frames + 1 + prompt
 
 
@@ -810,22 +829,27 @@ class CSM(Family):
 
     @torch.no_grad()
     def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+        """See Family. The released weights end where all codebooks are 0; with `loose_stop`, as in transformers, where
+        all but the last are, and that frame is spoken unless it is all 0."""
         c = self.config
         tokens, segment = self.rows(text, None, prompt)
         taken = tokens.shape[1]
         max_frames = self.frames_left(taken, max_frames)
         cache = self.backbone.cache(1, taken + max_frames)
         depth_cache = self.decoder.cache(1, c.n_codebooks)
-        stop = torch.from_numpy(c.stop_frame()).to(self.device)
         row = torch.zeros(1, 1, c.n_codebooks + 1, dtype=torch.long, device=self.device)
         audio = torch.full((1, 1), AUDIO, device=self.device)
         x = self.embed(tokens, segment)
         for _ in range(max_frames):
             state = self.backbone(x, cache)[:, -1]
             frame = self._frame(state, depth_cache, choose)
-            if frame is None or torch.equal(frame, stop):
+            if frame is None:
                 return True
-            yield frame
+            ended = c.stop == "zeros" and not frame[: c.n_codebooks - c.loose_stop].any()
+            if not ended or frame[-1]:
+                yield frame
+            if ended:
+                return True
             row[0, 0, :-1] = frame
             x = self.embed(row, audio)
         return False
@@ -1407,7 +1431,7 @@ class VallEConfig(FamilyConfig):
         K = self.n_codebooks
         end = self.separator
         text = np.concatenate([self.marked(text), [end, end + 2 + self.language, end]])
-        prompt_frames = np.zeros((0, K)) if prompt is None else prompt[1]
+        prompt_frames = np.concatenate([np.zeros((0, K), np.int64), *(codes for _, codes in as_list(prompt))])
         frames = np.zeros((0, K)) if codes is None else codes
         if self.mode == "ar" and codes is not None:
             frames = np.concatenate([codes, self.stop_frame()[None]])

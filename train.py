@@ -200,6 +200,9 @@ class Run:
         if cfg.lora_rank and cfg.init_from == "scratch":
             raise ValueError("lora_rank: LoRA needs trained weights to add to, name them by init_from")
         model, checkpoint = starting_point(cfg, codec, meta, self.say)
+        if cfg.voice_prompt and cfg.arch == "csm" and cfg.prompt_style == "joined":
+            raise ValueError(f"voice_prompt = {cfg.voice_prompt}: prompts in training need prompt_style='segments'; in "
+                             "one segment, as Marvis clones a voice, they are for speaking alone")  # fmt: skip
         self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         self.epoch = steps_in_epoch(self.batches, cfg)
         schedule.count_steps(cfg, self.epoch, self.say)

@@ -27,6 +27,7 @@ decoder = "llama-60M"  # Marvis: decoder_flavor
 decoder_fraction = 1.0  # Marvis: all frames of a small set; 0.125 in pre-training
 decoder_chunk = 512  # frames per chunk: 2 GB of activations; take fewer on a smaller GPU
 decoder_loss_weight = 1.0  # Marvis: the two losses are added
+prompt_style = "joined"  # Marvis: voice_match, a reference and the text to speak are one segment
 freeze = ["^backbone"]  # Marvis: freeze_backbone
 max_tokens = 8000  # Marvis
 max_batch = 64  # Marvis

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import STACK, Evil, assert_same, batch_of, checkpoint_of, gradients, tiny, utterance
+from helpers import STACK, Evil, assert_same, batch_of, checkpoint_of, gradients, spoken_by, tiny, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -17,6 +17,7 @@ import layouts as published
 import model as models
 import weights
 from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
+from parts.text import HuggingFace
 
 GOLDEN = Path(__file__).parent / "golden"
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,6 +286,103 @@ def test_golden_permutation(golden):
     for name, heads in (("q_proj", 4), ("k_proj", 2)):
         key = f"backbone.layers.0.attn.{name}.weight"
         assert torch.equal(published.half_split(golden[f"weights.{key}"], heads), golden[f"hf.{key}"])
+
+
+def authors_rows():
+    return json.loads((GOLDEN / "csm_rows.json").read_text())
+
+
+def narrow_csm(tokenizer="csm_rows.smollm2.json", **options):
+    """A CSM of the authors' 32 codebooks of 2,048, and one of their tokenizers with its marks around a text."""
+    pytest.importorskip("tokenizers")
+    tokenizer = HuggingFace((GOLDEN / tokenizer).read_bytes())
+    stack = dict(n_layer=1, n_head=1, n_kv_head=1, d_model=4, d_ff=4, max_positions=64)
+    ids = dict(text_vocab_size=tokenizer.vocab_size, text_bos=tokenizer.bos_id, text_eos=tokenizer.eos_id)
+    sizes = dict(n_codebooks=32, codebook_size=2048, backbone=stack, decoder=stack)
+    return CSM(CSMConfig(**ids, **sizes, stop="zeros", **options)).eval(), tokenizer
+
+
+def spoken_rows(model, text, prompt, frames, cap):
+    """What generate gives the backbone, as (tokens, text or frame, first position), when these frames are drawn; and
+    the frames that it yields, and whether it ended by itself."""
+    given = []
+    embed, backbone = model.embed, model.backbone.forward
+
+    def watched(x, cache):
+        given[-1].append(cache.used)
+        return backbone(x, cache)
+
+    def looked_up(tokens, segment):
+        given.append([tokens[0].tolist(), segment[0].tolist()])
+        return embed(tokens, segment)
+
+    model.embed = looked_up
+    model.backbone.forward = watched
+    forced = iter(np.array(frames).ravel().tolist())
+    spoken, ended = spoken_by(model, text, prompt, cap, choose=lambda logits: torch.tensor(next(forced)))
+    return given, spoken, ended
+
+
+ZEROS = [0] * 32
+
+
+def masks(segment):
+    """The authors' masks of our rows: of text the last column, of frames all others."""
+    return ["0" * 33 if kind == PAD else "0" * 32 + "1" if kind == TEXT else "1" * 32 + "0" for kind in segment]
+
+
+@pytest.mark.parametrize("case", authors_rows()["generation"], ids=lambda x: f"{x['reference']}-{x['name']}")
+def test_the_authors_rows_in_generation(case):
+    """Prompts of no, one and two segments and of one joined segment; what follows each drawn frame, and where."""
+    joined = case["name"].startswith("voice_match")
+    model, tokenizer = narrow_csm(case["tokenizer"], prompt_style="joined" if joined else "segments")
+    context = [(c["text"], c["speaker"], np.array(c["codes"])[:32].T) for c in case["context"]]
+    if joined:  # text ids of a joined prompt may be divided anywhere between it and the text
+        (before, speaker, codes), = context
+        words = f"[{speaker}]{before.strip()} {case['text'].strip()}".strip()
+        ids = np.array(tokenizer.encode(words))
+        text, prompt = ids[7:], (ids[:7], codes)
+    else:
+        text = np.array(tokenizer.encode(f"[{case['speaker']}]{case['text']}"))
+        prompt = [(np.array(tokenizer.encode(f"[{s}]{words}")), codes) for words, s, codes in context] or None
+    frames = case["decoded_frames"]
+    given, spoken, ended = spoken_rows(model, text, prompt, [*frames, ZEROS], len(frames) + 1)
+    expected = [dict(tokens=case["tokens"], mask=case["mask"], position=[0]), *case["next"]]
+    for (tokens, segment, position), step in zip(given, expected, strict=True):
+        assert (tokens, masks(segment), [position]) == (step["tokens"], step["mask"], step["position"])
+    assert spoken == frames and ended
+    if len(context) == 1:
+        words, codes = prompt if joined else prompt[0]
+        assert model.length(len(text), 0, len(words), len(codes)) == len(case["tokens"]) + 1  # and the stop frame
+
+
+@pytest.mark.parametrize("case", authors_rows()["stops"], ids=lambda x: x["name"])
+def test_the_authors_stops(case):
+    """Two frames around the one in question, which the authors' code speaks or ends at."""
+    plain = authors_rows()["stops"][-1]["frame"]
+    for rule, count in (("marvis", "decoded_frames"), ("sesame", "decoded_frames"), ("transformers", "frames_decoded")):
+        model, _ = narrow_csm(loose_stop=rule == "transformers")
+        _, spoken, ended = spoken_rows(model, np.array([5]), None, [plain, case["frame"], plain], 3)
+        assert (ended, len(spoken)) == (case[rule]["stops"], case[rule][count])
+        assert spoken == [plain, case["frame"], plain][: len(spoken)]
+
+
+@pytest.mark.parametrize("case", authors_rows()["training"], ids=lambda x: x["name"])
+def test_the_authors_rows_in_training(case):
+    model, tokenizer = narrow_csm()
+    laid_out = []
+    for clip in case["batch"]:
+        ids = clip.get("text_tokens", [None])[1:-1]  # theirs have the marks
+        ids = ids or tokenizer.encode(f"[{clip.get('speaker', 0)}]{clip['text']}")  # speaker_id is not read
+        laid_out.append((np.array(ids), np.array(clip["audio_tokens"])[:32].T))
+    tokens, segment = batch_of(model, *laid_out, width=max(len(row["tokens"]) for row in case["rows"]))
+    assert tokens.tolist() == [row["tokens"] for row in case["rows"]]
+    for kinds, row in zip(segment.tolist(), case["rows"], strict=True):
+        assert masks(kinds) == row["mask"]
+        assert [i for i, kind in enumerate(kinds) if kind == AUDIO] == row["loss_on_row"]  # forward predicts those
+    model.train()
+    targets = sum(len(row["loss_on_row"]) for row in case["rows"])
+    assert int(model(tokens, segment)[1]["backbone_loss"][1]) == targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -144,10 +144,11 @@ def test_an_export_is_the_same_model_in_transformers(port, tmp_path):
     dict(backbone=dict(rope_theta=1e4, norm_eps=1e-3, head_dim=12), decoder=dict(n_kv_head=1, n_layer=3), K=6),
 ])  # fmt: skip
 def test_a_model_trained_here_is_the_same_in_transformers(options, tmp_path):
-    model = tiny(**options).eval()
+    model = tiny(prompt_style="joined", **options).eval()
     note = export(model, tmp_path)
     assert "codec_model" in note and "not at the stop class" in note
     again = from_pretrained(tmp_path)
+    assert again.config.prompt_style == "joined"
     assert (again.config.stop, again.config.text_bos, again.config.text_eos) == ("class", 1, 2)
     assert_same(again.state_dict().values(), model.state_dict().values(), rtol=0, atol=0)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -248,6 +249,7 @@ def test_published_sizes(table, sizes, stacks, elements, ends):
         model = published.assemble(layout, tensors, {}, "weights", device="meta")
         c = model.config
         assert (c.text_bos, c.text_eos, c.n_codebooks, c.codebook_size, c.stop) == (*ends, 32, 2048, "zeros")
+        assert c.prompt_style == ("joined" if c.text_vocab_size == 49152 else "segments")  # Marvis
         assert (c.backbone, c.decoder) == tuple(models.transformer_config(name) for name in stacks)
         numbers = sum(p.numel() for p in model.parameters())
         assert numbers == sum(np.prod(shape) for shape in table.values())

@@ -907,6 +907,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tokens, tmp_path, 
     (["--lr_schedule=multistep", "--milestones=[50]", "--max_iters=50"], "milestones = .* max_iters = 50 comes first"),
     (["--lr_schedule=constant", "--min_lr=0.0001"], "min_lr = 0.0001 has no effect: lr_schedule = 'constant'"),
     (["--lora_dropout=0.1"], "lora_dropout = 0.1 has no effect: lora_rank = 0"),
+    (["--voice_prompt=0.5", "--prompt_style=joined"], "voice_prompt = 0.5: prompts in training need prompt_style="),
     (["--text_format={text}"], "text_format is a key of prepare.py and has no effect here"),
 ])  # fmt: skip
 def test_flags_without_effect_are_refused(tokens, tmp_path, flags, message):
