@@ -499,7 +499,8 @@ class FamilyConfig:
     dropout: "0 <= float | None < 1" = free(None)  # on the output of each layer; None: as backbone and decoder say
     recompute: bool | None = free(None)  # gradient checkpointing: less memory, more time; None: likewise
 
-    mode = None  # a family with several modes makes this a field
+    mode = None  # a family with several modes makes this a field, and one with several kinds of prompts the next
+    prompt_style = "segments"
 
     def __post_init__(self):
         check_fields(self)

@@ -60,8 +60,8 @@ text = ""  # the text to speak
 file = ""  # or a text file, one utterance per line
 out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; "-": raw 16-bit mono samples to stdout
 speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
-reference = ""  # recording of a voice to clone
-reference_text = ""  # its transcript, word for word; XTTS and VALL-E need none
+reference = ""  # recording of a voice to clone, several with commas between them, or a pattern such as "me/*.wav"
+reference_text = ""  # its transcript, word for word; those of several with | between them; XTTS and VALL-E need none
 temperature: "float | None >= 0" = None  # 0: likeliest code; None, here and below: as in training, or the family's
 top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
@@ -77,7 +77,7 @@ adapter = ""  # another LoRA checkpoint on the same base, to speak with instead 
 
 SHARED = {
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
-    "model.py": ["rounds", "guidance", "top_sigma", "whole_frames"],
+    "model.py": ["rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop"],
 }
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
@@ -215,17 +215,23 @@ class Voice:
         tagged = wording(self.meta["text_format"], speaker or speakers[0], words, self.meta.get("language", ""))
         return np.array(self.tokenizer.encode(tagged))
 
-    @torch.no_grad()
-    def listen(self, path):
-        """What the model needs of a recording: its codes (T, K); or, for a model that reads the voice from it, the
-        voice: its latents (L, D) and the timbre (E,) for a vocoder, None without a vocoder."""
+    def read(self, path):
+        """A recording of a voice, wav (1, N) at the codec's rate. Raises ValueError for one too short or too long."""
         wav = read_audio(path, self.codec.sample_rate, max_seconds=MOST_REFERENCE)[None].to(self.device)
         if wav.shape[1] < LEAST_REFERENCE * self.codec.sample_rate:
             raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to clone a voice from")
+        return wav
+
+    @torch.no_grad()
+    def listen(self, paths):
+        """What the model needs of a recording, or of several of one voice: their codes [(T, K)]; or, for a model that
+        reads the voice from them, the voice: its latents (L, D) and the timbre (E,) for a vocoder, None without one."""
+        wavs = [self.read(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
         if not self.model.reference:
-            return self.codec.encode(wav)[0].T.cpu().numpy()
-        latents = self.model.voice_latents(self.codec.reference(wav)[0])[0]
-        return latents, self.codec.timbre(wav)[0] if self.vocoder else None
+            return [self.codec.encode(wav)[0].T.cpu().numpy() for wav in wavs]
+        latents = self.model.voice_latents(self.codec.reference(torch.cat(wavs, 1))[0])[0]
+        timbre = torch.stack([self.codec.timbre(wav)[0] for wav in wavs]).mean(0) if self.vocoder else None
+        return latents, timbre
 
     @torch.no_grad()
     def own_voice(self, speaker=""):
@@ -243,32 +249,52 @@ class Voice:
     def prompt(self, reference, reference_text, speaker=""):
         """What `generate` takes beside the text.
 
-        reference: path of a recording, or what `listen` returned for it; reference_text: its transcript. Without both:
-        {}. With them: {"prompt": (ids, codes (T, K))}. A model that reads the voice from a recording takes
-        {"voice": latents (L, D)}, by default that of the speaker; with a vocoder also {"latents": True, "timbre":
-        (E,)}. Raises ValueError where one is missing or cannot be read.
+        reference: path of a recording, a list of such, or what `listen` returned for them; reference_text: the
+        transcript, or a list of them. Without both: {}. With them: {"prompt": [(ids, codes (T, K))]}. A model that
+        reads the voice from a recording takes {"voice": latents (L, D)}, by default that of the speaker; with a vocoder
+        also {"latents": True, "timbre": (E,)}. Raises ValueError where one is missing or cannot be read.
         """
-        if isinstance(reference, str | os.PathLike):
+        if isinstance(reference, str | os.PathLike) or reference and isinstance(reference[0], str | os.PathLike):
             reference = self.listen(reference)
         if self.model.reference:
             latents, timbre = self.own_voice(speaker) if reference is None else reference
             return {"voice": latents, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
-        if reference is None and not reference_text:
+        texts = [text for text in map(normalise, as_texts(reference_text)) if text]
+        if reference is None and not texts:
             return {}
-        said = normalise(reference_text)
-        if reference is None or (self.model.transcript and not said):
+        if reference is None or self.model.transcript and not texts:
             raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
-        return {"prompt": (self.text_ids(reference_text, speaker) if said else np.zeros(0, int), reference)}
+        if len(texts) != len(reference) and (texts or self.model.transcript):
+            raise ValueError(f"reference_text has {len(texts)} transcripts for {len(reference)} recordings: give one "
+                             "for each, with | between them")  # fmt: skip
+        ids = [self.text_ids(text, speaker) for text in texts] or [np.zeros(0, int)] * len(reference)
+        return {"prompt": list(zip(ids, reference, strict=True))}
 
-    def need_room(self, ids, prompt):
-        """Raise ValueError where ids (n,) and what `prompt` returned leave the model no position to speak at."""
-        words, codes = prompt.get("prompt", ((), ()))
+    def utterance(self, text, speaker="", reference=None, reference_text=""):
+        """Ids (n,) of a text and what `prompt` returns, as `generate` takes them. Raises ValueError as both do.
+
+        Where a prompt and the text are one segment, their words are one text to the tokenizer.
+        """
+        ids = self.text_ids(text, speaker)
+        given = self.prompt(reference, reference_text, speaker)
+        if "prompt" in given and self.model.config.prompt_style == "joined":
+            said = " ".join(as_texts(reference_text))
+            both = self.text_ids(f"{said} {text}", speaker)
+            first = min(len(self.text_ids(said, speaker)), len(both) - 1)
+            ids = both[first:]
+            given = {"prompt": [(both[:first], np.concatenate([codes for _, codes in given["prompt"]]))]}
+        return ids, given
+
+    def need_room(self, ids, given):
+        """Raise ValueError where what `utterance` returned leaves the model no position to speak at."""
+        prompt = given.get("prompt")
         try:
-            rows = self.model.length(len(ids), 1, len(words), len(codes))
+            rows = len(self.model.layout(ids, np.zeros((1, self.codec.n_codebooks), int), prompt)[0])
         except ValueError:  # XTTS raises it itself, in words for those who prepare data
             rows = math.inf
         if rows > self.model.max_rows:
-            more = f", {len(words)} of the reference's text and {len(codes)} frames of it" if len(codes) else ""
+            words, frames = (sum(map(len, part)) for part in zip(*prompt, strict=True)) if prompt else (0, 0)
+            more = f", {words} of the reference's text and {frames} frames of it" if frames else ""
             raise ValueError(f"the text is too long: its {len(ids)} text ids{more} leave none of the model's "
                              f"{self.model.max_rows} positions: split it, or take a shorter reference")  # fmt: skip
 
@@ -282,15 +308,13 @@ class Voice:
     def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, cap_seconds=0.0, **draw):
         """Speak a text: yields frames (K,) int64 as the model makes them, or states (D,) for a vocoder.
 
-        reference: path of a recording of the voice to clone, or what `listen` returned for it; reference_text: its
-        transcript. draw: the DRAWS, see model.sample_code; None takes the usual value. The random numbers depend on
-        seed and text only. cap_seconds: see cap. Raises ValueError for settings out of range, for logits that are not
-        finite, and as text_ids and prompt do.
+        reference and reference_text: of the voice to clone, see prompt. draw: the DRAWS, see model.sample_code; None
+        takes the usual value. The random numbers depend on seed and text only. cap_seconds: see cap. Raises ValueError
+        for settings out of range, for logits that are not finite, and as utterance does.
         """
         check_settings(**draw, cap_seconds=cap_seconds)
         given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
-        ids = self.text_ids(text, speaker)
-        prompt = self.prompt(reference, reference_text, speaker)
+        ids, prompt = self.utterance(text, speaker, reference, reference_text)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
         training = self.model.training
@@ -380,6 +404,11 @@ class Voice:
             yield wav[at:stop]
             tail = wav[stop : stop + fade]
             done = end
+
+
+def as_texts(text):
+    """A text in which | divides several, or a list of texts, as a list."""
+    return text.split("|") if isinstance(text, str) else text
 
 
 DIVERGED = "the model's logits are not finite: its training run diverged, or dtype is too narrow for its weights"
@@ -537,11 +566,11 @@ def get_ready(cfg, path, lines, out_dir):
         setattr(voice.model.config, key, getattr(cfg, key))
     if cfg.adapter:
         voice.adapt(cfg.adapter)
-    reference = voice.listen(cfg.reference) if cfg.reference else None
+    reference = voice.listen([path for _, path in named(cfg.reference, "recording")]) if cfg.reference else None
     prompt = voice.prompt(reference, cfg.reference_text, cfg.speaker)
     for i, line in enumerate(lines, 1):
         try:
-            voice.need_room(voice.text_ids(line, cfg.speaker), prompt)
+            voice.need_room(*voice.utterance(line, cfg.speaker, reference, cfg.reference_text))
         except ValueError as error:
             raise ValueError(f"{cfg.file}: line {i}: {error}" if cfg.file else str(error)) from None
     if out_dir != "-":
@@ -594,19 +623,25 @@ def find_checkpoints(ckpt, out_dir):
         if not os.path.isfile(path):
             raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and {path} does not exist")
         return [path]
-    names = [ckpt] if os.path.exists(ckpt) else ckpt.split(",")  # a path may have a comma in it
     paths = []
+    for name, path in named(ckpt, "checkpoint"):
+        inside = [os.path.join(path, kept) for kept in ("best.pt", "last.pt")]
+        path = next(filter(os.path.isfile, inside), path)
+        if path == name or path not in paths:  # a pattern may match what was named before
+            paths.append(path)
+    return paths
+
+
+def named(names, what):
+    """Yields (name, path) for the paths that exist of names or patterns, separated by commas. Raises FileNotFoundError
+    for a name without one."""
+    names = [names] if os.path.exists(names) else names.split(",")  # a path may have a comma in it
     for name in names:
         found = [name] if os.path.exists(name) else sorted(glob(name))
         if not found:
             among = f", one of {len(names)} separated by commas" if len(names) > 1 else ""
-            raise FileNotFoundError(f"{name or repr(name)}: no such checkpoint{among}")
-        for path in found:
-            inside = [os.path.join(path, kept) for kept in ("best.pt", "last.pt")]
-            path = next(filter(os.path.isfile, inside), path)
-            if path == name or path not in paths:  # a pattern may match what was named before
-                paths.append(path)
-    return paths
+            raise FileNotFoundError(f"{name or repr(name)}: no such {what}{among}")
+        yield from ((name, path) for path in found)
 
 
 def folder_of(path):
@@ -638,6 +673,8 @@ def idle_keys(cfg, voice):
             idle[key] = f"arch = {c.arch!r} has no such key"
         elif known[key] not in (None, c.mode):
             idle[key] = f"{which} does not use it"
+    if c.arch == "csm" and c.stop != "zeros":
+        idle["loose_stop"] = "the model has a class to stop with"
     if not cfg.reference:
         idle["reference_text"] = "no reference is given"
     if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or not voice.model.reference):

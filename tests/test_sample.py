@@ -156,7 +156,7 @@ def uncached(voice, text, cap, choose, prompt=None):
 @pytest.mark.parametrize("cloning", [False, True])
 @torch.no_grad()
 def test_cached_generation_equals_uncached(voice, temperature, top_k, top_p, cloning, monkeypatch):
-    reference = dict(reference=np.arange(15).reshape(5, 3), reference_text="two") if cloning else {}
+    reference = dict(reference=[np.arange(15).reshape(5, 3)], reference_text="two") if cloning else {}
     choosers = []
     make = models.sampler
     monkeypatch.setattr(sample, "sampler", lambda **how: choosers.append(how) or make(**how))
@@ -226,7 +226,7 @@ def test_a_text_format_is_checked(voice, monkeypatch):
 
 
 def test_reference_is_encoded_and_put_before_the_text(voice, recording):
-    ids, reference = voice.prompt(recording, "Two", "awb")["prompt"]
+    ((ids, reference),) = voice.prompt(recording, "Two", "awb")["prompt"]
     wav = codecs.read_audio(recording, RATE)
     assert np.array_equal(reference, voice.codec.encode(wav[None])[0].T) and reference.shape == (13, 3)
     assert np.array_equal(ids, voice.text_ids("two", "awb"))
@@ -234,11 +234,54 @@ def test_reference_is_encoded_and_put_before_the_text(voice, recording):
     generate, asked = voice.model.generate, []
     voice.model.generate = lambda *args, **how: asked.append(how.get("prompt")) or generate(*args, **how)
     cloned = codes(voice.frames("one", reference=recording, **given))
-    assert np.array_equal(asked[0][0], ids) and np.array_equal(asked[0][1], reference)
-    assert cloned == codes(voice.frames("one", reference=reference, **given))
+    assert np.array_equal(asked[0][0][0], ids) and np.array_equal(asked[0][0][1], reference)
+    assert cloned == codes(voice.frames("one", reference=[reference], **given))
     assert cloned == codes(voice.frames("one", reference=Path(recording), **given))
     assert cloned != codes(voice.frames("one", speaker="awb", seed=2))
-    assert cloned != codes(voice.frames("one", reference=(reference + 1) % 16, **given))
+    assert cloned != codes(voice.frames("one", reference=[(reference + 1) % 16], **given))
+
+
+def test_several_references_are_segments_one_after_the_other(voice, ckpt, tmp_path):
+    for name, seconds in (("a", 0.5), ("b", 0.8)):
+        wav = 0.1 * np.random.default_rng(0).standard_normal(int(seconds * RATE))
+        soundfile.write(tmp_path / f"{name}.wav", wav, RATE)
+    paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
+    prompt = voice.prompt(paths, "One| two", "awb")["prompt"]
+    assert [ids.tolist() for ids, _ in prompt] == [voice.text_ids(t, "awb").tolist() for t in ("one", "two")]
+    assert [len(heard) for _, heard in prompt] == [7, 10]
+    ids, given = voice.utterance("three", "awb", paths, ["one", "two"])
+    rows, _ = voice.model.layout(ids, None, given["prompt"])
+    first, second = (voice.model.layout(*pair)[0] for pair in prompt)
+    assert np.array_equal(rows, np.concatenate([first, second, voice.model.layout(ids)[0]]))
+    with pytest.raises(ValueError, match="has 1 transcripts for 2 recordings: give one for each"):
+        voice.prompt(paths, "one")
+    flags = ("--ckpt", ckpt, "--text=three", "--speaker=awb", "--reference_text=one|two", "--cap_seconds=1")
+    for name in (f"{paths[0]},{paths[1]}", f"{tmp_path}/?.wav"):
+        run(*flags, "--out_dir", tmp_path / "out", f"--reference={name}")
+        wav, _ = soundfile.read(tmp_path / "out/000.wav")
+        expected = voice.say("three", speaker="awb", reference=paths, reference_text=["one", "two"], cap_seconds=1)
+        assert np.allclose(wav, expected, atol=1e-4)
+    assert "c.wav: no such recording, one of 2" in refused(tmp_path / "no", *flags, f"--reference={paths[0]},c.wav")
+
+
+def test_a_reference_and_the_text_as_one_segment(checkpoint, recording, tmp_path):
+    """As Marvis clones a voice: one text, one pair of marks, then the recording, which the speech continues."""
+    weights.save_checkpoint(tmp_path / "x.pt", checkpoint)
+    voice = Voice.from_checkpoint(tmp_path / "x.pt", prompt_style="joined")
+    (heard,) = voice.listen(recording)
+    ids, given = voice.utterance(" Two  three", "awb", recording, " one ")
+    rows, segment = voice.model.layout(ids, None, given["prompt"])
+    words = voice.model.config.marked(voice.text_ids("one two three", "awb"))
+    assert np.array_equal(rows[: len(words), -1], words) and np.array_equal(rows[len(words) :, :-1], heard)
+    assert (segment == models.TEXT).sum() == len(words) and 0 < len(ids) < len(words)
+    flags = ("--text=two three", "--speaker=awb", "--reference", recording, "--reference_text=one", "--cap_seconds=1")
+    run("--ckpt", tmp_path / "x.pt", *flags, "--prompt_style=joined", "--out_dir", tmp_path / "out")
+    wav, _ = soundfile.read(tmp_path / "out/000.wav")
+    how = dict(speaker="awb", reference=recording, reference_text="one", cap_seconds=1)
+    assert np.allclose(wav, voice.say("two three", **how), atol=1e-4)
+    voice.model.config.prompt_style = "segments"
+    other = voice.say("two three", **how)
+    assert len(other) != len(wav) or not np.allclose(wav, other, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,6 +567,7 @@ def refused(out_dir, *argv):
         (["--text=one", "--repetition_penalty=2"], "repetition_penalty = 2.0 has no effect: arch = 'csm' does not use"),
         (["--text=one", "--repetition_decay=2"], "repetition_decay = 2.0 has no effect: arch = 'csm' does not use it"),
         (["--text=one", "--whole_frames=True"], "whole_frames = True has no effect: arch = 'csm' has no such key"),
+        (["--text=one", "--loose_stop"], "loose_stop = True has no effect: the model has a class to stop with"),
         (["--text=one", "--top_sigma=1"], "top_sigma = 1.0 has no effect: arch = 'csm' has no such key"),
         (["--text=one", "--guidance=2"], "--guidance: guidance = 2.0 has no effect: arch = 'csm' has no such key"),
     ],

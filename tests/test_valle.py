@@ -979,9 +979,9 @@ def test_it_learns_and_speaks(tokens, tmp_path, mode, steps):
     assert (np.mean(right, 0) > 0.65).all()  # by chance 0.33 and 0.06
     wav = voice.say("one", temperature=0.0)
     assert len(wav) == 4 * voice.codec.sample_rate / voice.codec.frame_rate and voice.stopped
-    ids, codes = voice.prompt(files.codes(3), "")["prompt"]  # nobody asks what is said in it
+    ((ids, codes),) = voice.prompt([files.codes(3)], "")["prompt"]  # nobody asks what is said in it
     assert len(ids) == 0 and np.array_equal(codes, files.codes(3))
-    assert len(voice.say("one", temperature=0.0, reference=codes)) > 0
+    assert len(voice.say("one", temperature=0.0, reference=[codes])) > 0
     with pytest.raises(ValueError, match="give both"):
         voice.say("one", reference_text="two")
 
