@@ -9,17 +9,18 @@
 Each family has a section below, with a `Layout` in LAYOUTS for each way in which it is published.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from glob import escape, glob
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from model import ARCHS, LLAMA3_ROPE, PRESETS, TAPS, CSMConfig, PerceiverBlock, facts, transformer_config
+from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, PerceiverBlock, facts
+from parts.affine import GROUP, dequantise
 from parts.tensors import (
     UNBUILT,
     fault,
@@ -41,15 +42,19 @@ class Layout:
 
     name: of the layout among those of its family, the key `layout` of `weights.py export`.
     arch: the family, a key of model.ARCHS.
-    mark: a key that no other layout has. A prefix before it in a file, such as "model.", is removed from all keys.
+    mark: a key that no layout after this one has. A prefix before it in a file, such as "model.", is removed from all
+        keys.
     source(name, config) -> keys, make: the published tensors of which our tensor `name` is made, and the function that
         makes it. It may ignore device, type and memory layout, and must work on the meta device.
     sizes(shapes, given) -> the fields of our config, as a dict. shapes: {key: shape}; given: config.json, or {}.
     ignored: regular expression of the keys that are not used.
     tied: {key: other key} of one tensor with two names; a file has one or both, `source` uses the second.
     tables: names of our tensors with one row per text id; a tokenizer may have more ids than the weights.
-    write_config(config) -> config.json, for a layout that `export` writes. `make` must then be its own inverse.
-    note: what users of an export must know.
+    split(name, tensor, config) -> the published tensors that our tensor is made of, one for each of `keys`. Where
+        several of ours share a key, their parts stand in one tensor, along its last axis. None: `make` is its own
+        inverse.
+    copies: those keys of `tied` that a published file holds too.
+    prefix: what export.py writes before each key.
     """
 
     name: str
@@ -60,8 +65,9 @@ class Layout:
     ignored: str = "(?!)"
     tied: dict = field(default_factory=dict)
     tables: tuple = ()
-    write_config: Callable | None = None
-    note: str = ""
+    split: Callable | None = None
+    copies: tuple = ()
+    prefix: str = ""
 
 
 def translate(name, words):
@@ -165,29 +171,36 @@ def is_published(path):
     return not (isinstance(content, dict) and str(content.get("format")).startswith("parlando"))
 
 
-def find(path):
-    """Layout, tensors {key: tensor}, config.json and path of a file, or of the first choice in a folder."""
-    for group in candidates(path) if os.path.isdir(path) else [[path]]:
-        found = [known for file in group if (known := recognise(file))]
-        if len(found) > 1:
-            raise ValueError(f"{path} holds several models: {', '.join(file for *_, file in found)}; name one of them")
-        if found:
-            return found[0]
-    known = ", ".join(f"{layout.arch} with {layout.mark}" for layout in LAYOUTS)
-    raise ValueError(f"{path} holds no weights of a known layout, but {contents(path)}; known are {known}")
+def find(path, device="cpu"):
+    """Layout, tensors {key: tensor}, config.json and path of a file, or of the first choice in a folder. Where the
+    folder itself has no weights, they may be in one of its subfolders: VALL-E's are in models/ckpt/NAME."""
+    if not os.path.isdir(path):
+        found = [known for known in [recognise(path, device)] if known]
+    else:
+        inside = (folder for folder, _, _ in sorted(os.walk(path)) if "/." not in folder.removeprefix(str(path)))
+        first = next(inside)
+        found = in_folder(first, device) or [known for folder in inside for known in in_folder(folder, device)]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds several models: {', '.join(file for *_, file in found)}; name one of them")
+    if not found:
+        marks = ", ".join(f"{layout.arch} with {layout.mark}" for layout in LAYOUTS)
+        raise ValueError(f"{path} holds no weights of a known layout, but {contents(path)}; known are {marks}")
+    return found[0]
+
+
+def in_folder(folder, device):
+    """What `find` returns, for each file of the first group in a folder that holds weights of a known layout."""
+    for group in candidates(folder):
+        if found := [known for file in group if (known := recognise(file, device))]:
+            return found
+    return []
 
 
 def contents(path):
     """What a file or folder without known weights holds, in a few words for a message."""
     if os.path.isdir(path):
-        own = [os.path.basename(file) for file in sum(candidates(path), [])]
-        if own:
-            return ", ".join(own[:3])
-        for depth in range(1, 5):  # as in ecker/vall-e
-            for file in sorted(glob(os.path.join(escape(path), *["*"] * depth, "*"))):
-                if file.endswith(ENDINGS):
-                    return f"{file:.120}: name that"
-        return f"no file that ends in {', '.join(ENDINGS)}"
+        own = (os.path.relpath(file, path) for folder, _, _ in os.walk(path) for file in sum(candidates(folder), []))
+        return ", ".join(itertools.islice(own, 3)) or f"no file that ends in {', '.join(ENDINGS)}"
     tensors, _ = read_weights(path)
     if tensors:
         return f"tensors such as {min(tensors):.60}"
@@ -207,7 +220,7 @@ def candidates(folder):
     return [[os.path.join(folder, name) for name in group] for group in (whole, indexes, pickles)]
 
 
-def recognise(path):
+def recognise(path, device="cpu"):
     """What `find` returns, for one file; None if its keys contain the mark of no layout."""
     tensors, inside = read_weights(path)
     for layout in LAYOUTS:
@@ -216,8 +229,24 @@ def recognise(path):
                 before = key.removesuffix(layout.mark)
                 config = os.path.join(os.path.dirname(path), "config.json")
                 given = {**inside, **(read_json(config) if os.path.exists(config) else {})}
-                return layout, {key.removeprefix(before): tensor for key, tensor in tensors.items()}, given, path
+                tensors = {key.removeprefix(before): tensor.to(device) for key, tensor in tensors.items()}
+                return layout, dequantised(tensors, given, path), given, path
     return None
+
+
+def dequantised(tensors, given, path):
+    """The tensors with those that mlx has quantised as floating-point numbers, under the names of the unquantised."""
+    stems = [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]
+    group = (given.get("quantization") or given.get("quantization_config") or {}).get("group_size", GROUP)
+    for stem in stems:
+        try:
+            parts = [tensors.pop(f"{stem}.{part}") for part in ("weight", "scales", "biases")]
+            tensors[f"{stem}.weight"] = dequantise(*parts, group)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error.args[0]}: only affine quantisation is known") from None
+        except UNBUILT as error:
+            raise ValueError(f"{path}: {stem}: {reason(error)}") from None
+    return tensors
 
 
 class WithoutMemory(TorchFunctionMode):
@@ -232,7 +261,10 @@ class WithoutMemory(TorchFunctionMode):
 
 
 def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **changes):
-    """The model of a layout's tensors, in eval mode; arguments and errors as in `find` and `load`."""
+    """The model of a layout's tensors, in eval mode; arguments and errors as in `find` and `load`.
+
+    dtype None: each tensor keeps its type.
+    """
     model, its_config = ARCHS[layout.arch]
     changes = known_fields(layout.arch, changes)
     tensors = dict(tensors)
@@ -251,7 +283,7 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
         tensor = tensors[key]
         if str(device) != "meta" and (words := fault(tensor)):
             raise ValueError(f"{path}: {key} {words}")
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.to(device, dtype if dtype and tensor.is_floating_point() else tensor.dtype)
 
     state = {name: make(*map(there, keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)
@@ -310,6 +342,11 @@ TRANSFORMERS = {
     r"^decoder\.": "depth_decoder.model.", r"attn\.": "self_attn.", "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }  # fmt: skip
+MLX = {
+    "^text_embedding": "text_embeddings", "^audio_embedding": "audio_embeddings",
+    "^codebook0_head$": "codebook0_head.weight", "^decoder_heads$": "audio_head", r"attn\.": "self_attn.",
+    "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+}  # fmt: skip
 LLAMA = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
     "d_model": "hidden_size", "d_ff": "intermediate_size", "head_dim": "head_dim",
@@ -318,7 +355,6 @@ LLAMA = {
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SMOLLM2 = 49152  # text ids of the tokenizer that Marvis has
 ENDS = {128256: (128000, 128001), SMOLLM2: (1, 2)}  # begin and end of text, by vocabulary: Llama 3.2, SmolLM2
-AUDIO_IDS = {128256: (128002, 128003)}  # text ids that stand for a frame and for the stop frame in transformers' inputs
 
 
 def half_split(weight, heads):
@@ -326,12 +362,28 @@ def half_split(weight, heads):
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def csm_original(name, config):
+def in_pairs(weight, heads):
+    """The inverse of half_split."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def rotating(name, config):
+    """The number of heads of q or k; 0 for other tensors."""
+    stack = config.backbone if name.startswith("backbone") else config.decoder
+    return {"q_proj.weight": stack.n_head, "k_proj.weight": stack.n_kv_head}.get(".".join(name.split(".")[-2:]), 0)
+
+
+def csm_original(name, config, words=ORIGINAL):
     make = transpose if name == "decoder_heads" else same
-    if name.endswith(("q_proj.weight", "k_proj.weight")):
-        stack = config.backbone if name.startswith("backbone") else config.decoder
-        make = partial(half_split, heads=stack.n_head if "q_proj" in name else stack.n_kv_head)
-    return [translate(name, ORIGINAL)], make
+    if heads := rotating(name, config):
+        make = partial(half_split, heads=heads)
+    return [translate(name, words)], make
+
+
+def csm_original_split(name, tensor, config):
+    if heads := rotating(name, config):
+        return [in_pairs(tensor, heads)]
+    return [tensor.mT if name == "decoder_heads" else tensor]
 
 
 def csm_transformers(name, config):
@@ -386,49 +438,19 @@ def llama_rope(given):
     return {**theta, "rope_scaling": tuple(rope[word] for word in ROPE) if kind == "llama3" else None}
 
 
-def csm_config(c):
-    """config.json for transformers' CsmForConditionalGeneration. Stop class and text marks, which it does not know,
-    stand under "parlando"."""
-
-    def stack(s, positions):
-        known = {key: getattr(s, key) for key in (*LLAMA, "rope_scaling", "dropout", "recompute")}
-        if transformer_config(known) != s or not s.rope_theta:
-            raise ValueError("transformers' CSM has plain Llama layers, this model has others")
-        config = {theirs: getattr(s, ours) for ours, theirs in LLAMA.items()}
-        config |= {"max_position_embeddings": positions, "rope_scaling": None}
-        if s.rope_scaling:
-            # transformers wants the original context below the positions: halved with its factors it means the same
-            factor, low, high, original = s.rope_scaling
-            less = original
-            while less > positions / 2:
-                less //= 2
-            numbers = factor, low * less / original, high * less / original, less
-            config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, numbers, strict=True))}
-        return {**config, "num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
-
-    audio, audio_eos = AUDIO_IDS.get(c.text_vocab_size, (None, None))
-    return {
-        "architectures": ["CsmForConditionalGeneration"], "model_type": "csm",
-        **stack(c.backbone, c.backbone.max_positions), "text_vocab_size": c.text_vocab_size,
-        "depth_decoder_config": {**stack(c.decoder, c.n_codebooks + 1), "backbone_hidden_size": c.backbone.d_model},
-        "bos_token_id": c.text_bos if c.text_bos >= 0 else None, "pad_token_id": audio, "audio_token_id": audio,
-        "audio_eos_token_id": audio_eos, "codebook_pad_token_id": c.audio_vocab_size - 1, "codebook_eos_token_id": 0,
-        "parlando": {key: getattr(c, key) for key in ("stop", "prompt_style", "text_bos", "text_eos")},
-    }  # fmt: skip
-
-
+CSM_MLX = Layout(
+    "mlx", "csm", "backbone.layers.0.self_attn.q_proj.weight", partial(csm_original, words=MLX),
+    partial(csm_sizes, MLX), split=csm_original_split, prefix="model.",
+)  # fmt: skip
 CSM_ORIGINAL = Layout(
     "original", "csm", "codebook0_head.weight", csm_original, partial(csm_sizes, ORIGINAL),
-    ignored=r"_causal_mask$|\.kv_cache\.",
+    ignored=r"_causal_mask$|\.kv_cache\.", split=csm_original_split,
 )  # fmt: skip
 CSM_TRANSFORMERS = Layout(
     "transformers", "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
     ignored=r"^codec_model\.",  # Mimi, which codec.py reads
     tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
-    write_config=csm_config,
-    note="it holds no codec_model, which transformers initialises at random: replace it by "
-         "MimiModel.from_pretrained('kyutai/mimi'); generate stops at a frame of zeros, not at the stop class of "
-         "models trained here",
+    copies=("backbone_model.embed_tokens.embed_audio_tokens.weight",),
 )  # fmt: skip
 
 
@@ -442,8 +464,6 @@ LFM2 = {
     r"\.attn\.([qk])_norm": r".self_attn.\1_layernorm", r"\.attn\.": ".self_attn.",
     r"mlp\.gate_proj": "feed_forward.w1", r"mlp\.up_proj": "feed_forward.w3", r"mlp\.down_proj": "feed_forward.w2",
 }  # fmt: skip
-LFM2_SIZES = {**LLAMA, "norm_eps": "norm_eps"}
-KANI_TOKENS = ("text_vocab_size", "n_codebooks", "codebook_size", "text_bos", "text_eos", "first_special")
 
 
 def kani_lfm2(name, config):
@@ -477,26 +497,9 @@ def kani_sizes(shapes, given):
     }  # fmt: skip
 
 
-def kani_config(c):
-    """config.json for transformers' Lfm2ForCausalLM. The meaning of our tokens stands under "parlando"."""
-    s = c.backbone
-    known = {key: getattr(s, key) for key in (*LFM2_SIZES, "layers", "dropout", "recompute")}
-    if transformer_config({**known, "qk_norm": True}) != s or not s.rope_theta:
-        raise ValueError("transformers' LFM2 has the layers of the released models, this model has others")
-    return {
-        "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": c.vocab_size,
-        **{theirs: getattr(s, ours) for ours, theirs in LFM2_SIZES.items()},
-        "layer_types": ["full_attention" if letter == "a" else "conv" for letter in s.layers],
-        "full_attn_idxs": [i for i, letter in enumerate(s.layers) if letter == "a"],
-        "block_auto_adjust_ff_dim": False, "conv_L_cache": TAPS, "conv_bias": False, "tie_word_embeddings": True,
-        "bos_token_id": c.human, "eos_token_id": c.end_of_speech, "pad_token_id": c.first_special + 6,
-        "parlando": {key: getattr(c, key) for key in KANI_TOKENS},
-    }  # fmt: skip
-
-
 KANI_LFM2 = Layout(
     "transformers", "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes,
-    tied={"lm_head.weight": "model.embed_tokens.weight"}, write_config=kani_config,
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
 )  # fmt: skip
 
 
@@ -536,6 +539,13 @@ def xtts(name, config):
     return [translate(name, XTTS)], make
 
 
+def xtts_split(name, tensor, config):
+    make = xtts(name, config)[1]
+    if make is squeeze:
+        return [tensor[..., None]]
+    return [tensor if make is same or tensor.ndim == 1 else tensor.mT]
+
+
 def xtts_sizes(shapes, given):
     """Fields of XTTSConfig. Number of heads and text marks come from config.json, without it from XTTS-v2."""
     args = given.get("model_args") or {}
@@ -564,7 +574,7 @@ def xtts_sizes(shapes, given):
 XTTS_V2 = Layout(
     "original", "xtts", "mel_head.weight", xtts, xtts_sizes,
     ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
-    tables=("text_embedding.weight", "text_head.weight", "text_head.bias"),
+    tables=("text_embedding.weight", "text_head.weight", "text_head.bias"), split=xtts_split, prefix="gpt.",
 )  # fmt: skip
 
 
@@ -594,6 +604,19 @@ def valle(name, config):
         kind = "weight" if name == "length_heads" else "bias"
         return [f"len_decoder.head.{kind}"], lambda x: x.unflatten(0, (-1, 10))
     return [translate(name, VALLE)], (lambda x: x[0]) if name.endswith(".places") else same
+
+
+def valle_split(name, tensor, config):
+    if name == "text_embedding.weight":
+        phonemes, sep, length, languages = tensor.split([config.text_vocab_size, 1, 1, config.languages])
+        return [phonemes, sep[0], length[0], languages]
+    if name.endswith(".codes"):
+        return tensor.unbind(1)
+    if name in ("heads", "head_bias"):
+        return tensor.unbind(0)
+    if name in ("length_heads", "length_bias"):
+        return [tensor.flatten(0, 1)]
+    return [tensor[None] if name.endswith(".places") else tensor]
 
 
 def valle_sizes(shapes, given):
@@ -626,11 +649,11 @@ def valle_sizes(shapes, given):
 
 VALLE_V2 = Layout(
     "original", "valle", "len_emb", valle, valle_sizes,
-    ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\.",
+    ignored=r"^(text_emb|tasks_emb|tones_emb|phn_decoder|text_decoder)\.", split=valle_split,
 )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-LAYOUTS = [CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2, VALLE_V2]
+LAYOUTS = [CSM_MLX, CSM_ORIGINAL, CSM_TRANSFORMERS, KANI_LFM2, XTTS_V2, VALLE_V2]
 

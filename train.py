@@ -211,6 +211,8 @@ class Run:
         self.base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
         if not resume:
             check_out_dir(cfg.out_dir, self.base, cfg.overwrite)
+        published = None if cfg.init_from == "scratch" else os.path.abspath(cfg.init_from)
+        self.origin = checkpoint.get("origin") if checkpoint else published
 
         self.model = model.to(device)
         self.codec = codec.to(device)
@@ -400,6 +402,7 @@ class Run:
             "arch": cfg.arch, "model_config": asdict(self.model.config), "config": vars(cfg), "iter": self.step,
             "meta": self.meta, "model": weights(self.model), "ema": weights(self.spoken) if self.average else None,
             "base": self.base if cfg.lora_rank else None,  # the weights that an adapter is added to
+            "origin": self.origin,  # the published weights that these descend from, for an export
             "codec": self.codec.pack(), "codec_fingerprint": self.codec.fingerprint(),
             "tokenizer": {"kind": self.tokenizer.kind, "model": self.tokenizer.model}, "probe": self.probe,
             "references": None if references is None else references.half(), "timbres": timbres,

@@ -3,31 +3,38 @@
     from_pretrained("weights/csm-1b")                                the model of a checkpoint or of published weights
     python train.py config/csm_1b.py --init_from=weights/csm-1b      continues their training
     python weights.py export --ckpt=out/x/best.pt --out_dir=hub/x    writes a folder that transformers reads
+    python weights.py inspect weights/csm-1b                         says what a file or a folder is
 
 A checkpoint is one file with all that its model needs to speak and to resume. Checksums reveal a damaged one, and a
 pickle runs no code: only tensors and plain containers are read from it.
 """
 
+import collections
 import math
 import os
 import re
 import zipfile
 from dataclasses import asdict, fields, is_dataclass
+from typing import Literal
 
 import torch
 
+from codec import load_codec
 from export import export
-from layouts import is_published, known_fields, load, start
+from layouts import assemble, find, is_published, known_fields, load, start
 from model import ARCHS, build, contradiction
 from parts import configurator, lora
 from parts.files import need, whole
 from parts.folder import kept_checkpoints
-from parts.tensors import UNBUILT, need_tensors, reason, undamaged, unpickle, what_is, why_unread
+from parts.tensors import UNBUILT, need_tensors, read_weights, reason, undamaged, unpickle, what_is, why_unread
+from parts.text import load_tokenizer
+from released import RELEASES, find_codec, find_tokenizer
 
-command = ""  # export
-ckpt = ""  # what to export: a checkpoint of train.py's, or published weights
-out_dir = ""  # folder to write it into
-layout = ""  # how: transformers, ...; empty: the first that its family has
+command = ""  # what to do: export, inspect
+ckpt = ""  # to what: a checkpoint of train.py's, or published weights
+out_dir = ""  # export: folder to write into
+layout = ""  # export: how, see export.py; empty: the first that the family has
+dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # export: of the weights; empty: as they are in ckpt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +55,7 @@ def is_evaluation(x):
 # The fields of a checkpoint, as `need` checks them. Those that a reader does not need may be missing
 FIELDS = {
     "arch?": str, "model_config?": is_named, "config?": is_named, "iter?": int, "model?": dict, "ema?": dict,
-    "base?": str, "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": is_named},
+    "base?": str, "origin?": str, "meta?": {"tokenizer": {"sha256": str}}, "codec?": {"name": str, "options": is_named},
     "codec_fingerprint?": str,
     "tokenizer?": {"kind": str, "model": bytes}, "probe?": dict, "references?": torch.Tensor, "timbres?": torch.Tensor,
     "train?": {
@@ -325,16 +332,143 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
     lora.cast_base(model, getattr(torch, cfg.lora_base_dtype))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def source_of(path, dtype=None):
+    """The model of a checkpoint, its adapters merged, or of published weights, and what `export` writes beside it.
+
+    Returns the model and {field of export.Source: value}. Raises as from_pretrained does.
+    """
+    notes = []
+    if is_published(path):
+        layout, tensors, given, file = find(path)
+        model = assemble(layout, tensors, given, file, dtype=dtype)
+        release = RELEASES[layout.arch]
+        name = release.codec(model.config.n_codebooks, model.config.codebook_size)
+        inside = any(key.startswith("codec_model.") for key in tensors)
+        tokenizer = at_hand(notes, find_tokenizer, "", file, release)
+        codec = at_hand(notes, find_codec, name, "", file, inside) if layout.arch in ("csm", "xtts") else None
+        text_format = release.text_format
+    else:
+        checkpoint = load_checkpoint(path)
+        model = load_model(checkpoint)
+        for name in lora.adapters(model):
+            lora.merge(model, name)
+        saved, pack = checkpoint["tokenizer"], checkpoint["codec"]
+        tokenizer = load_tokenizer(saved["kind"], saved["model"]) if saved else None
+        codec = at_hand(notes, load_codec, pack["name"], pack) if pack else None
+        text_format = (checkpoint["meta"] or {}).get("text_format", "")
+        tensors, given, file = origin(checkpoint, notes)
+    return model, dict(tokenizer=tokenizer, codec=codec, text_format=text_format, tensors=tensors, given=given,
+                       file=file, dtype=dtype, notes=notes)  # fmt: skip
+
+
+def at_hand(notes, read, *given):
+    """What `read` returns; where a file of it is missing or unknown, None and a note that says so."""
+    try:
+        return read(*given)
+    except (ValueError, OSError) as error:
+        notes.append(str(error))
+        return None
+
+
+def origin(checkpoint, notes):
+    """Tensors, config and file of the published weights that a checkpoint descends from. Where it descends from none,
+    or where they are gone, which a note says: {}, {}, ""."""
+    path = checkpoint["origin"]
+    if path and os.path.exists(path):
+        return find(path)[1:]
+    if path:
+        notes.append(f"{path}, from which it descends, is gone: what the model itself does not have is left out")
+    return {}, {}, ""
+
+
+def describe(path):
+    """What a checkpoint, or a file or folder of published weights is: lines. Raises as from_pretrained does."""
+    if is_published(path):
+        layout, tensors, given, file = find(path, "meta")
+        model = assemble(layout, tensors, given, file, device="meta")
+        stored = read_weights(file)[0]
+        packed = " quantised by mlx," if any(key.endswith(".scales") for key in stored) else ""
+        lines = [f"{file}: published weights of the family {layout.arch},{packed} in its layout {layout.name!r}"]
+        return [*lines, *sizes(model.config), *types_of(stored), *beside(file, layout.arch, tensors)]
+    checkpoint = load_checkpoint(path, needed=WHOLE)
+    meta = checkpoint["meta"]
+    codec = checkpoint["codec"]
+    trained = "and can resume" if checkpoint["train"] else "and holds weights only"
+    arch, config = (checkpoint[key] for key in ("arch", "config"))
+    lines = [f"{path}: a checkpoint of the family {arch}, made at iter {checkpoint['iter']:,} {trained}"]
+    if arch in ARCHS:
+        names = {f.name for f in fields(ARCHS[arch][1]) if f.init}
+        given = {key: value for key, value in checkpoint["model_config"].items() if key in names}
+        lines += sizes(ARCHS[arch][1](**given))
+    if base := checkpoint["base"]:
+        lines.append(f"an adapter of rank {config.get('lora_rank')} on {base}"
+                     f"{'' if os.path.exists(base) else ', which does not exist'}")  # fmt: skip
+    if came := checkpoint["origin"]:
+        lines.append(f"it descends from {came}{'' if os.path.exists(came) else ', which is gone'}")
+    place = f", weights at {codec['weights']}" if codec.get("weights") else ""
+    lines.append(f"data: {config.get('data_dir')}; speakers: {', '.join(meta.get('speakers') or []):.200}")
+    lines.append(f"codec: {codec['name']} {checkpoint['codec_fingerprint']}{place}")
+    lines.append(f"tokenizer: {checkpoint['tokenizer']['kind']}, {meta['tokenizer'].get('vocab_size')} ids")
+    weights = {key: x for key, x in checkpoint["model"].items() if isinstance(x, torch.Tensor)}
+    return [*lines, *types_of(weights)]
+
+
+def sizes(config):
+    """The sizes of a model, one line for each stack of layers and one for the rest."""
+    given = asdict(config)
+    stacks = {key: value for key, value in given.items() if isinstance(value, dict)}
+    keys = ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "max_positions")
+    lines = [f"{name}: {', '.join(f'{key} {stack[key]:,}' for key in keys)}" for name, stack in stacks.items()]
+    rest = ", ".join(f"{key} {given[key]:,}" for key in ("text_vocab_size", "n_codebooks", "codebook_size"))
+    return [f"sizes: {rest}{f', mode {config.mode}' if config.mode else ''}", *lines]
+
+
+def types_of(tensors):
+    """How many numbers there are, by type."""
+    counts = collections.Counter()
+    for tensor in tensors.values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return [f"{len(tensors):,} tensors: {', '.join(f'{n:,} numbers in {kind}' for kind, n in counts.most_common())}"]
+
+
+CARD = r"licen[sc]e|clon|imperson|consent|misuse|commercial"  # what a model card says of who may do what
+
+
+def beside(file, arch, tensors):
+    """What lies beside published weights: tokenizer, codec, licence, and what the model card says of cloning."""
+    folder = os.path.dirname(file) or "."
+    names = sorted(os.listdir(folder))
+    notes = []
+    tokenizer = at_hand(notes, find_tokenizer, "", file, RELEASES[arch])
+    lines = [f"tokenizer: {tokenizer.vocab_size:,} ids" if tokenizer else f"tokenizer: {notes[0]}"]
+    codecs = ["inside (codec_model)"] if any(key.startswith("codec_model.") for key in tensors) else []
+    codecs += [name for name in names if name == "dvae.pth" or name.endswith(".nemo") or name.startswith("tokenizer-")]
+    lines.append(f"codec: {', '.join(codecs) or 'none beside it'}")
+    texts = [name for name in names if re.match(r"(readme|license|licence|copying)", name, re.I)]
+    for name in texts:
+        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+            said = [line.strip(" #*->|\n") for line in file]
+        said = [line for line in said if line]
+        said = [line for line in said if re.search(CARD, line, re.I)] if name.lower().startswith("readme") else said[:2]
+        lines += [f"{name}: {line:.200}" for line in said[:12]]
+    return lines if texts else [*lines, "licence: no model card and no licence beside it; look where it comes from"]
+
+
 def main(cfg):
-    if cfg.command != "export" or not cfg.ckpt or not cfg.out_dir:
+    if cfg.command not in ("export", "inspect") or not cfg.ckpt or not (cfg.out_dir or cfg.command == "inspect"):
         raise ValueError("give what to export, and where to: python weights.py export --ckpt=out/x/best.pt "
-                         "--out_dir=hub/x")  # fmt: skip
-    model = from_pretrained(cfg.ckpt)
-    for name in lora.adapters(model):
-        lora.merge(model, name)
-    note = export(model, cfg.out_dir, cfg.layout)
-    print(f"{cfg.out_dir} is written{note and '; '}{note}")
+                         "--out_dir=hub/x; or what to look at: python weights.py inspect out/x/best.pt")  # fmt: skip
+    if cfg.command == "inspect":
+        return print(*describe(cfg.ckpt), sep="\n")
+    model, known = source_of(cfg.ckpt, getattr(torch, cfg.dtype, None))
+    for note in export(model, cfg.out_dir, cfg.layout, **known):
+        print(f"note: {note}")
+    print(f"{cfg.out_dir} is written")
 
 
 if __name__ == "__main__":
-    configurator.run(main, __file__, ["command"])
+    configurator.run(main, __file__, ["command", "ckpt"])

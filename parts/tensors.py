@@ -170,6 +170,14 @@ def read_safetensors(path):
     return tensors, parse(config, f"{path}, config") if is_json else {}
 
 
+def read_metadata(path):
+    """The metadata {str: str} of a safetensors file, {} without. Raises as `read_safetensors`."""
+    read_safetensors(path)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__") or {}
+
+
 def place(data, dtype, shape, data_offsets):
     """One tensor of the bytes `data` (numpy, uint8), with the words of its entry in a safetensors header."""
     first, last = data_offsets

@@ -60,8 +60,9 @@ class Tokenizer:
 
         encode(text) -> ids, without those of begin and end      decode(ids) -> text, for display
 
-    `vocab_size` is larger than every id. `bos_id` and `eos_id` are begin and end of text, which the model's layout
-    adds; `unk_id` stands for unknown characters. Each is -1 where the tokenizer has none."""
+    `piece(id)` is the text of an id, None where it has none. `vocab_size` is larger than every id. `bos_id` and
+    `eos_id` are begin and end of text, which the model's layout adds; `unk_id` stands for unknown characters. Each is
+    -1 where the tokenizer has none."""
 
     def unknown(self, text):
         """The characters of a text for which the tokenizer has no piece and no bytes, such as half of a surrogate
@@ -102,6 +103,9 @@ class SentencePiece(Tokenizer):
 
     def decode(self, ids):
         return self.processor.decode([int(i) for i in ids])
+
+    def piece(self, i):
+        return self.processor.id_to_piece(i) if 0 <= i < self.vocab_size else None
 
 
 class HuggingFace(Tokenizer):
@@ -153,6 +157,9 @@ class HuggingFace(Tokenizer):
             return text
         return self.processor.decode(ids, skip_special_tokens=False)  # the pieces are not characters, but bytes
 
+    def piece(self, i):
+        return self.pieces.get(i)
+
 
 def load_tokenizer(kind, model):
     """A tokenizer of that kind from its file's bytes. Raises ValueError for an unknown kind or a damaged file."""
@@ -171,6 +178,77 @@ def open_tokenizer(path):
         return load_tokenizer(kind, model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def fast_tokenizer(tokenizer):
+    """The bytes of a tokenizer.json that gives the same ids as a tokenizer.
+
+    That of a sentencepiece model puts begin and end around a text, as the models do. Raises ValueError for one that is
+    no BPE, or changes texts before it cuts them, as those trained elsewhere may.
+    """
+    if tokenizer.kind == HuggingFace.kind:
+        return tokenizer.model
+    fields = list(protobuf(tokenizer.model))
+    trainer, normaliser = (dict(protobuf(dict(fields)[number])) for number in (2, 3))
+    if trainer.get(3) != 2 or normaliser != {1: b"identity", 2: b"", 3: 0}:
+        raise ValueError("no tokenizer.json gives the ids of this sentencepiece model: it is no BPE without "
+                         "normalisation, such as prepare.py trains")  # fmt: skip
+    pieces = [{3: 1, **dict(protobuf(value))} for number, value in fields if number == 1]  # 1: text, 3: its kind
+    kinds = [piece[3] for piece in pieces]
+    names = [piece[1].decode() for piece in pieces]
+    names = [name.replace("\u2581", " ") if kind == 4 else name for name, kind in zip(names, kinds, strict=True)]
+    vocab = {name: i for i, name in enumerate(names)}
+    learned = [name for name, kind in zip(names, kinds, strict=True) if kind == 1]  # the best scores first
+    merges = [[name[:n], name[n:]] for name in learned for n in range(1, len(name))
+              if name[:n] in vocab and name[n:] in vocab]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": i, "content": name, "special": kind != 4, **plain}
+             for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind in (2, 3, 4)]  # 4: symbols
+    first, last = ([names[i]] if i >= 0 else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    single = [*first, "A", *last]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence" if word == "A" else "SpecialToken": {"id": word, "type_id": 0}} for word in single],
+        "pair": [{"Sequence": {"id": word, "type_id": 0}} for word in "AB"],
+        "special_tokens": {word: {"id": word, "ids": [vocab[word]], "tokens": [word]} for word in first + last},
+    }
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": space,
+        "pre_tokenizer": None, "post_processor": template,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": names[tokenizer.unk_id], "byte_fallback": True,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                  "ignore_merges": False, "vocab": vocab, "merges": merges},
+    }  # fmt: skip
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def protobuf(message):
+    """The fields of a message (number, value), in order: numbers as int, texts and inner messages as bytes."""
+    at = 0
+
+    def number():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        tag = number()
+        size = {1: 8, 5: 4}.get(tag & 7)
+        if tag & 7 == 0:
+            yield tag >> 3, number()
+            continue
+        size = number() if size is None else size
+        yield tag >> 3, message[at : at + size]
+        at += size
 
 
 def train_tokenizer(texts, vocab_size, symbols=()):

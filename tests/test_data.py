@@ -1,10 +1,12 @@
 import errno
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from hypothesis import given
@@ -23,7 +26,15 @@ import data
 from data import Batches, TokenFiles, TokenWriter
 from parts import workers
 from parts.files import locked
-from parts.text import SentencePiece, extend_tokenizer, load_tokenizer, normalise, train_tokenizer, wording
+from parts.text import (
+    SentencePiece,
+    extend_tokenizer,
+    fast_tokenizer,
+    load_tokenizer,
+    normalise,
+    train_tokenizer,
+    wording,
+)
 
 K = 3
 META = {
@@ -1033,6 +1044,27 @@ def test_tokenizers_that_are_none():
             load_tokenizer("tokenizers", junk)
     with pytest.raises(ValueError, match="unknown tokenizer kind 'bpe'"):
         load_tokenizer("bpe", b"")
+
+
+def test_a_tokenizer_json_of_a_tokenizer_trained_here():
+    """Its ids are those of sentencepiece, also around symbols and for characters that are bytes, with the marks."""
+    words = ["the", "three", "thieves", "threw", "two", "tomes", "into", "hello,", "there;", "ünïcode", "zero", "one"]
+    tokenizer = SentencePiece(train_tokenizer([" ".join(words)] * 3 + ["[a][b]"], 400, ["[a]", "[b]", "[c d]"]))
+    fast = tokenizers.Tokenizer.from_buffer(fast_tokenizer(tokenizer))
+    assert fast.get_vocab_size() == tokenizer.vocab_size
+    rng = random.Random(0)
+    for i in range(300):
+        letters = "".join(words) + "xyzß日😀[]"
+        some = [rng.choice(words) if i % 2 else "".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(5)]
+        text = rng.choice(["", "[a]", "[c d]", "[b] "]) + " ".join(some)
+        ids = tokenizer.encode(text)
+        assert fast.encode(text).ids == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        assert fast.decode(ids, skip_special_tokens=False) == text
+    with pytest.raises(ValueError, match="it is no BPE without normalisation"):
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), model_writer=out, vocab_size=40,
+                                                 minloglevel=2)  # fmt: skip
+        fast_tokenizer(SentencePiece(out.getvalue()))
 
 
 def test_tokenizer_describes_itself(tokenizer, xtts):

@@ -24,8 +24,8 @@ BELOW = {
     "model": set(),
     "layouts": {"model"},
     "export": {"layouts", "model", "codec"},
-    "weights": {"export", "layouts", "model", "codec"},
     "released": {"layouts", "codec", "model"},
+    "weights": {"released", "export", "layouts", "model", "codec"},
     "prepare": {"codec", "data"},
     "speak": {"weights", "codec", "data", "model"},
     "sample": {"speak", "released", "weights", "layouts", "codec", "data", "model"},
@@ -38,6 +38,7 @@ LONGEST_FUNCTION = 80  # lines
 MOST_PAIRS = 0.02  # share of the statements of a file that may be `a, b = x, y`
 # options that stand in two places on purpose: {name: why}
 DECLARED_TWICE = {
+    "dtype": "sample.py's is that of the arithmetic, weights.py's that of an exported file",
     "out_dir": "train.py's holds a run, sample.py's recordings, weights.py's an export",
     "ckpt": "bench.py measures several, sample.py speaks with several, weights.py exports one",
     "overwrite": "prepare.py replaces a token folder unless told otherwise, train.py never a run",

@@ -1,0 +1,379 @@
+"""export.py: each layout against the lists of its authors, against the software that reads it, and read back.
+
+The names and shapes that are expected stand here, not in the tables of layouts.py.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, batch_of, tiny, utterance
+from safetensors.torch import load_file
+from test_codec_networks import TINY, mimi, moshi
+
+import model as models
+from codec import load_codec
+from export import EXPORTS, Source, export, published
+from layouts import CSM_MLX, CSM_ORIGINAL, CSM_TRANSFORMERS, WithoutMemory
+from model import CSM, CSMConfig, Kani, KaniConfig
+from parts.affine import dequantise, quantise
+from parts.text import HuggingFace, SentencePiece, train_tokenizer
+from weights import from_pretrained, source_of
+
+WORDS = ["zero", "one", "two", "three"]
+
+
+def state_of(path, **options):
+    return from_pretrained(path, **options).state_dict()
+
+
+def same_state(a, b):
+    assert a.keys() == b.keys()
+    assert_same(a.values(), b.values(), rtol=0, atol=0)
+
+
+def shapes_of(tensors):
+    return {key: tuple(x.shape) for key, x in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM: names and shapes
+
+
+def llama(prefix, words, layers, D, q, kv, inner):
+    """The tensors of a stack of Llama layers. words: the names of q, k, v, o; gate, up, down; both norms; last norm."""
+    shapes = [(q, D), (kv, D), (kv, D), (D, q), (inner, D), (inner, D), (D, inner), (D,), (D,)]
+    *inside, last = words
+    table = {f"{prefix}.layers.{i}.{word}": shape for i in range(layers)
+             for word, shape in zip(inside, shapes, strict=True)}  # fmt: skip
+    return {**table, f"{prefix}.{last}": (D,)}
+
+
+TORCHTUNE = ["attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight", "attn.output_proj.weight",
+             "mlp.w1.weight", "mlp.w3.weight", "mlp.w2.weight", "sa_norm.scale", "mlp_norm.scale", "norm.scale"]
+LLAMA = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+         "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight",
+         "post_attention_layernorm.weight", "norm.weight"]  # fmt: skip
+
+
+def sheet(layout, text, K, V, backbone, depth):
+    """Names and shapes of a CSM with `text` ids and K codebooks of V classes. backbone, depth: layers, D, q, kv, inner.
+    """
+    D, d = backbone[1], depth[1]
+    if layout == "transformers":
+        return {
+            "embed_text_tokens.weight": (text, D), "lm_head.weight": (V, D),
+            "backbone_model.embed_tokens.embed_audio_tokens.weight": (K * V, D),
+            "depth_decoder.model.embed_tokens.weight": (K * V, D),
+            "depth_decoder.model.inputs_embeds_projector.weight": (d, D),
+            "depth_decoder.codebooks_head.weight": (K - 1, d, V),
+            **llama("backbone_model", LLAMA, *backbone), **llama("depth_decoder.model", LLAMA, *depth),
+        }  # fmt: skip
+    words, prefix = (TORCHTUNE, "") if layout == "original" else (LLAMA, "model.")
+    table = {"text_embeddings.weight": (text, D), "audio_embeddings.weight": (K * V, D), "projection.weight": (d, D),
+             "codebook0_head.weight": (V, D), "audio_head": (K - 1, d, V), **llama("backbone", words, *backbone),
+             **llama("decoder", words, *depth)}  # fmt: skip
+    return {f"{prefix}{key}": shape for key, shape in table.items()}
+
+
+CSM_1B = (128256, 32, 2051, (16, 2048, 2048, 512, 8192), (4, 1024, 1024, 256, 8192))
+MARVIS = (49152, 32, 2051, (6, 1536, 1536, 384, 8192), (4, 1024, 1024, 256, 4096))
+SMALL = (30, 4, 19, (2, 32, 32, 16, 48), (2, 16, 16, 8, 48))  # helpers.tiny
+
+
+@pytest.mark.parametrize("sizes, stacks", [(CSM_1B, ("llama-1B", "llama-100M")), (MARVIS, ("llama-250M", "llama-60M"))])
+def test_names_and_shapes_at_published_sizes(sizes, stacks):
+    with WithoutMemory():
+        model = CSM(CSMConfig(sizes[0], 32, 2048, stacks[0], decoder=stacks[1]))
+    for layout in (CSM_ORIGINAL, CSM_TRANSFORMERS, CSM_MLX):
+        tensors = published(layout, Source(model))
+        assert shapes_of(tensors) == sheet(layout.name, *sizes)
+        assert {x.dtype for x in tensors.values()} == {torch.float32}
+    assert len(sheet("transformers", *sizes)) == len(sheet("original", *sizes)) + 1
+
+
+@pytest.mark.parametrize("layout, file", [
+    ("transformers", "model.safetensors"), ("original", "model.safetensors"), ("original-pickle", "ckpt.pt"),
+    ("mlx", "model.safetensors"),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_csm_is_read_back_bit_by_bit(layout, file, dtype, tmp_path):
+    model = tiny(backbone=dict(rope_scaling=models.LLAMA3_ROPE, max_positions=2048), decoder=dict(max_positions=2048))
+    export(model, tmp_path, layout, dtype=dtype)
+    tensors = load_file(tmp_path / file) if file.endswith("safetensors") else torch.load(tmp_path / file)["model_state"]
+    assert shapes_of(tensors) == sheet(layout.removesuffix("-pickle"), *SMALL)
+    assert {x.dtype for x in tensors.values()} == {dtype or torch.float32}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype or torch.float32)[6:]
+    again = from_pretrained(tmp_path)
+    same_state({key: x.to(dtype or x.dtype).float() for key, x in model.state_dict().items()}, again.state_dict())
+    assert (again.config.stop, again.config.text_bos, again.config.text_eos) == ("class", 1, 2)
+    batch = batch_of(model, utterance(5, 9))
+    if dtype is None:
+        torch.testing.assert_close(again(*batch)[0], model.eval()(*batch)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_every_layout_is_the_same_model(tmp_path):
+    """From one published layout into all others and back, without a rounding."""
+    first = tiny(stop="zeros").eval()
+    export(first, tmp_path / "0", "original")
+    for i, layout in enumerate(["mlx", "transformers", "original-pickle", "transformers", "original"]):
+        model, known = source_of(tmp_path / str(i))
+        export(model, tmp_path / str(i + 1), layout, **known)
+        same_state(state_of(tmp_path / str(i + 1)), first.state_dict())
+    before, after = (load_file(tmp_path / i / "model.safetensors") for i in "05")
+    same_state(before, after)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM: few bits
+
+
+def wide(**options):
+    """A small CSM whose rows divide into groups, but for the depth decoder's."""
+    return tiny(backbone=dict(d_model=64, d_ff=128, rope_scaling=models.LLAMA3_ROPE),
+                decoder=dict(rope_scaling=models.LLAMA3_ROPE), **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits(bits, tmp_path):
+    model = wide()
+    export(model, tmp_path, f"mlx-{bits}bit")
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 64, "bits": bits, "mode": "affine"}
+    plain = published(CSM_MLX, Source(model))
+    packed = {key for key, x in plain.items() if x.ndim == 2 and x.shape[1] % 64 == 0}
+    assert {"model.text_embeddings.weight", "model.audio_embeddings.weight", "model.codebook0_head.weight",
+            "model.projection.weight", "model.backbone.layers.1.mlp.down_proj.weight"} <= packed  # fmt: skip
+    assert "model.decoder.layers.0.self_attn.q_proj.weight" not in packed
+    again = published(CSM_MLX, Source(from_pretrained(tmp_path)))
+    for key, x in plain.items():
+        if key not in packed:
+            assert torch.equal(tensors[key], x) and torch.equal(again[key], x)
+            continue
+        stem = key.removesuffix(".weight")
+        parts = [tensors[f"{stem}.{part}"] for part in ("weight", "scales", "biases")]
+        assert parts[0].dtype == torch.uint32 and parts[0].shape == (len(x), x.shape[1] * bits // 32)
+        assert parts[1].dtype == torch.float32 and parts[1].shape == (len(x), x.shape[1] // 64)
+        for part, expected in zip(parts, quantise(x, bits), strict=True):
+            assert torch.equal(part, expected)
+        torch.testing.assert_close(again[key], dequantise(*parts), rtol=0, atol=0)
+        assert (again[key] - x).abs().max() <= parts[1].abs().max()
+    count = sum(f"{key.removesuffix('.weight')}.scales" in tensors for key in packed)
+    assert count == len(packed) and len(tensors) == len(plain) + 2 * count
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_files_that_mlx_wrote(bits, tmp_path):
+    """Its own quantised layers and embeddings, in half precision, are the same numbers here."""
+    mx, nn = pytest.importorskip("mlx.core"), pytest.importorskip("mlx.nn")
+    model = wide()
+    export(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = {key: mx.array(x.numpy()).astype(mx.bfloat16) for key, x in published(CSM_MLX, Source(model)).items()}
+    for key in [key for key, x in weights.items() if x.ndim == 2 and x.shape[1] % 64 == 0]:
+        layer = nn.Embedding(1, 64) if "embeddings" in key else nn.Linear(64, 1, bias=False)
+        layer.weight = weights.pop(key)
+        for name, x in layer.to_quantized(64, bits).parameters().items():
+            weights[key.replace("weight", name)] = x
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
+    config["quantization"] = {"group_size": 64, "bits": bits}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = published(CSM_MLX, Source(from_pretrained(tmp_path)))
+    for key, x in read.items():
+        scales = weights.get(key.replace(".weight", ".scales"))
+        if scales is None or key == "model.audio_head":
+            expected = weights[key]
+        else:
+            parts = (weights[key], scales, weights[key.replace("weight", "biases")])
+            expected = mx.dequantize(parts[0], *(part.astype(mx.float32) for part in parts[1:]), 64, bits)
+        assert np.allclose(x.numpy(), np.array(expected.astype(mx.float32)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_mlx_reads_it(bits, tmp_path):
+    """mlx' own layers load the file and compute what ours compute."""
+    mx, nn = pytest.importorskip("mlx.core"), pytest.importorskip("mlx.nn")
+    model = wide().eval()
+    export(model, tmp_path, f"mlx-{bits}bit" if bits else "mlx")
+    weights = mx.load(str(tmp_path / "model.safetensors"))
+    table, head = nn.Embedding(*model.text_embedding.weight.shape), nn.Linear(64, 19, bias=False)
+    for layer, name in ((table, "text_embeddings"), (head, "codebook0_head")):
+        layer = layer.to_quantized(64, bits) if bits else layer
+        layer.load_weights([(key.split(".")[-1], x) for key, x in weights.items() if f".{name}." in key], strict=True)
+        x = mx.array(np.arange(19) if name == "text_embeddings" else np.eye(64, dtype=np.float32))
+        ours = from_pretrained(tmp_path)
+        expected = ours.text_embedding.weight[:19] if name == "text_embeddings" else ours.codebook0_head.T
+        assert np.allclose(np.array(layer(x)), expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_mlx_cannot_turn(tmp_path):
+    with pytest.raises(ValueError, match="mlx-audio turns positions by rope_theta = 500000"):
+        export(tiny(backbone=dict(rope_theta=1e4)), tmp_path, "mlx")
+    with pytest.raises(ValueError, match="mlx-audio turns positions"):
+        export(tiny(decoder=dict(rope_scaling=(32.0, 1.0, 4.0, 4096))), tmp_path, "mlx-4bit")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSM in transformers
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mimi")
+    mimi(folder, **TINY["mimi"])
+    return load_codec("mimi", folder)
+
+
+def bpe(size, *special):
+    """A byte-level tokenizer.json such as Llama's: pieces, then special tokens."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator([" ".join(WORDS)] * 5, trainer)
+    made.add_special_tokens(list(special))
+    return HuggingFace(made.to_str().encode())
+
+
+def own_tokenizer():
+    return SentencePiece(train_tokenizer(["[a][b]" + " ".join(WORDS)], 300, ["[a]", "[b]"]))
+
+
+def speaking(tokenizer, codec, rows=0, **options):
+    torch.manual_seed(0)
+    stack = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=512)
+    model = CSM(CSMConfig(max(rows, tokenizer.vocab_size), 4, codec.codebook_size, stack, tokenizer.bos_id,
+                          tokenizer.eos_id, decoder={**stack, "d_model": 16}, **options)).eval()  # fmt: skip
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["own", "llama", "free rows"])
+def test_transformers_reads_the_text_and_speaks(kind, codec, tmp_path):
+    """Tokenizer, processor, generation and codec of the folder give the ids, codes and waveform of ours."""
+    from transformers import AutoProcessor, AutoTokenizer, CsmForConditionalGeneration
+
+    marks = ("<|begin_of_text|>", "<|end_of_text|>")
+    tokenizer = own_tokenizer() if kind == "own" else bpe(300, *marks, *(["<|x|>", "<|y|>"] if kind == "llama" else []))
+    model = speaking(tokenizer, codec, rows=0 if kind != "free rows" else tokenizer.vocab_size + 2)
+    notes = export(model, tmp_path, tokenizer=tokenizer, codec=codec, text_format="[{speaker}]{text}")
+    assert ("no place for <|AUDIO|>" in " ".join(notes)) == (kind == "own")
+    theirs, report = CsmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    ids = tokenizer.encode("[a]one two three")
+    expected = model.config.marked(ids).tolist()
+    bos, eos = (tokenizer.piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    fast = AutoTokenizer.from_pretrained(tmp_path)
+    assert fast("[a]one two three", add_special_tokens=False).input_ids == ids
+    assert (fast.bos_token, fast.eos_token) == (bos, eos) and fast.pad_token is not None
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor).__name__ == "CsmProcessor"
+    inputs = processor(f"{bos}[a]one two three{eos}")
+    assert inputs["input_ids"].tolist() == [expected]
+    greedy = dict(do_sample=False, depth_decoder_do_sample=False, max_new_tokens=12)
+    audio = theirs.generate(**inputs, **greedy, output_audio=True)[0]
+    ours = torch.stack(list(model.generate(np.array(ids), max_frames=12, choose=models.sampler(temperature=0))))
+    torch.testing.assert_close(audio, codec.decode(ours.T[None])[0], rtol=0, atol=1e-4)
+    assert len(theirs.generate(**inputs, max_new_tokens=5)[0]) == 5  # as generation_config.json says
+    if kind == "own":
+        return
+    talk = [{"role": "a", "content": [{"type": "text", "text": "one two three"}]}]
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+    assert inputs["input_ids"].tolist() == [expected]
+    wav = 0.1 * torch.randn(5 * codec.samples_per_frame).numpy()
+    talk = [{"role": "a", "content": [{"type": "text", "text": "one"}, {"type": "audio"}]}, *talk]
+    text = processor.apply_chat_template(talk, tokenize=False)
+    ids = processor(text, wav)["input_ids"][0].tolist()
+    audio, end = theirs.config.audio_token_id, theirs.config.audio_eos_token_id
+    prompt = model.config.marked(tokenizer.encode("[a]one")).tolist()
+    assert ids[: len(prompt)] == prompt and ids[-len(expected) :] == expected
+    assert set(ids[len(prompt) : -len(expected)]) == {audio, end} and ids[-len(expected) - 1] == end
+
+
+@pytest.mark.parametrize("layout", ["transformers", "moshi", "inside"])
+def test_the_codec_goes_along(layout, codec, tmp_path):
+    """Bit by bit where its file has transformers' names, else as tables that give the same codes."""
+    from transformers import CsmForConditionalGeneration
+
+    original = load_file(Path(codec.path).parent / "model.safetensors")
+    source = codec
+    if layout == "moshi":
+        os.makedirs(tmp_path / "moshi")
+        import safetensors.torch
+
+        path = tmp_path / "moshi" / "tokenizer-e351c8d8-checkpoint125.safetensors"
+        safetensors.torch.save_file({key: x.contiguous() for key, x in moshi(original).items()}, path)
+        source = load_codec("mimi", path)
+    model = speaking(own_tokenizer(), codec)
+    export(model, tmp_path / "a", codec=source)
+    if layout == "inside":  # as in the released CSM
+        model, known = source_of(tmp_path / "a")
+        export(model, tmp_path / "b", **known)
+    written = load_file(tmp_path / ("b" if layout == "inside" else "a") / "model.safetensors")
+    inside = {key.removeprefix("codec_model."): x for key, x in written.items() if key.startswith("codec_model.")}
+    assert shapes_of(inside) == shapes_of(original)
+    if layout != "moshi":
+        return same_state(inside, original)
+    theirs = CsmForConditionalGeneration.from_pretrained(tmp_path / "a").codec_model
+    wav = 0.1 * torch.randn(1, 1, 9600)
+    with torch.no_grad():
+        assert torch.equal(theirs.encode(wav).audio_codes, codec.encode(wav[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kani
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["own", "lfm2"])
+def test_kani_starts_in_transformers(kind, dtype, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = own_tokenizer() if kind == "own" else bpe(300, "<|startoftext|>", "<|im_end|>")
+    torch.manual_seed(0)
+    stack = dict(n_layer=3, n_head=4, n_kv_head=2, d_model=32, d_ff=48, layers="cac", qk_norm=True, max_positions=512)
+    c = KaniConfig(tokenizer.vocab_size, 3, 16, stack, tokenizer.bos_id, tokenizer.eos_id)
+    model = Kani(c).eval()
+    export(model, tmp_path, tokenizer=tokenizer, dtype=dtype)
+    tensors = load_file(tmp_path / "model.safetensors")
+    expected = {"model.embed_tokens.weight": (c.vocab_size, 32), "model.embedding_norm.weight": (32,)}
+    for i, letter in enumerate("cac"):
+        layer = f"model.layers.{i}"
+        expected |= {f"{layer}.{norm}.weight": (32,) for norm in ("operator_norm", "ffn_norm")}
+        expected |= {f"{layer}.feed_forward.w1.weight": (48, 32), f"{layer}.feed_forward.w3.weight": (48, 32),
+                     f"{layer}.feed_forward.w2.weight": (32, 48)}  # fmt: skip
+        if letter == "c":
+            expected |= {f"{layer}.conv.in_proj.weight": (96, 32), f"{layer}.conv.conv.weight": (32, 1, 3),
+                         f"{layer}.conv.out_proj.weight": (32, 32)}  # fmt: skip
+        else:
+            expected |= {f"{layer}.self_attn.{x}_proj.weight": (32 if x in ("q", "out") else 16, 32)
+                         for x in ("q", "k", "v", "out")}  # fmt: skip
+            expected |= {f"{layer}.self_attn.{x}_layernorm.weight": (8,) for x in "qk"}
+    assert shapes_of(tensors) == expected and {x.dtype for x in tensors.values()} == {dtype or torch.float32}
+    same_state(state_of(tmp_path, dtype=dtype or torch.float32), model.to(dtype or torch.float32).state_dict())
+    theirs, fast = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.dtype == (dtype or torch.float32) and theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    ids = fast("one two three", add_special_tokens=False).input_ids
+    assert ids == tokenizer.encode("one two three")
+    how = theirs.generation_config
+    assert (how.temperature, how.top_p, how.repetition_penalty, how.max_new_tokens) == (0.6, 0.95, 1.1, 1200)
+    assert how.eos_token_id == [c.end_of_speech, c.end_of_ai] and how.pad_token_id == c.first_special + 6
+    prompt = torch.from_numpy(model.layout(np.array(ids))[0]).T
+    made = theirs.generate(prompt, max_new_tokens=9)
+    assert prompt.shape[1] < made.shape[1] <= prompt.shape[1] + 9
+
+
+def test_layouts_that_a_family_does_not_have(tmp_path):
+    model = Kani(KaniConfig(30, 3, 16, dict(n_layer=1, n_head=2, n_kv_head=1, d_model=16, d_ff=24)))
+    with pytest.raises(ValueError, match="layout = 'mlx': the family 'kani' has transformers"):
+        export(model, tmp_path, "mlx")
+    assert set(EXPORTS) == {"csm", "kani", "xtts", "valle"} and not os.listdir(tmp_path)
