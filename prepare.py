@@ -571,7 +571,7 @@ def idle_keys(cfg, codec):
         idle["batch_seconds"] = f"the codec {codec.name} encodes without batches"
     if cfg.heldout:
         idle["val_fraction"] = f"heldout = {cfg.heldout!r:.60} names the val split"
-    if cfg.tokenizer and cfg.given.get("vocab_size") not in cfg.files:  # a recipe may have it for dry runs
+    if cfg.tokenizer and "vocab_size" in cfg.flags:  # a recipe may have it for dry runs
         idle["vocab_size"] = f"tokenizer = {cfg.tokenizer!r:.60} has a vocabulary of its own"
     return idle
 

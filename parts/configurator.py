@@ -63,10 +63,10 @@ class Key(NamedTuple):
 
 
 class Config(types.SimpleNamespace):
-    """The keys as attributes. Besides: `given`, {key: origin} of the keys that the user set, and `files`, the config
-    files."""
+    """The keys as attributes. Besides: `given`, {key: origin} of the keys that the user set; `flags`, those of
+    them that the command line set; `files`, the config files."""
 
-    __slots__ = ("given", "files")
+    __slots__ = ("given", "flags", "files")
 
 
 def configure(script, argv, positional=()):
@@ -88,21 +88,24 @@ def configure(script, argv, positional=()):
     if "help" in [key for key, _, _ in flags]:
         print(help_text(script, own))
         raise SystemExit(0)
-    given = [(key, value, path) for path in files for key, value in read_config(path).items()
+    given = [(key, value, place, False) for path in files for key, (value, place) in read_config(path).items()
              if key in known or not callable(value)]  # functions and classes of a recipe are no keys
-    given += [(key, word, f"argument {word!r:.60}") for key, word in zip(positional, words, strict=False)] + flags
+    bare = [(key, word, f"argument {word!r:.60}") for key, word in zip(positional, words, strict=False)]
     cfg = Config(**{key: of.default for key, of in own.items()})
-    cfg.given, cfg.files = {}, files
-    for key, value, origin in given:
+    cfg.given = {}
+    cfg.flags = set()
+    cfg.files = files
+    for key, value, origin, typed in [*given, *((*flag, True) for flag in bare + flags)]:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {near[0]!r}?" if near else "see --help"
             raise ValueError(f"{origin:.120}: unknown key {key!r:.60}, {advice}")
-        value = checked(key, value, known[key].kind, origin, parse=origin not in files)
+        value = checked(key, value, known[key].kind, origin, parse=typed)
         if key in own:
             setattr(cfg, key, value)
             cfg.given[key] = origin
-        elif origin not in files:
+            (cfg.flags.add if typed else cfg.flags.discard)(key)
+        elif typed:
             raise ValueError(f"{origin}: {key} is a key of {home[key]} and has no effect here")
     if len(words) > len(positional):
         raise ValueError(f"{words[len(positional)]!r:.60} is neither a config file (*.py) nor a --key=value")
@@ -115,7 +118,7 @@ def refuse_idle(cfg, idle, say=print):
     for key, origin in cfg.given.items():
         if key in idle:
             line = f"{origin}: {key} = {show(getattr(cfg, key))} has no effect: {idle[key]}"
-            if origin not in cfg.files:
+            if key in cfg.flags:
                 raise ValueError(line)
             say(f"warning: {line}")
 
@@ -332,13 +335,15 @@ def split_argv(argv, known):
 
 
 def read_config(path):
-    """Execute one config file; return the plain names that it defines."""
+    """Execute one config file; return {name: (value, place)} of the plain names that it defines. A place is the file
+    and the line of the last assignment to the name."""
     if not Path(path).is_file():
         why = "is not a file" if Path(path).exists() else "not found"
         raise FileNotFoundError(f"config file {path} {why}")
     scope = {"__file__": str(path), "__name__": "config"}
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), scope)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        exec(compile(tree, path, "exec"), scope)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # mistakes in a user's file, and its sys.exit(), get one line
@@ -349,8 +354,10 @@ def read_config(path):
             trace = trace.tb_next
         message = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ValueError(f"{path}:{line or 1}: {message:.200}") from error
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    lines = {node.id: node.lineno for node in sorted(names, key=lambda node: node.lineno)}
     return {
-        name: value for name, value in scope.items()
+        name: (value, f"{path}:{lines[name]}" if name in lines else str(path)) for name, value in scope.items()
         if isinstance(name, str) and name[:1] != "_" and not isinstance(value, types.ModuleType)
     }  # fmt: skip
 

@@ -134,7 +134,8 @@ def read_weights(path, inert=""):
     """Read a file of weights: safetensors, the index of shards, what torch.save wrote, or a NeMo archive.
 
     Returns the tensors {key: tensor}, memory-mapped where the format allows it, and the config in the file, or {}.
-    inert: see `unpickle`. Raises FileNotFoundError, and ValueError for a file that is damaged or of another kind.
+    inert: see `unpickle`. The checksums of a pickle are compared, safetensors have none. Raises FileNotFoundError, and
+    ValueError for a file that is damaged or of another kind.
     """
     if is_index(path):
         shards = [read_safetensors(shard)[0] for shard in read_index(path)]
@@ -142,6 +143,8 @@ def read_weights(path, inert=""):
     if is_safetensors(path):
         return read_safetensors(path)
     content = read_pickle(path, inert)
+    if zipfile.is_zipfile(path) and not undamaged(path):
+        raise ValueError(f"{path} {why_unread(path)}")
     if isinstance(content, torch.Tensor):  # as XTTS publishes mel_stats.pth: the file's name is the only one
         return {Path(path).stem: content}, {}
     config = content.get("config") if isinstance(content, dict) else None

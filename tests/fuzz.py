@@ -29,11 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import ROOT
 from tqdm import tqdm
 
 from parts import configurator
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU_LIMIT = 10  # seconds of work for one case
 WALL_LIMIT = 120  # seconds until a case that does not even work is given up
 MEMORY = 6 << 30  # bytes that a case may have

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ import torch
 import train
 from codec import load_codec
 from data import TokenWriter
-from model import CSM, CSMConfig
+from model import CSM, GPT2, VALLE, XTTS, CSMConfig, Kani, KaniConfig, VallE, VallEConfig, XTTSConfig
 from parts import configurator
 from parts.metrics import read_metrics
 from parts.text import SentencePiece, train_tokenizer
 from weights import load_checkpoint
 
+ROOT = Path(__file__).parents[1]
 WORDS = ["zero", "one", "two", "three"]
 TINY = [
     "--backbone={'n_layer': 1, 'n_head': 2, 'n_kv_head': 1, 'd_model': 16, 'd_ff': 32}",
@@ -24,25 +26,34 @@ TINY = [
     "--max_tokens=120", "--warmup_iters=2", "--log_interval=1", "--eval_interval=4", "--eval_samples=0", "--device=cpu",
 ]  # fmt: skip
 STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
+LFM2_STACK = dict(STACK, n_layer=4, max_positions=512, layers="caca", qk_norm=True)
+GPT2_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **GPT2)
+VALLE_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, max_positions=256, **VALLE)
 
 
-def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS):
-    """A token folder: each word is four frames that follow from it; the codec is fitted on noise."""
-    rng, K, V = np.random.default_rng(0), 3, 16
+def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n_mels=20, references=False):
+    """A token folder of two voices: each word is four frames that follow from it; the codec is fitted on noise.
+
+    references: also write features of recordings, which tell the voice.
+    """
+    rng = np.random.default_rng(0)
     tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
-    codec = load_codec("mel", n_codebooks=K, codebook_size=V, sample_rate=4000, n_mels=20, dims=16)
+    codec = load_codec("mel", n_codebooks=K, codebook_size=V, sample_rate=4000, n_mels=n_mels, dims=16)
     codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(noise))])
-    with TokenWriter(folder) as w:
+    sizes = codec.sizes(references)
+    with TokenWriter(folder, references=references) as w:
         for i in range(n_train + n_val):
             spoken = rng.integers(0, len(words), rng.integers(1, 4))
-            codes = 3 * np.repeat(spoken, 4)[:, None] + np.arange(K) + np.arange(4 * len(spoken))[:, None] % 4
+            codes = (4 if K == 1 else 3) * np.repeat(spoken, 4)[:, None] + np.arange(K)
+            codes = (codes + np.arange(4 * len(spoken))[:, None] % 4) % V
             text = f"[{'ab'[i % 2]}]" + " ".join(words[j] for j in spoken)
-            split = "train" if i < n_train else "val"
-            w.add(split, f"u{i}", tokenizer.encode(text), codes % V, i % 2)
+            heard = None
+            if references:
+                heard = rng.standard_normal((len(codes) * sizes["reference"]["rows_per_frame"], n_mels)) + i % 2
+            w.add("train" if i < n_train else "val", f"u{i}", tokenizer.encode(text), codes, i % 2, heard)
         w.file("tokenizer.model", tokenizer.model)
         codec.save(w.partial)
-        keys = ["name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size"]
-        described = {**{key: getattr(codec, key) for key in keys}, "fingerprint": codec.fingerprint()}
+        described = {"name": codec.name, "fingerprint": codec.fingerprint(), **sizes}
         w.finish({"codec": described, "tokenizer": tokenizer.describe(),
                   "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
     return str(folder)
@@ -78,16 +89,41 @@ def same(a, b, path="checkpoint"):
         assert a == b, path
 
 
-def tiny(cls=CSM, K=4, V=16, backbone=None, decoder=None, **options):
-    """A small CSM with weights wide enough for logits that differ."""
+def widened(cls, config):
+    """A model with weights so wide that its logits differ."""
     torch.manual_seed(0)
-    config = CSMConfig(text_vocab_size=30, n_codebooks=K, codebook_size=V, text_bos=1, text_eos=2,
-                       backbone={**STACK, **(backbone or {})}, decoder={**STACK, "d_model": 16, **(decoder or {})},
-                       **{"decoder_fraction": 1.0, **options})  # fmt: skip
     model = cls(config)
     for p in model.parameters():
         if p.ndim > 1:
             p.data.normal_(std=0.3)
+    return model
+
+
+def tiny(K=4, V=16, backbone=None, decoder=None, **options):
+    """A small CSM."""
+    return widened(CSM, CSMConfig(
+        text_vocab_size=30, n_codebooks=K, codebook_size=V, text_bos=1, text_eos=2,
+        backbone={**STACK, **(backbone or {})}, decoder={**STACK, "d_model": 16, **(decoder or {})},
+        **{"decoder_fraction": 1.0, **options},
+    ))  # fmt: skip
+
+
+def tiny_kani(K=4, V=16, backbone=None, **options):
+    options = {"text_bos": 1, "text_eos": 2, **options}
+    return widened(Kani, KaniConfig(30, K, V, {**LFM2_STACK, **(backbone or {})}, **options))
+
+
+def tiny_xtts(backbone=None, **options):
+    """An XTTS of 16 codes that hears recordings with 6 features a row."""
+    sizes = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2, reference_bands=6,
+                 reference_rate=10.0, text_positions=20, code_positions=30)  # fmt: skip
+    return widened(XTTS, XTTSConfig(30, 16, {**GPT2_STACK, **(backbone or {})}, 1, 2, **{**sizes, **options}))
+
+
+def tiny_valle(mode="nar", K=4, V=16, backbone=None, **options):
+    options = {"text_bos": 1, "text_eos": 2, "rounds": 4, **options}
+    model = widened(VallE, VallEConfig(30, K, V, {**VALLE_STACK, **(backbone or {})}, mode=mode, **options))
+    model.heads.data *= 0.1
     return model
 
 

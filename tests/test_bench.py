@@ -4,16 +4,14 @@ No time is asserted."""
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import noise, run, write_tokens
+from helpers import ROOT, noise, run, write_tokens
 
 import bench
 from parts import configurator
 
-ROOT = Path(bench.__file__).parent
 STACK = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, rope_scaling=bench.LLAMA3_ROPE)
 TINY = dict(text_vocab_size=50, n_codebooks=4, codebook_size=16, backbone=STACK, decoder={**STACK, "d_model": 16})
 HEADS = dict(K=3, V=19, D=8, N=40, shared=False)

@@ -3,16 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import batch_of, tiny, utterance
+from helpers import ROOT, batch_of, tiny, utterance
 
 import train
 from parts import budget, configurator
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import voice
+from helpers import ROOT, voice
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +22,6 @@ from bench import recognise, word_errors
 from codec import Mel, kmeans, load_codec, quantise, squared_distances
 from parts.audio import read_audio
 
-ROOT = Path(__file__).resolve().parent.parent
 LJSPEECH = Path(os.environ.get("PARLANDO_LJSPEECH", ROOT.parent / "shared" / "ljspeech24"))
 SMALL = dict(n_codebooks=4, codebook_size=16)
 

@@ -36,11 +36,6 @@ from sample import Voice
 NAMES = PUBLISHED
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # more threads add in another order, which changes codes near a border
-
-
 def golden(name):
     return load_file(Path(__file__).parent / "golden" / f"{name}.safetensors")
 

@@ -236,11 +236,11 @@ def test_values_that_json_cannot_hold(tmp_path, text, message):
 def test_it_knows_what_was_given(house):
     recipe = write(house, "x.py", "vocab_size = 9\nseed = 3\nlearning_rate = 1\n")
     cfg = configurator.configure(house / "train.py", [recipe, "--seed=4"])
-    assert cfg.given == {"seed": "--seed", "learning_rate": recipe} and cfg.files == [recipe]
+    assert cfg.given == {"seed": "--seed", "learning_rate": f"{recipe}:3"} and cfg.flags == {"seed"}
     assert "given" not in vars(cfg)
     said = []
     configurator.refuse_idle(cfg, {"learning_rate": "it is so", "max_iters": "it is so"}, said.append)
-    assert said == [f"warning: {recipe}: learning_rate = 1.0 has no effect: it is so"]
+    assert said == [f"warning: {recipe}:3: learning_rate = 1.0 has no effect: it is so"]
     with pytest.raises(ValueError, match="--seed: seed = 4 has no effect: it is so"):
         configurator.refuse_idle(cfg, {"seed": "it is so"})
 
@@ -314,8 +314,9 @@ def test_recipes_that_are_no_text(script, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("times = '3'", "bad.py: times = '3' is not of type int"),
-        ("words = 3", "bad.py: words = 3 is not of type str"),
+        ("rate = 2.0\n\ntimes = '3'", "bad.py:3: times = '3' is not of type int"),
+        ("if True:\n    words = 3", "bad.py:2: words = 3 is not of type str"),
+        ("globals()['times'] = 1.5", "bad.py: times = 1.5 is not of type int"),
         ("times = 1\nrate = (", "bad.py:2: SyntaxError"),
         ("times = 1\n\nrate = 1 / 0", "bad.py:3: ZeroDivisionError"),
         ("def f():\n    return 1 / 0\nrate = f()", "bad.py:2: ZeroDivisionError"),

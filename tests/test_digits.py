@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import ROOT
 
 import bench
 import codec
 from parts import configurator
 
-ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "data" / "digits"
 
 spec = importlib.util.spec_from_file_location("digits_prepare", DIGITS / "prepare.py")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from helpers import command
+from helpers import ROOT, command
 
-ROOT = Path(__file__).parents[1]
 OWN = Path(__file__).parent / "own"
 
 

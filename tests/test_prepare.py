@@ -19,6 +19,7 @@ import sentencepiece
 import soundfile
 import tokenizers
 import torch
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +31,6 @@ from parts.audio import read_audio
 from parts.sources import Utterance, read_source
 from parts.text import load_tokenizer, normalise, train_tokenizer
 
-ROOT = Path(prepare.__file__).parent
 RATE = 16000
 TINY = {"n_codebooks": 2, "codebook_size": 16}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Evil, assert_same, batch_of, checkpoint_of, tiny, utterance
+from helpers import ROOT, Evil, assert_same, batch_of, checkpoint_of, tiny, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,6 @@ from parts import configurator, lora
 from parts.tensors import Inert
 from weights import from_pretrained
 
-ROOT = Path(weights.__file__).parent
 ORIGINAL, PORT = published.CSM_ORIGINAL, published.CSM_TRANSFORMERS
 HEADS = {"num_attention_heads": 4, "depth_decoder_config": {"num_attention_heads": 4}}
 TABLES = "backbone_model.embed_tokens.embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight"

@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import soundfile
 import torch
+from helpers import ROOT
 from torch import nn
 
 import codec as codecs
@@ -24,7 +25,6 @@ from parts import configurator
 from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
 
-ROOT = Path(__file__).parents[1]
 RATE = 8000
 
 
@@ -460,7 +460,7 @@ def test_keys_without_effect(ckpt, checkpoint, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text("rounds = 3\nwhole_frames = False\n")
     run("--ckpt", ckpt, "--text=one", tmp_path / "recipe.py", "--out_dir", tmp_path / "out")
     out = capsys.readouterr().out
-    assert f"warning: {tmp_path}/recipe.py: rounds = 3 has no effect: arch = 'csm' has no such key" in out
+    assert f"warning: {tmp_path}/recipe.py:1: rounds = 3 has no effect: arch = 'csm' has no such key" in out
     assert "whole_frames = False has no effect" in out and (tmp_path / "out/000.wav").exists()
 
 

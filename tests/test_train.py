@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, exact, run, same, write_tokens
+from helpers import ROOT, TINY, exact, run, same, write_tokens
 
 import train
 import weights
@@ -25,11 +25,6 @@ from parts.files import locked
 from parts.metrics import read_metrics
 from sample import Voice
 from weights import from_pretrained, load_checkpoint, load_model, save_checkpoint
-
-ROOT = Path(train.__file__).parent
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # as in the subprocesses
 
 
 def start(code, data_dir, out_dir, *flags, launcher=(), **more):
@@ -920,9 +915,10 @@ def test_keys_of_a_recipe_without_effect_are_named(tokens, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text("n_latents = 4\ngamma = 0.1\nvocab_size = 9\nrounds = 3\n")
     run(tokens, tmp_path / "out", str(tmp_path / "recipe.py"), "--max_iters=1")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert said == [f"warning: {tmp_path}/recipe.py: {key} has no effect: {why}" for key, why in (
-        ("n_latents = 4", "arch = 'csm' has no such key"), ("gamma = 0.1", "lr_schedule = 'cosine', not 'multistep'"),
-        ("rounds = 3", "arch = 'csm' has no such key"),
+    assert said == [f"warning: {tmp_path}/recipe.py:{key} has no effect: {why}" for key, why in (
+        ("1: n_latents = 4", "arch = 'csm' has no such key"),
+        ("2: gamma = 0.1", "lr_schedule = 'cosine', not 'multistep'"),
+        ("4: rounds = 3", "arch = 'csm' has no such key"),
     )]  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
+from helpers import GPT2_STACK, WORDS, write_tokens
+from helpers import tiny_xtts as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -19,29 +21,15 @@ import prepare
 import sample
 import train
 import weights
-from codec import load_codec
-from data import Batches, TokenFiles, TokenWriter
+from data import Batches, TokenFiles
 from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
 from parts import configurator
 from parts.audio import read_audio
 from parts.metrics import read_metrics
-from parts.text import SentencePiece, train_tokenizer
 from sample import Voice
 from weights import from_pretrained, load_checkpoint
 
-GPT2 = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **models.GPT2)
 EARS = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2)
-
-
-def tiny(cls=XTTS, backbone=None, **options):
-    """A small XTTS of 16 codes with weights wide enough for logits that differ."""
-    torch.manual_seed(0)
-    sizes = dict(reference_bands=6, reference_rate=10.0, text_positions=20, code_positions=30)
-    model = cls(XTTSConfig(30, 16, {**GPT2, **(backbone or {})}, 1, 2, **{**EARS, **sizes, **options}))
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.normal_(std=0.3)
-    return model
 
 
 def utterance(n=5, T=6, R=9, seed=0):
@@ -236,67 +224,6 @@ def speak(model, text, heard, **options):
             return [int(frame) for frame in frames], end.value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_contract_holds(dtype):
-    model = tiny(dropout=0.5, hide_text_stop=True).to(dtype).train()
-    text, codes, heard = utterance(7, 12, 40)
-    report = contract_check(model, text, codes, reference=heard.half())
-    assert model.training and report["ln_v"] == math.log(18) and len(report["loss_at_shift"]) == 3
-    assert report["max_difference"] < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1}[dtype]
-    for T in (1, 2, 3, 25):
-        contract_check(model, text, utterance(T=T)[1], reference=heard)
-
-
-class ShiftedLayout(XTTS):
-    """Generation starts without the start code."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layout = self.shifted
-
-    def shifted(self, text, codes=None):
-        tokens, segment = self.config.layout(text, codes)
-        return (tokens, segment) if codes is not None else (tokens[:-1], segment[:-1])
-
-
-class TrainedWithout(XTTS):
-    """Training lays out a text without its end."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.layout = self.without
-
-    def without(self, text, codes=None):
-        tokens, segment = self.config.layout(text, codes)
-        kept = np.arange(len(tokens)) != (len(text) + 1 if codes is not None else -1)
-        return tokens[kept], segment[kept]
-
-
-class Deaf(XTTS):
-    """Generation takes no notice of the recording."""
-
-    def generate(self, *args, reference, **options):
-        return super().generate(*args, reference=torch.zeros_like(reference), **options)
-
-
-class LatePositions(XTTS):
-    """Generation counts the codes from 0 on again after the start code."""
-
-    def generate(self, *args, **options):
-        table = self.code_positions.weight.data
-        for n, frame in enumerate(super().generate(*args, **options)):
-            yield frame
-            self.code_positions.weight.data = torch.cat([table[:1], table[:-1]]) if n < 99 else table
-        self.code_positions.weight.data = table
-
-
-@pytest.mark.parametrize("broken", [ShiftedLayout, TrainedWithout, Deaf, LatePositions])
-def test_contract_check_refuses(broken):
-    text, codes, heard = utterance(7, 12)
-    with pytest.raises(ValueError, match="check failed: generation and teacher forcing differ"):
-        contract_check(tiny(broken), text, codes, reference=heard)
-
-
 @given(seed=st.integers(0, 50), n=st.integers(0, 18), most=st.integers(0, 40))
 def test_generation_speaks_only_codes(seed, n, most):
     model, (text, _, heard) = tiny(), utterance(n, seed=seed)
@@ -356,7 +283,7 @@ META = dict(
 
 
 def test_build():
-    stack = {**GPT2, "d_model": 128}
+    stack = {**GPT2_STACK, "d_model": 128}
     options = dict(backbone=stack, text_loss_weight=0.1, code_positions=99, learning_rate=1.0, **EARS)
     model = models.build("xtts", META, options)
     c = model.config
@@ -376,7 +303,7 @@ def test_build():
 def test_build_refuses(change, message):
     meta = {part: {**META[part], **change.get(part, {})} for part in META}
     with pytest.raises(ValueError, match=message):
-        models.build("xtts", meta, dict(backbone=GPT2))
+        models.build("xtts", meta, dict(backbone=GPT2_STACK))
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -389,10 +316,9 @@ def test_build_refuses(change, message):
 ])  # fmt: skip
 def test_sizes_that_cannot_be(key, value, message):
     with pytest.raises(ValueError, match=f"^{key} = .*{message}"):
-        models.build("xtts", META, {"backbone": GPT2, **EARS, key: value})
+        models.build("xtts", META, {"backbone": GPT2_STACK, **EARS, key: value})
 
 
-WORDS = ["zero", "one", "two", "three"]
 SMALL = [
     "--arch=xtts", f"--backbone={dict(n_layer=3, n_head=2, n_kv_head=2, d_model=16, d_ff=32, **models.GPT2)}",
     "--n_latents=3", "--conditioning_layers=1", "--perceiver_layers=1", "--perceiver_heads=1", "--max_tokens=150",
@@ -400,38 +326,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def write_tokens(folder, V, n_mels):
-    """A token folder of two voices: each word is four codes that follow from it, its features the voice's own."""
-    rng = np.random.default_rng(0)
-    tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(WORDS)], 300, ["[a]", "[b]"]))
-    codec = load_codec("mel", n_codebooks=1, codebook_size=V, sample_rate=4000, n_mels=n_mels, dims=16)
-    codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(0))])
-    silence = codec.reference(torch.zeros(1, codec.samples_per_frame))[0]
-    with TokenWriter(folder, references=True) as w:
-        for i in range(35):
-            spoken = rng.integers(0, 4, rng.integers(1, 4))
-            codes = 4 * np.repeat(spoken, 4)[:, None] + np.tile(np.arange(4), len(spoken))[:, None]
-            text = f"[{'ab'[i % 2]}]" + " ".join(WORDS[j] for j in spoken)
-            heard = rng.standard_normal((len(codes) * len(silence), n_mels)) + i % 2
-            w.add("train" if i < 30 else "val", f"u{i}", tokenizer.encode(text), codes, i % 2, heard)
-        w.file("tokenizer.model", tokenizer.model)
-        codec.save(w.partial)
-        keys = ["name", "sample_rate", "frame_rate", "n_codebooks", "codebook_size"]
-        reference = {"rows_per_frame": len(silence), "silence": silence[0].tolist()}
-        described = {**{key: getattr(codec, key) for key in keys}, "fingerprint": codec.fingerprint()}
-        w.finish({"codec": {**described, "reference": reference}, "tokenizer": tokenizer.describe(),
-                  "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("xtts") / "tokens", 16, 20)
+    return write_tokens(tmp_path_factory.mktemp("xtts") / "tokens", K=1, references=True)
 
 
 def run(data_dir, out_dir, *flags, usual=SMALL):
@@ -497,7 +394,7 @@ def test_large_sets_and_shallow_models_freeze_less():
 def test_data_without_recordings_is_refused(tokens, tmp_path):
     files = TokenFiles(tokens, "train")
     meta = json.loads(json.dumps(files.meta))
-    model = models.build("xtts", meta, dict(backbone=GPT2, **EARS))
+    model = models.build("xtts", meta, dict(backbone=GPT2_STACK, **EARS))
     del files.meta["codec"]["reference"]
     with pytest.raises(ValueError, match="make it again with prepare.py --references=True"):
         Batches(files, model.layout, model.length, 400, 8, reference=(3, 6))
@@ -750,7 +647,7 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     torch.save(torch.ones(80), folder / "mel_stats.pth")
     torch.save({"anna": {"gpt_cond_latent": torch.zeros(1, 32, 32)}}, folder / "speakers_xtts.pth")
     torch.save({"decoder.0.weight": torch.zeros(2)}, folder / "dvae.pth")
-    data = write_tokens(tmp_path / "tokens", 32, 80)
+    data = write_tokens(tmp_path / "tokens", K=1, V=32, n_mels=80, references=True)
     usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
     flags = [f"--init_from={folder}", "--text_loss_weight=0.5"]
     with pytest.raises(ValueError, match="--n_latents: n_latents = 7, but .*xtts-v2 was trained with"):
