@@ -575,6 +575,8 @@ class Family(nn.Module):
     """
 
     causal = True  # frames are made one after the other
+    modes = (None,)  # in which the model can work: `now` is one of them for a while, or None: as the config says
+    now = None
     reference = False  # the voice comes from the features of a recording
     transcript = False  # a voice prompt needs its text
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
@@ -589,6 +591,11 @@ class Family(nn.Module):
         self.layout = config.layout
         self.length = config.length
         self.stop_frame = config.stop_frame
+
+    @property
+    def mode(self):
+        """The mode in which the model works now, None for a family that has one only."""
+        return self.config.mode
 
     @property
     def device(self):
@@ -1377,7 +1384,10 @@ class VallEConfig(FamilyConfig):
     "normal" and without stretched_text, gray_length and whole_frames; they speak with guidance 2.5 and top_sigma 1.
     """
 
-    mode: Literal["nar", "ar"] = fixed("nar")  # nar: all frames at once, out of masks; ar: one frame after the other
+    # nar: all frames at once, out of masks; ar: one frame after the other; ar+nar: one model learns both
+    mode: Literal["nar", "ar", "ar+nar"] = fixed("nar")
+    nar_share: "0 < float < 1" = free(0.5, "ar+nar")  # ar+nar: share of the training batches that are nar
+    speaks: Literal["nar", "ar"] = free("nar", "ar+nar")  # ar+nar: the mode in which it speaks
     languages: "1 <= int <= 10000" = 1  # how many languages have an id
     language: "int >= 0" = 0  # that of every utterance
     shared_heads: bool = fixed(False)  # one feed-forward layer before the heads of all codebooks, instead of one each
@@ -1420,21 +1430,22 @@ class VallEConfig(FamilyConfig):
         return self.codebook_size + 1
 
     def stop_frame(self):
-        """Class `codebook_size` in every codebook. Only mode ar has a stop frame."""
+        """Class `codebook_size` in every codebook. Mode nar has no stop frame."""
         return np.full(self.n_codebooks, self.codebook_size)
 
-    def layout(self, text, codes=None, prompt=None):
+    def layout(self, text, codes=None, prompt=None, stop=None):
         """See Family. tokens (S, K + 1): a row holds a text id in its last column, or a frame in the others.
 
         The order is that of VALL-E v2, with a separator between the parts: the text between its marks, the language,
-        the frames of a prompt, the frames of the utterance. The text of the prompt is not used.
+        the frames of a prompt, the frames of the utterance. The text of the prompt is not used. stop: whether the stop
+        frame follows; None: as the mode says.
         """
         K = self.n_codebooks
         end = self.separator
         text = np.concatenate([self.marked(text), [end, end + 2 + self.language, end]])
         prompt_frames = np.concatenate([np.zeros((0, K), np.int64), *(codes for _, codes in as_list(prompt))])
         frames = np.zeros((0, K)) if codes is None else codes
-        if self.mode == "ar" and codes is not None:
+        if codes is not None and (self.mode != "nar" if stop is None else stop):
             frames = np.concatenate([codes, self.stop_frame()[None]])
         counts = [len(text), len(prompt_frames), prompt is not None, len(frames)]
         segment = np.repeat([TEXT, PROMPT, TEXT, AUDIO], counts)
@@ -1447,7 +1458,7 @@ class VallEConfig(FamilyConfig):
 
     def length(self, text, frames, prompt_text=0, prompt_frames=0):
         prompt = np.where(np.asarray(prompt_frames) > 0, prompt_frames + 1, 0)
-        return text + self.n_marks + 3 + prompt + frames + (self.mode == "ar")
+        return text + self.n_marks + 3 + prompt + frames + (self.mode != "nar")
 
 
 DIGITS = 5  # of a length
@@ -1543,7 +1554,7 @@ class VallE(Family):
     Mode nar is a masked transformer (MaskGIT, Chang et al. 2022) with attention in both directions. It learns to fill
     in masked frames. To speak, it first predicts the number of frames, digit by digit, and starts with all of them
     masked; in each round it fills in all masked frames and masks the least certain again, fewer in every round. In mode
-    ar row s predicts the frame of row s + 1.
+    ar row s predicts the frame of row s + 1. Mode ar+nar shares all weights between the two.
     """
 
     RESCALE = 0.75  # share of the guided logits' spread that is set back to what it was
@@ -1555,8 +1566,9 @@ class VallE(Family):
         super().__init__(config)
         K, V, D = config.n_codebooks, config.codebook_size, config.backbone.d_model
         heads = 8 * config.level_attention
-        self.causal = config.mode == "ar"
-        if self.causal:
+        if config.mode == "ar+nar":
+            self.modes = ("ar", "nar")
+        if config.mode != "nar":
             self.draw = {**self.draw, "repetition_penalty": 1.0, "repetition_decay": 0.0}
         self.text_embedding = nn.Embedding(config.text_vocab_size + 2 + config.languages, D)
         self.prompt_encoder = AudioEncoder(K, V, D, heads)
@@ -1565,7 +1577,7 @@ class VallE(Family):
         self.decoder = AudioDecoder(K, D, config.shared_heads, heads)
         self.heads = nn.Parameter(torch.empty(K, V + 1, D))
         self.head_bias = nn.Parameter(torch.empty(K, V + 1))
-        if not self.causal:
+        if config.mode != "ar":
             self.length_heads = nn.Parameter(torch.empty(DIGITS, 10, D))
             self.length_bias = nn.Parameter(torch.empty(DIGITS, 10))
         init_weights(self)
@@ -1574,6 +1586,15 @@ class VallE(Family):
                 nn.init.zeros_(p)
             elif name.endswith("encoder.norm.weight"):
                 nn.init.constant_(p, 0.1)  # louder frames drown the text, and the model learns to read it much later
+
+    @property
+    def mode(self):
+        c = self.config
+        return self.now or (c.speaks if c.mode == "ar+nar" else c.mode)
+
+    @property
+    def causal(self):
+        return self.mode == "ar"
 
     def embed(self, tokens, segment):
         """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""
@@ -1654,6 +1675,31 @@ class VallE(Family):
     def forward(self, tokens, segment):
         """See Family. Mode nar predicts the masked frames, mode ar all frames.
 
+        Mode ar+nar draws one of them for a training batch, because the two differ in their attention, and evaluates
+        with both. The stats "ar_loss", "nar_loss" and the like are those of each.
+        """
+        c = self.config
+        if c.mode != "ar+nar":
+            return self.score(tokens, segment)
+        stop = (segment == AUDIO) & (tokens[..., 0] == c.codebook_size)
+        own = ("loss", "c0_accuracy")
+        stats = dict.fromkeys([f"{mode}_{name}" for mode in self.modes for name in own], (0.0, 0.0))
+        stats |= {"length_loss": (0.0, 0.0), "length_error": (0.0, 0.0)}  # all ranks must have the same names
+        loss = 0 * (self.length_heads.sum() + self.length_bias.sum())  # and gradients of all parameters
+        for mode in ["nar" if torch.rand(()) < c.nar_share else "ar"] if self.training else self.modes:
+            self.now = mode
+            part, found = self.score(tokens, segment if self.causal else segment.masked_fill(stop, PAD))
+            loss = loss + part
+            found |= {f"{mode}_{name}": found[name] for name in own}
+            for name, (value, count) in found.items():
+                before = stats.get(name, (0.0, 0.0))
+                stats[name] = before[0] + value, before[1] + count
+        self.now = None
+        return loss, stats
+
+    def score(self, tokens, segment):
+        """Loss and stats of a batch in one mode.
+
         As published, an utterance's loss is a mean over all its frames, in which a frame that is not predicted counts
         as 0. All utterances have the same weight; level_weights gives the weights of the codebooks.
         """
@@ -1664,7 +1710,7 @@ class VallE(Family):
         masked = self.masked(spoken)
         seen = segment
         drawn = torch.ones(B, K, device=segment.device)
-        if self.training and c.text_dropout:
+        if self.training and c.text_dropout and not self.causal:
             dropped = torch.rand(B, 1, device=segment.device) < c.text_dropout
             seen = torch.where(dropped, self.without_text(tokens, segment), segment)
         if self.training and c.random_level:
@@ -1748,7 +1794,7 @@ class VallE(Family):
 
     def teacher_forced_logits(self, text, codes):
         """See Family. Mode nar: (T, K, V + 1), from a pass in which all frames are masked."""
-        tokens, segment = self.rows(text, codes)
+        tokens, segment = self.rows(text, codes, stop=self.causal)
         spoken = segment == AUDIO
         if self.causal:
             return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
@@ -1788,10 +1834,10 @@ class VallE(Family):
         """All frames at once. A code's score is its probability in the last round, for codes that were kept too."""
         c = self.config
         if frames is None:
-            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt)
+            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt, stop=False)
             frames = int(self.guess_length(self.length_state(tokens, segment)))
         T = max(1, min(frames, max_frames))
-        tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt)
+        tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt, stop=False)
         codes = tokens[0, -T:, :-1]  # a view: the rows change with it
         score = torch.ones(T, c.n_codebooks, device=tokens.device)
         for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
@@ -1880,9 +1926,22 @@ def contract_check(model, text, codes, **side):
     falls but the audio is noise. Returns {"max_difference", "loss_at_shift", "ln_v"}, where loss_at_shift is the
     cross-entropy of codebook 0 against the frame before the one it is trained to predict (shift 0), that one (1), and
     the one after (2), or [] for fewer than 3 frames. Raises ValueError where the logits differ, where a trained model
-    predicts another shift, or where weights or logits are not finite.
+    predicts another shift, or where weights or logits are not finite. A model with several modes is checked in each,
+    and the report is that with the largest difference.
     """
     check_finite(model)
+    reports = []
+    try:
+        for mode in model.modes:
+            model.now = mode
+            reports.append(check_mode(model, text, codes, **side))
+    finally:
+        model.now = None
+    return max(reports, key=lambda report: report["max_difference"])
+
+
+def check_mode(model, text, codes, **side):
+    """contract_check in the mode in which the model works now."""
     T = len(codes)
     training = model.training
     model.eval()

@@ -77,7 +77,7 @@ adapter = ""  # another LoRA checkpoint on the same base, to speak with instead 
 
 SHARED = {
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
-    "model.py": ["rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop"],
+    "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop"],
 }
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
@@ -561,9 +561,9 @@ def get_ready(cfg, path, lines, out_dir):
     messages = sys.stderr if out_dir == "-" else sys.stdout
     if warning := slow_type(voice.device, cfg.dtype):
         print(warning, file=messages)
-    configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
     for key in {*SHARED["model.py"]} & cfg.given.keys() & vars(voice.model.config).keys():
         setattr(voice.model.config, key, getattr(cfg, key))
+    configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
     if cfg.adapter:
         voice.adapt(cfg.adapter)
     reference = voice.listen([path for _, path in named(cfg.reference, "recording")]) if cfg.reference else None
@@ -666,12 +666,13 @@ def idle_keys(cfg, voice):
     """{key: why} of the keys that have no effect on this voice."""
     c, idle = voice.model.config, {}
     known = {f.name: f.metadata.get("mode") for f in fields(c)}
-    which = f"mode = {c.mode!r}" if c.mode else f"arch = {c.arch!r}"
+    mode = voice.model.mode
+    which = f"mode = {mode!r}" if mode else f"arch = {c.arch!r}"
     idle.update({key: f"{which} does not use it" for key in DRAWS if key not in voice.draw})
     for key in SHARED["model.py"]:
         if key not in known:
             idle[key] = f"arch = {c.arch!r} has no such key"
-        elif known[key] not in (None, c.mode):
+        elif known[key] not in (None, c.mode, mode):
             idle[key] = f"{which} does not use it"
     if c.arch == "csm" and c.stop != "zeros":
         idle["loose_stop"] = "the model has a class to stop with"

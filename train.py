@@ -167,7 +167,7 @@ def idle_keys(cfg):
     own = {f.name: f for f in fields(config)}
     idle = dict.fromkeys({"decoder", *family_keys()} - own.keys(), f"arch = {cfg.arch!r} has no such key")
     for name, f in own.items():
-        if f.metadata.get("mode") not in (None, getattr(cfg, "mode", None)):
+        if f.metadata.get("mode") not in (None, cfg.mode, *cfg.mode.split("+")):
             idle[name] = f"mode = {cfg.mode!r} does not use it"
     if not family.reference:
         idle["reference_seconds"] = f"arch = {cfg.arch!r} reads no voice off a recording"

@@ -14,7 +14,7 @@ from model import ARCHS, contract_check
 
 SMALL = {
     "csm": tiny, "kani": tiny_kani, "xtts": tiny_xtts, "valle-ar": partial(tiny_valle, mode="ar"),
-    "valle-nar": partial(tiny_valle, mode="nar"),
+    "valle-nar": partial(tiny_valle, mode="nar"), "valle-ar+nar": partial(tiny_valle, mode="ar+nar"),
 }  # fmt: skip
 SPARE = {"csm": 3, "kani": 1, "xtts": 2, "valle": 1}  # classes beyond the codes
 # a field of each config that may differ from the checkpoint's
@@ -32,6 +32,7 @@ VARIANTS = [
     ("valle-ar", {}), ("valle-ar", dict(text_bos=-1, text_eos=-1, backbone=dict(dropout=0.5))),
     ("valle-nar", {}), ("valle-nar", dict(segmented_mask=True, shared_heads=True)), ("valle-nar", dict(guidance=2.0)),
     ("valle-nar", dict(level_attention=True, backbone=WIDE)),
+    ("valle-ar+nar", dict(speaks="ar")), ("valle-ar+nar", dict(speaks="nar", guidance=2.0)),
 ]  # fmt: skip
 variants = pytest.mark.parametrize("family, options", VARIANTS, ids=lambda x: x if isinstance(x, str) else ",".join(x))
 
@@ -61,7 +62,7 @@ def test_contract_holds(family, options, dtype):
     report = contract_check(model, text, codes, **side)
     assert model.training and len(report["loss_at_shift"]) == 3
     assert report["ln_v"] == pytest.approx(np.log(c.codebook_size + SPARE[c.arch]))
-    if not (dtype == torch.bfloat16 and family == "valle-nar"):  # guidance subtracts what is rounded
+    if not (dtype == torch.bfloat16 and family.endswith("nar")):  # guidance subtracts what is rounded
         assert report["max_difference"] < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1}[dtype]
     for T in (1, 2, 3):
         contract_check(model, text[:2], codes[:T], **side)
@@ -71,7 +72,7 @@ def test_contract_holds(family, options, dtype):
 def test_right_padding_changes_nothing(family, options):
     model = SMALL[family](**options).double().eval()
     drawn = torch.rand(80) < 0.6
-    if family == "valle-nar":
+    if family.endswith("nar"):
         model.masked = lambda spoken: spoken & drawn[: spoken.shape[1]]
     utterances = [utterance(model, *size) for size in ((5, 9, 0), (3, 4, 1), (8, 2, 2))]
     results = []
@@ -236,9 +237,9 @@ def knows_the_end(model):
     whole = model.positions
 
     def positions(tokens, segment):
-        model.causal = False
+        model.now = "nar"
         places = whole(tokens, segment)
-        model.causal = True
+        model.now = None
         return places
 
     model.positions = positions
@@ -271,7 +272,7 @@ FAULTS = [
     (keeps_the_last_frame_in_the_depth_cache, "csm"), (embeds_in_another_table, "csm"),
     (hears_nothing, "xtts"), (counts_codes_anew, "xtts"), (counts_frames_from_one, "valle-ar"),
     (knows_the_end, "valle-ar"), (masks_with_the_stop, "valle-nar"), (mixes_levels, "valle-nar"),
-    (leaves_out_a_frame, "valle-nar"),
+    (leaves_out_a_frame, "valle-nar"), (counts_frames_from_one, "valle-ar+nar"), (masks_with_the_stop, "valle-ar+nar"),
 ]  # fmt: skip
 
 

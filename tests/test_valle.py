@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, VALLE_STACK, batch_of, exact, gradients, same, spoken_by, utterance
+from helpers import ROOT, VALLE_STACK, batch_of, command, exact, gradients, same, spoken_by, utterance
 from helpers import tiny_valle as tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import layouts as published
 import model as models
+import sample
 import train
 import weights
 from data import Batches, TokenFiles
@@ -447,6 +448,45 @@ def test_loss_by_hand(options, monkeypatch):
     assert stats["loss"][1] == n and torch.equal(stats["c0_accuracy"][1], counts[0])
 
 
+def test_both_modes_are_those_of_a_model_that_has_one():
+    """In evaluation and, as drawn, in training; the stop frame is a row of mode ar alone."""
+    both = tiny(mode="ar+nar", text_dropout=0.3, frame_dropout=0.3)
+    batch = [(*utterance(5, 9), utterance(2, 3, seed=4)), utterance(3, 5, seed=1), utterance(8, 12, seed=2)]
+    single = {}
+    for mode in MODES:
+        model = tiny(mode=mode, **{"ar": dict(frame_dropout=0.3), "nar": dict(text_dropout=0.3)}[mode])
+        weights.load_weights(model, {name: x for name, x in both.state_dict().items() if name in model.state_dict()})
+        single[mode] = model, batch_of(model, *batch, width=30)  # masks are drawn for as many rows
+    rows = batch_of(both, *batch, width=30)
+    _, stats = both.eval()(*rows)
+    for mode, (model, own) in single.items():
+        _, expected = model.eval()(*own)
+        for name in ("loss", "c0_accuracy"):
+            assert [float(x) for x in stats[f"{mode}_{name}"]] == pytest.approx([float(x) for x in expected[name]])
+    assert float(stats["length_loss"][0]) == pytest.approx(float(expected["length_loss"][0]))
+
+    drawn = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        both.train().zero_grad()
+        loss, stats = both(*rows)
+        loss.backward()
+        mode = "ar" if stats["nar_loss"][1] == 0 else "nar"
+        drawn.append(mode)
+        model, own = single[mode]
+        torch.manual_seed(seed)
+        torch.rand(())  # the draw of the mode
+        model.train().zero_grad()
+        expected, _ = model(*own)
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(both.get_parameter(name).grad, p.grad)
+        assert all(p.grad is not None for p in both.parameters())  # all ranks have the same gradients
+        assert both.length_heads.grad.any() == (mode == "nar")
+    assert set(drawn) == set(MODES) and both.now is None
+
+
 def test_initial_loss_is_near_ln_v():
     torch.manual_seed(0)
     for mode in MODES:
@@ -775,7 +815,8 @@ def test_prompts_change_what_is_said():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(mode="both"), "mode = 'both' must be nar or ar"),
+    (dict(mode="both"), r"mode = 'both' must be nar, ar or ar\+nar"),
+    (dict(nar_share=1.0), "nar_share = 1.0 must be > 0 and < 1"),
     (dict(level_weights="auto"), "level_weights = 'auto' must be decreasing, normal or equal"),
     (dict(rounds=0), "rounds = 0 must be >= 1"),
     (dict(guidance=math.inf), "guidance = inf must be finite"),
@@ -808,7 +849,8 @@ EVERYTHING = ["--random_level=True", "--voice_prompt=0.5", "--muon=True", "--dro
 @pytest.mark.parametrize("flags", [
     ["--mode=ar", "--frame_dropout=0.3", *EVERYTHING],
     ["--mode=nar", "--text_dropout=0.2", "--mask_ratio=0", *EVERYTHING],
-], ids=MODES)  # fmt: skip
+    ["--mode=ar+nar", "--text_dropout=0.2", "--frame_dropout=0.3", "--nar_share=0.6", *EVERYTHING],
+], ids=(*MODES, "ar+nar"))  # fmt: skip
 def test_training_goes_on_bit_for_bit(tokens, tmp_path, flags):
     whole, lines = run(tokens, tmp_path / "whole", "--max_iters=8", *flags)
     run(tokens, tmp_path / "halves", "--max_iters=4", *flags)
@@ -817,7 +859,7 @@ def test_training_goes_on_bit_for_bit(tokens, tmp_path, flags):
     assert exact(lines) == exact(lines_again) and len(lines) == 8
     assert lines[-1]["val_loss"] < lines[3]["val_loss"] and len(lines[-1]["val_loss_by_codebook"]) == 3
     with pytest.raises(ValueError, match="mode = "):
-        other = "--mode=ar" if "nar" in flags[0] else "--mode=nar"
+        other = "--mode=ar" if flags[0] != "--mode=ar" else "--mode=nar"
         run(tokens, tmp_path / "halves", "--max_iters=9", "--init_from=resume", *flags, other)
 
 
@@ -841,9 +883,60 @@ def test_it_learns_and_speaks(tokens, tmp_path, mode, steps):
         voice.say("one", reference_text="two")
 
 
-def test_length_and_batches_agree(tokens):
+def test_one_model_learns_both_modes(tokens, tmp_path):
+    """In one run, and speaks in either; a loss of each is logged."""
+    flags = ["--mode=ar+nar", "--max_iters=160", "--eval_interval=160", "--muon=True", "--learning_rate=0.02",
+             "--shared_heads=True", "--rounds=3"]  # fmt: skip
+    _, lines = run(tokens, tmp_path, *flags)
+    drawn = [next(mode for mode in MODES if line[f"{mode}_loss"] is not None) for line in lines]
+    assert drawn.count("ar") + drawn.count("nar") == 160 and 55 < drawn.count("nar") < 105
+    for line, mode in zip(lines, drawn, strict=True):
+        assert line["loss"] == line[f"{mode}_loss"] and (line["length_loss"] is None) == (mode == "ar")
+        assert sum(line[f"{mode}_loss"] is None for mode in MODES) == 1
+    for name in ("ar_loss", "nar_loss", "ar_c0_accuracy", "nar_c0_accuracy", "length_loss", "stop_missed"):
+        assert lines[-1][f"val_{name}"] is not None
     files = TokenFiles(tokens, "train")
     for mode in MODES:
+        voice, right = Voice.from_checkpoint(tmp_path / "last.pt", "cpu", speaks=mode), []
+        assert voice.model.causal == (mode == "ar")
+        for i in range(10):
+            frames, stopped = spoken_by(voice.model, files.text(i), choose=greedy)
+            said = files.codes(i).tolist()
+            matches = np.mean([a == b for a, b in zip(frames, said)])  # noqa: B905
+            right.append((stopped and len(frames) == len(said), matches))
+        assert (np.mean(right, 0) > 0.5).all(), (mode, np.mean(right, 0))  # by chance 0.33 and 0.06
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_the_modes_that_one_process_draws(tokens, tmp_path):
+    flags = [*RUN, f"--data_dir={tokens}", "--mode=ar+nar", "--max_iters=6", "--gradient_accumulation_steps=2",
+             "--log_interval=1", "--eval_interval=6"]  # fmt: skip
+    run(tokens, tmp_path / "one", *flags)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    command(ROOT, *launcher, *flags, f"--out_dir={tmp_path / 'two'}")
+    one, two = (exact(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(np.float64(a[key]), np.float64(b[key]), rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+def test_sample_picks_the_mode(tokens, tmp_path, capsys):
+    run(tokens, tmp_path, "--mode=ar+nar", "--max_iters=4", "--speaks=ar")
+    flags = [f"--ckpt={tmp_path}/last.pt", "--text=one two", "--device=cpu", "--cap_seconds=2"]
+    spoken = {}
+    for more in ([], ["--speaks=ar"], ["--speaks=nar", "--rounds=2"]):
+        out = tmp_path / ("_".join(more) or "usual")
+        sample.main(configurator.configure(sample.__file__, [*flags, f"--out_dir={out}", *more]))
+        spoken[len(spoken)] = (out / "000.wav").read_bytes()
+    assert spoken[0] == spoken[1] != spoken[2]
+    with pytest.raises(ValueError, match="rounds = 2 has no effect: mode = 'ar' does not use it"):
+        sample.main(configurator.configure(sample.__file__, [*flags, f"--out_dir={tmp_path}/x", "--rounds=2"]))
+
+
+def test_length_and_batches_agree(tokens):
+    files = TokenFiles(tokens, "train")
+    for mode in (*MODES, "ar+nar"):
         model = models.build("valle", files.meta, {"mode": mode, "backbone": VALLE_STACK, "guidance": None})
         assert model.config.guidance == 1.0
         batches = Batches(files, model.layout, model.length, 200, 8, voice_prompt=0.7, max_rows=model.max_rows)
