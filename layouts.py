@@ -13,8 +13,9 @@ import itertools
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -49,7 +50,6 @@ class Layout:
     sizes(shapes, given) -> the fields of our config, as a dict. shapes: {key: shape}; given: config.json, or {}.
     ignored: regular expression of the keys that are not used.
     tied: {key: other key} of one tensor with two names; a file has one or both, `source` uses the second.
-    tables: names of our tensors with one row per text id; a tokenizer may have more ids than the weights.
     split(name, tensor, config) -> the published tensors that our tensor is made of, one for each of `keys`. Where
         several of ours share a key, their parts stand in one tensor, along its last axis. None: `make` is its own
         inverse.
@@ -64,7 +64,6 @@ class Layout:
     sizes: Callable
     ignored: str = "(?!)"
     tied: dict = field(default_factory=dict)
-    tables: tuple = ()
     split: Callable | None = None
     copies: tuple = ()
     prefix: str = ""
@@ -100,13 +99,14 @@ def load(path, device="cpu", dtype=torch.float32, **changes):
     return assemble(*find(path), device, dtype, **changes)
 
 
-def start(path, arch, meta, habits, say=print):
+def start(path, arch, meta, habits, say=print, grown=True):
     """A model to train further, with published sizes and weights.
 
     meta: a token folder's meta.json, which tells how a text begins and ends; habits: {field of the config: value} that
-    is no size, unknown ones are ignored; say(line): is told when the vocabulary grows to the tokenizer's. Raises what
-    `load` raises, and ValueError where the weights are of another family, codec or reference, or their text ids do not
-    fit the tokenizer's.
+    is no size, unknown ones are ignored; say(line): is told when the vocabulary grows to the tokenizer's. grown: False
+    leaves the `new_rows` of the tables to the caller; text_vocab_size counts them already. Raises what `load` raises,
+    and ValueError where the weights are of another family, codec or reference, or their text ids do not fit the
+    tokenizer's.
     """
     layout, *found = find(path)
     if layout.arch != arch:
@@ -123,14 +123,15 @@ def start(path, arch, meta, habits, say=print):
         raise ValueError(f"{path} reads {c.reference_bands} features of a recording, the data have "
                          f"{own['reference_bands']}: prepare them with the codec of these weights")  # fmt: skip
     more = most - c.text_vocab_size
-    if more < 0 if layout.tables else more > 0:
+    if more < 0 if model.text_tables else more > 0:
         raise ValueError(f"{path} knows {c.text_vocab_size} text ids, the data have {most}: prepare them with the "
-                         f"tokenizer of these weights{', or one that extends it' if layout.tables else ''}")
+                         f"tokenizer of these weights{', or one that extends it' if model.text_tables else ''}")
     if more <= 0:
         return model
     say(f"{path}: {more:,} new text ids beside its {c.text_vocab_size:,}; their embeddings start at the mean of the "
         "others plus a little noise")  # fmt: skip
-    return grow(model, layout.tables, most)
+    model.config.text_vocab_size = most
+    return grow(model) if grown else model
 
 
 def outer_fields(arch, own):
@@ -140,16 +141,24 @@ def outer_fields(arch, own):
     return {key: own[key] for key in ("text_bos", "text_eos", "reference_rate") if key in names}
 
 
-def grow(model, tables, size):
-    """A model with `size` text ids from one that has fewer. New rows are the mean of the old ones, which makes a new id
-    as likely as the others on average (Hewitt 2021), plus a hundredth of their standard deviation as noise."""
+def new_rows(model):
+    """{name: rows} that the model's text tables lack for the text_vocab_size of its config. They are the mean of the
+    old ones, which makes a new id as likely as the others on average (Hewitt 2021), plus a hundredth of their standard
+    deviation as noise."""
+    rows = {}
+    for name in model.text_tables:
+        old = attrgetter(name)(model).detach()
+        if (more := model.config.text_vocab_size - len(old)) > 0:
+            rows[name] = old.mean(0) + 0.01 * old.std(0) * torch.randn(more, *old.shape[1:])
+    return rows
+
+
+def grow(model):
+    """The same model with the `new_rows` in its tables."""
     state = model.state_dict()
-    for name in tables:
-        old = state[name]
-        noise = torch.randn(size - len(old), *old.shape[1:])
-        state[name] = torch.cat([old, old.mean(0) + 0.01 * old.std(0) * noise])
+    state |= {name: torch.cat([state[name], rows]) for name, rows in new_rows(model).items()}
     with WithoutMemory():
-        larger = type(model)(replace(model.config, text_vocab_size=size))
+        larger = type(model)(model.config)
     larger.load_state_dict(state, assign=True)
     return larger
 
@@ -161,6 +170,17 @@ def known_fields(arch, changes):
         name = min(foreign)
         raise ValueError(f"{name} = {changes[name]!r}: the family {arch!r} has no such setting")
     return changes
+
+
+def published_names(model):
+    """{name: [published names]} of the model's parameters, in transformers' layout if the family has one."""
+    of_family = [layout for layout in LAYOUTS if layout.arch == model.config.arch]
+    names = {}
+    for layout in sorted(of_family, key=lambda layout: layout.name != "transformers")[:1]:
+        for name in model.state_dict():
+            keys = layout.source(name, model.config)[0]
+            names[name] = [*keys, *(twin for twin, key in layout.tied.items() if key in keys)]
+    return names
 
 
 def is_published(path):
@@ -574,7 +594,7 @@ def xtts_sizes(shapes, given):
 XTTS_V2 = Layout(
     "original", "xtts", "mel_head.weight", xtts, xtts_sizes,
     ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
-    tables=("text_embedding.weight", "text_head.weight", "text_head.bias"), split=xtts_split, prefix="gpt.",
+    split=xtts_split, prefix="gpt.",
 )  # fmt: skip
 
 

@@ -580,6 +580,7 @@ class Family(nn.Module):
     reference = False  # the voice comes from the features of a recording
     transcript = False  # a voice prompt needs its text
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
+    text_tables = ()  # names of the parameters with a row for each text id, where a tokenizer may bring more ids
     front_end = "plain"  # what its authors do to a text before a tokenizer reads it, see parts/frontend.py
     # how its authors sample, see sample_code; a setting that is not named here has no effect on the family
     draw = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -1217,6 +1218,7 @@ class XTTS(Family):
     """
 
     reference = True
+    text_tables = ("text_embedding.weight", "text_head.weight", "text_head.bias")
     front_end = "xtts"
     draw = dict(temperature=0.75, top_k=50, top_p=0.85, min_p=0.0, repetition_penalty=5.0, repetition_decay=0.0)
 

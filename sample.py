@@ -77,6 +77,7 @@ adapter = ""  # another LoRA checkpoint on the same base, to speak with instead 
 
 SHARED = {
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
+    "weights.py": ["base"],
     "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop"],
 }
 LEAST_REFERENCE = 0.1  # seconds

@@ -89,7 +89,9 @@ lora_rank: "int >= 0" = 0  # of each adapter; 0: no LoRA
 lora_alpha: "float > 0" = 32.0  # adapter output is scaled by alpha / rank
 lora_rs = False  # scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones
 lora_dropout: "0 <= float < 1" = 0.0  # dropout on the adapter's input
-lora_targets: "list[str]" = [r"\.layers\."]  # regular expressions: linear layers with matching names get an adapter
+# linear layers that get one: names as in peft (q_proj, w1), or regular expressions for our names (parts/targets.py)
+lora_targets: "str | list[str]" = [r"\.layers\."]
+lora_also: "list[str]" = []  # parameters to train whole and save beside, named likewise (peft's modules_to_save)
 lora_base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; bfloat16 halves their memory
 # batches
 max_tokens: "int >= 1" = 8192  # largest micro-batch in rows, padding included
@@ -136,6 +138,7 @@ backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
 SHARED = {
     "sample.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "device", "dtype",
                   "seed"],
+    "weights.py": ["base"],
 }  # fmt: skip
 UNTRAINED = {name: torch.zeros(2) for name in ("loss", "c0_accuracy", "grad_norm", "padding")}  # sums before step 1
 FEWEST_TARGETS = 0.2  # share of the frames; with fewer targets a model does not learn to speak

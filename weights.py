@@ -21,7 +21,7 @@ import torch
 
 from codec import load_codec
 from export import export
-from layouts import assemble, find, is_published, known_fields, load, start
+from layouts import assemble, find, is_published, known_fields, load, new_rows, published_names, start
 from model import ARCHS, build, contradiction
 from parts import configurator, lora
 from parts.files import need, whole
@@ -32,6 +32,7 @@ from released import RELEASES, find_codec, find_tokenizer
 
 command = ""  # what to do: export, inspect
 ckpt = ""  # to what: a checkpoint of train.py's, or published weights
+base = ""  # of an adapter: the weights it was trained on, or their folder; empty: where they were then, or near by
 out_dir = ""  # export: folder to write into
 layout = ""  # export: how, see export.py; empty: the first that the family has
 dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # export: of the weights; empty: as they are in ckpt
@@ -111,38 +112,74 @@ def load_checkpoint(path, device="cpu", needed=()):
     return found
 
 
-def load_model(checkpoint, device="cpu", dtype=torch.float32, **changes):
+def load_model(checkpoint, device="cpu", dtype=torch.float32, base="", **changes):
     """The model of a checkpoint in eval mode, with the averaged weights if it has them.
 
-    changes: fields of its config to set, such as the rounds of demasking; None leaves them. Raises ValueError for an
-    unknown family, an unknown field, impossible sizes, or weights that do not fit or are not finite; and
-    FileNotFoundError for an adapter whose base is missing.
+    base: see find_base. changes: fields of its config to set, such as the rounds of demasking; None leaves them. Raises
+    ValueError for an unknown family, an unknown field, impossible sizes, or weights that do not fit or are not finite;
+    and FileNotFoundError for an adapter whose base is missing.
     """
     where = getattr(checkpoint, "path", "the checkpoint")
     if missing := [key for key in ("arch", "model_config", "model") if checkpoint.get(key) is None]:
         raise ValueError(f"{where} lacks {', '.join(missing)}: train.py writes whole ones")
-    if base := checkpoint.get("base"):
-        model = load_base(where, base, device, **changes)
-        lora.load_adapter(model, checkpoint.get("ema") or checkpoint["model"])  # it is active from now on
-        return model.to(dtype=dtype).eval()
     arch = checkpoint["arch"]
     if arch not in ARCHS:
         raise ValueError(f"{where} is of the unknown family {arch!r:.60}; this code has {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
     names = {f.name for f in fields(config) if f.init}
     given = {**checkpoint["model_config"], **known_fields(arch, changes)}
+    given = {key: value for key, value in given.items() if key in names}
+    if checkpoint.get("base"):
+        model = load_adapted(checkpoint, checkpoint.get("ema") or checkpoint["model"], given, device, base)
+        return model.to(dtype=dtype).eval()
     try:
-        model = model(config(**{k: v for k, v in given.items() if k in names}))
+        model = model(config(**given))
     except UNBUILT as error:
         raise ValueError(f"{where}: no model has the config in it: {reason(error)}") from None
     load_weights(model, checkpoint.get("ema") or checkpoint["model"], where)
     return model.to(device=device, dtype=dtype).eval()
 
 
-def load_base(adapter, base, device, **changes):
+def load_adapted(checkpoint, state, given, device="cpu", base=""):
+    """The model of an adapter's checkpoint: its base, with the adapter in `state`, which is active.
+
+    given: the fields of its config, which are those of the adapter's run, not the base's. base: see find_base, whose
+    path checkpoint["base"] is afterwards. Raises FileNotFoundError, and ValueError for a base that is an adapter, or
+    another than the one it was trained on.
+    """
+    where = getattr(checkpoint, "path", "the checkpoint")
+    path = find_base(where, checkpoint["base"], base, (checkpoint.get("config") or {}).get("out_dir"))
+    text_vocab_size = given.pop("text_vocab_size", None)  # the base may have fewer, the others are in the adapter
+    model = load_base(where, path, device, **given)
+    try:
+        lora.load_adapter(model, state)
+    except ValueError as error:
+        raise ValueError(f"{where} with the base {path}: {error}; --base=PATH names another one") from None
+    model.config.text_vocab_size = text_vocab_size or model.config.text_vocab_size
+    if new_rows(model):
+        raise ValueError(f"{where} is damaged: it has {text_vocab_size} text ids, and fewer embeddings")
+    checkpoint["base"] = path
+    return model
+
+
+def find_base(adapter, recorded, given="", out_dir=None):
+    """The path of an adapter's base: `given`, or a file or folder of the recorded name in it; without it the recorded
+    path, as it is, or seen from the adapter's folder as it was from the run's out_dir. Raises FileNotFoundError."""
+    folder = os.path.dirname(adapter)
+    places = [os.path.join(given, os.path.basename(recorded)), given] if given else [recorded]
+    if not given:
+        places.append(os.path.join(folder, recorded))
+        if isinstance(out_dir, str) and os.path.isabs(out_dir) == os.path.isabs(recorded):
+            places.append(os.path.normpath(os.path.join(folder, os.path.relpath(recorded, out_dir))))
+    for place in places:
+        if os.path.exists(place):
+            return place
+    raise FileNotFoundError(f"{adapter} is an adapter on {recorded}, but {given or recorded} does not exist: put the "
+                            "base back, or name it by --base")  # fmt: skip
+
+
+def load_base(adapter, base, device="cpu", **changes):
     """The model that an adapter is added to. Raises FileNotFoundError, and ValueError for a base that is an adapter."""
-    if not os.path.exists(base):
-        raise FileNotFoundError(f"{adapter} is an adapter on {base}, which does not exist: put the base back")
     if is_published(base):
         return load(base, device, **changes)
     checkpoint = load_checkpoint(base)
@@ -151,15 +188,15 @@ def load_base(adapter, base, device, **changes):
     return load_model(checkpoint, device, **changes)
 
 
-def from_pretrained(path, device="cpu", dtype=torch.float32, **changes):
+def from_pretrained(path, device="cpu", dtype=torch.float32, base="", **changes):
     """The model of a checkpoint, or of a published file or folder, in eval mode.
 
-    changes: fields of its config to set; None leaves them. Raises FileNotFoundError, and ValueError for a file that is
-    damaged, unknown or does not fit.
+    base: of an adapter, see find_base. changes: fields of its config to set; None leaves them. Raises
+    FileNotFoundError, and ValueError for a file that is damaged, unknown or does not fit.
     """
     if is_published(path):
         return load(path, device, dtype, **changes)
-    return load_model(load_checkpoint(path), device, dtype, **changes)
+    return load_model(load_checkpoint(path), device, dtype, base, **changes)
 
 
 def load_weights(model, state, where="the checkpoint"):
@@ -172,7 +209,8 @@ def load_weights(model, state, where="the checkpoint"):
 # ---------------------------------------------------------------------------------------------------------------------
 # where a run starts from, and what it trains
 
-ADAPTER = ("lora_rank", "lora_alpha", "lora_rs", "lora_dropout", "lora_targets")  # fixed for the life of an adapter
+# fixed for the life of an adapter
+ADAPTER = ("lora_rank", "lora_alpha", "lora_rs", "lora_dropout", "lora_targets", "lora_also")
 
 
 def family_keys(*kinds):
@@ -235,26 +273,24 @@ def starting_point(cfg, codec, meta, say=print):
     return model, checkpoint
 
 
-def trained_weights(path, cfg, given, codec, meta, say, resume=False, adapter=""):
+def trained_weights(path, cfg, given, codec, meta, say, resume=False):
     """The model of a checkpoint or of published weights, and the checkpoint if it is ours, else None.
 
-    given: {key: value} of the user's keys; of these the model takes the free ones. adapter: the path of the adapter
-    whose base this is. Raises as starting_point does.
+    given: {key: value} of the user's keys; of these the model takes the free ones. Raises as starting_point does.
     """
     free = {key: value for key, value in given.items() if key in family_keys("free")}
     if not resume and is_published(path):
-        return start(path, cfg.arch, meta, free, say), None
+        return start(path, cfg.arch, meta, free, say, grown=not cfg.lora_rank), None
     checkpoint, path = resumable(cfg.out_dir, say) if resume else (load_checkpoint(path, needed=WHOLE), path)
-    check_match(checkpoint, path, codec, meta, cfg, adapter)
+    check_match(checkpoint, path, codec, meta, cfg)
     fix_keys(checkpoint, path, cfg, given, resume)
     config = {key: checkpoint["model_config"][key] for key in family_keys() & checkpoint["model_config"].keys()}
     checkpoint["config"] |= config  # older versions recorded the keys as given, even where the model differed
     state = checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"]
-    if base := checkpoint.get("base"):
-        inherited = {key: config[key] for key in family_keys("free") & config.keys()}
-        model, _ = trained_weights(base, cfg, {**inherited, **free}, codec, meta, say, adapter=path)
-        lora.load_adapter(model, state)
-        return model, checkpoint
+    if checkpoint.get("base"):
+        names = {f.name for f in fields(ARCHS[cfg.arch][1]) if f.init}
+        own = {key: value for key, value in checkpoint["model_config"].items() if key in names}
+        return load_adapted(checkpoint, state, {**own, **free}, base=cfg.base).train(), checkpoint
     try:
         model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
     except UNBUILT as error:
@@ -263,14 +299,12 @@ def trained_weights(path, cfg, given, codec, meta, say, resume=False, adapter=""
     return model, checkpoint
 
 
-def check_match(checkpoint, path, codec, meta, cfg, adapter):
+def check_match(checkpoint, path, codec, meta, cfg):
     """Raise ValueError where a checkpoint cannot serve this run: other codec, other tokenizer, damaged keys."""
     if checkpoint["codec_fingerprint"] != codec.fingerprint():
         raise ValueError(f"{path} and {cfg.data_dir} are of two codecs: prepare the data with the checkpoint's")
     if checkpoint["meta"]["tokenizer"]["sha256"] != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{path} and {cfg.data_dir} are of two tokenizers: prepare the data with the checkpoint's")
-    if adapter and checkpoint.get("base"):
-        raise ValueError(f"{adapter} is damaged: its base {path} is an adapter itself")
     recorded = {key: value for key, value in checkpoint["config"].items() if key not in family_keys()}
     configurator.check_recorded("train.py", recorded, f"{path} is damaged: config")
 
@@ -328,7 +362,11 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
         raise ValueError("freeze and lora_rank: LoRA freezes all weights itself, choose layers by lora_targets")
     if not lora.adapters(model):
         settings = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, rs=cfg.lora_rs, dropout=cfg.lora_dropout)
-        lora.add_lora(model, **settings, targets=cfg.lora_targets)
+        names = published_names(model)
+        lora.add_lora(model, **settings, targets=cfg.lora_targets, also=cfg.lora_also, rows=new_rows(model),
+                      published=names)  # fmt: skip
+        kinds = collections.Counter(path.rpartition(".")[2] for path in lora.adapters(model)["default"])
+        say(f"an adapter of rank {cfg.lora_rank} beside {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")
     lora.cast_base(model, getattr(torch, cfg.lora_base_dtype))
 
 
@@ -464,7 +502,7 @@ def main(cfg):
                          "--out_dir=hub/x; or what to look at: python weights.py inspect out/x/best.pt")  # fmt: skip
     if cfg.command == "inspect":
         return print(*describe(cfg.ckpt), sep="\n")
-    model, known = source_of(cfg.ckpt, getattr(torch, cfg.dtype, None))
+    model, known = source_of(cfg.ckpt, getattr(torch, cfg.dtype, None), cfg.base)
     for note in export(model, cfg.out_dir, cfg.layout, **known):
         print(f"note: {note}")
     print(f"{cfg.out_dir} is written")

@@ -10,6 +10,8 @@ The weights W of the base are frozen; two thin matrices beside each chosen one a
   2023)
 - A starts random and B at zero: a new adapter changes nothing
 - the parameters of the base keep their names; `q_proj.weight` gets `q_proj.lora_<name>.a` and `.b` beside it
+- an adapter may have whole parameters of its own, such as a head, and rows of its own behind those of a table, such as
+  the embeddings of new text ids; the base's parameters stay as they are
 - several adapters share one base; one at a time is active, and switching copies nothing
 - an adapter is saved alone, with the fingerprint of its base, and can be merged into the base's weights
 
@@ -19,12 +21,14 @@ Letters in shapes: I inputs and O outputs of a linear layer, R rank.
 import hashlib
 import math
 import re
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from parts.files import need
+from parts.targets import choose_layers, choose_parameters
 from parts.tensors import need_tensors
 
 SETTINGS = ("rank", "alpha", "dropout", "rs", "base")  # an adapter is these and its matrices
@@ -66,23 +70,58 @@ class LoRALinear(nn.Linear):
         return (y + getattr(self, f"lora_{self.active}")(x)).to(y.dtype)
 
 
-def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=(".",), name="default"):
+class Table(nn.Module):
+    """A parameter of the base, of which an adapter may have its own: the whole, or rows behind those of the base."""
+
+    active = None  # the name of the adapter in use, if it has its own
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.behind = set()  # names of the adapters that have rows behind
+
+    def forward(self):
+        if self.active is None:
+            return self.base
+        own = getattr(self, f"lora_{self.active}").to(self.base.dtype)
+        return torch.cat([self.base, own]) if self.active in self.behind else own
+
+
+@cache
+def with_tables(cls, leaves):
+    """A subclass that takes the parameters of these names from the module's children "table_" + name."""
+    read = {leaf: property(partial(read_table, leaf=leaf)) for leaf in leaves}
+    return type(cls.__name__, (cls,), {"plain": cls, **read})
+
+
+def read_table(module, leaf):
+    return getattr(module, f"table_{leaf}")()
+
+
+def add_lora(model, rank, alpha, dropout=0.0, rs=False, targets=("",), name="default", also=(), rows=None,
+             published=None):  # fmt: skip
     """Freeze a model and put a new adapter beside its linear layers. It is active, and only it is trained.
 
-    targets: regular expressions that match names of nn.Linear modules or of their weights (not of subclasses).
-    dropout: on the adapter's input. Raises ValueError, and leaves the model unchanged, for numbers out of range, a name
-    that is taken or invalid, a pattern without a match, or a weight that modules share.
+    targets choose linear layers (nn.Linear, no subclasses), `also` parameters that are trained whole, see targets.py.
+    rows: {name of a parameter: rows to put behind its own}, trained too. published: {name of a parameter: its published
+    names}. dropout: on the adapter's input. Raises ValueError, and leaves the model unchanged, for numbers out of
+    range, a name that is taken or invalid, what targets.py refuses, or a weight that modules share.
     """
-    targets = [targets] if isinstance(targets, str) else list(targets)
     if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         given = f"rank = {rank}, alpha = {alpha}, dropout = {dropout}"
         raise ValueError(f"lora: {given}: need rank >= 1, alpha > 0, 0 <= dropout < 1")
-    linears = find_linears(model, targets)
-    largest = max(min(linear.in_features, linear.out_features) for linear in linears.values())
+    base = base_parameters(model)
+    rows = rows or {}
+    whole = choose_parameters(base, also, published or {})
+    linears = find_linears(model, targets, published)
+    linears = {path: linear for path, linear in linears.items() if f"{path}.weight" not in whole}
+    largest = max((min(linear.in_features, linear.out_features) for linear in linears.values()), default=0)
     if rank > largest:
         raise ValueError(f"lora: rank = {rank} is above {largest}, the full rank of the largest layer")
     settings = dict(rank=rank, alpha=alpha, dropout=dropout, rs=rs, base=base_fingerprint(model))
-    attach(model, {path: Adapter(linear, settings) for path, linear in linears.items()}, name)
+    own = {f"{key}.lora_whole": torch.cat([base[key], rows[key]] if key in rows else [base[key]]) for key in whole}
+    own |= {f"{key}.lora_rows": rows[key] for key in rows.keys() - whole}
+    attach(model, {path: Adapter(linear, settings) for path, linear in linears.items()}, own, name)
 
 
 def cast_base(model, dtype):
@@ -91,21 +130,15 @@ def cast_base(model, dtype):
         p.data = p.data.to(dtype)
 
 
-def find_linears(model, patterns):
-    """{name: module} of the linear layers that match a pattern, in the model's order. Raises ValueError."""
-    linears = {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, LoRALinear)}
-    found = set()
-    if not patterns:
-        raise ValueError("lora: no linear layer is named: lora_targets, or the weights of an adapter, are empty")
-    for pattern in patterns:
-        try:
-            hits = {name for name in linears if any(re.search(pattern, x) for x in (name, f"{name}.weight"))}
-        except (re.error, TypeError) as e:
-            raise ValueError(f"lora: {pattern!r} is not a regular expression ({e})") from None
-        if not hits:
-            some = ", ".join(list(linears)[:: max(1, len(linears) // 4)])
-            raise ValueError(f"lora: {pattern!r} matches no nn.Linear; some are {some or 'none'}")
-        found |= hits
+def all_linears(model):
+    return {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, LoRALinear)}
+
+
+def find_linears(model, targets, published=None):
+    """{name: module} of the linear layers that the targets choose, in the model's order. Raises ValueError, also for a
+    weight that modules share."""
+    linears = all_linears(model)
+    found = choose_layers(linears, targets, published or {})
     holders = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
     for name in sorted(found):
         if holders.count(id(linears[name].weight)) > 1:
@@ -113,8 +146,9 @@ def find_linears(model, patterns):
     return {name: m for name, m in linears.items() if name in found}
 
 
-def attach(model, chosen, name):
-    """Freeze the model, add {linear layer's name: Adapter}, and make it the active one. Raises ValueError."""
+def attach(model, chosen, own, name):
+    """Freeze the model, add {linear layer's name: Adapter} and the tensors {parameter's name + ".lora_rows" or
+    ".lora_whole": tensor}, and make the adapter the active one. Raises ValueError."""
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"lora: adapter name {name!r}: use letters, digits, _ and - only")
     if name in adapters(model):
@@ -124,7 +158,32 @@ def attach(model, chosen, name):
         linear = model.get_submodule(path)
         linear.__class__ = LoRALinear  # the module stays the same object, so that references to it stay valid
         linear.add_module(f"lora_{name}", adapter.train(linear.training))
+    for key in sorted(own):  # in an order that does not change from run to run
+        parameter, _, kind = key.rpartition(".lora_")
+        table = make_table(model, parameter)
+        like = dict(device=table.base.device, dtype=torch.promote_types(table.base.dtype, torch.float32))
+        table.register_parameter(f"lora_{name}", nn.Parameter(own[key].detach().to(**like, copy=True)))
+        if kind == "rows":
+            table.behind.add(name)
     use_adapter(model, name)
+
+
+def make_table(model, parameter):
+    """The Table of the parameter of this name. From now on its module takes the parameter from it."""
+    path, _, leaf = parameter.rpartition(".")
+    owner = model.get_submodule(path)
+    if owner._parameters[leaf] is not None:
+        owner.add_module(f"table_{leaf}", Table(owner._parameters[leaf]))
+        owner._parameters[leaf] = None  # it keeps its place, and with it the order of the parameters
+        leaves = [child.removeprefix("table_") for child, m in owner.named_children() if isinstance(m, Table)]
+        owner.__class__ = with_tables(vars(type(owner)).get("plain", type(owner)), tuple(leaves))
+    return owner.get_submodule(f"table_{leaf}")
+
+
+def tables(model):
+    """{parameter's name: Table} of a model."""
+    found = {path.rpartition("table_"): m for path, m in model.named_modules() if isinstance(m, Table)}
+    return {before + leaf: table for (before, _, leaf), table in found.items()}
 
 
 def adapters(model):
@@ -149,7 +208,7 @@ def use_adapter(model, name):
     if name is not None:
         find_adapter(model, name)
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear | Table):
             module.active = name if hasattr(module, f"lora_{name}") else None
 
 
@@ -158,41 +217,68 @@ def matrices(chosen):
     return {f"{path}.lora_{key}": p for path, adapter in chosen.items() for key, p in adapter.named_parameters()}
 
 
+def own_parameters(model, name):
+    """All parameters of an adapter: its `matrices`, and {parameter's name + ".lora_rows" or ".lora_whole": parameter}.
+    Raises ValueError for an unknown name."""
+    own = matrices(find_adapter(model, name))
+    for parameter, table in tables(model).items():
+        if f"lora_{name}" in table._parameters:
+            kind = "rows" if name in table.behind else "whole"
+            own[f"{parameter}.lora_{kind}"] = table.get_parameter(f"lora_{name}")
+    return own
+
+
 def adapter_state(model, name="default"):
-    """A dict for `load_adapter`: the SETTINGS, and "weights", the `matrices` on the CPU. Raises ValueError."""
-    chosen = find_adapter(model, name)
-    weights = {key: p.detach().to("cpu", copy=True) for key, p in matrices(chosen).items()}
-    return {**next(iter(chosen.values())).settings, "weights": weights}
+    """A dict for `load_adapter`: the SETTINGS, and "weights", its own_parameters on the CPU. Raises ValueError."""
+    weights = {key: p.detach().to("cpu", copy=True) for key, p in own_parameters(model, name).items()}
+    return {**next(iter(find_adapter(model, name).values())).settings, "weights": weights}
 
 
 def load_adapter(model, state, name="default"):
     """Add the adapter in a dict of `adapter_state` under any name, and make it the active one.
 
-    Raises ValueError, and leaves the model unchanged, if it is incomplete or was trained on another base.
+    An empty "base" stands for any base. Raises ValueError, and leaves the model unchanged, if the adapter is incomplete
+    or was trained on another base.
     """
+    where = f"lora: adapter {name!r}"
     if missing := [key for key in (*SETTINGS, "weights") if key not in state]:
-        raise ValueError(f"lora: adapter {name!r} lacks {', '.join(missing)}: adapter_state makes whole ones")
-    need(state, FIELDS, f"lora: adapter {name!r}")
-    if state["base"] != (base := base_fingerprint(model)):
-        raise ValueError(f"lora: adapter {name!r} was trained on base {state['base']}, this is {base}")
-    settings, weights = {key: state[key] for key in SETTINGS}, state["weights"]
-    linears = find_linears(model, [f"^{re.escape(key.rpartition('.lora_')[0])}$" for key in weights])
+        raise ValueError(f"{where} lacks {', '.join(missing)}: adapter_state makes whole ones")
+    need(state, FIELDS, where)
+    base = base_fingerprint(model)
+    if state["base"] not in ("", base):
+        raise ValueError(f"{where} was trained on base {state['base']}, this is {base}")
+    settings, weights = {**{key: state[key] for key in SETTINGS}, "base": base}, state["weights"]
+    own = {key: weights[key] for key in weights if key.endswith((".lora_rows", ".lora_whole"))}
+    names = {key.rpartition(".lora_")[0] for key in weights.keys() - own.keys()}
+    linears = find_linears(model, [f"^{re.escape(path)}$" for path in sorted(names)])
     chosen = {path: Adapter(linear, settings) for path, linear in linears.items()}
-    fill(chosen, weights, name)
-    attach(model, chosen, name)
+    wanted = matrices(chosen)
+    parameters = base_parameters(model)
+    for key in own:
+        parameter, _, kind = key.rpartition(".lora_")
+        if parameter not in parameters:
+            raise ValueError(f"{where} holds {key:.80}, which the model does not have")
+        shape = parameters[parameter].shape
+        least = 1 if kind == "rows" else shape[0]  # a whole table may have more rows than that of the base
+        count = len(own[key]) if isinstance(own[key], torch.Tensor) and own[key].ndim == len(shape) else 0
+        wanted[key] = torch.empty(max(count, least), *shape[1:], device="meta")
+    fill(wanted, weights, where, own)
+    attach(model, chosen, own, name)
 
 
 def set_adapter(model, state, name="default"):
-    """Replace the matrices of an adapter by those of a dict of `adapter_state`. Raises ValueError."""
-    need(state, FIELDS, f"lora: adapter {name!r}")
-    fill(find_adapter(model, name), state["weights"], name)
+    """Replace the parameters of an adapter by those of a dict of `adapter_state`. Raises ValueError."""
+    where = f"lora: adapter {name!r}"
+    need(state, FIELDS, where)
+    fill(own_parameters(model, name), state["weights"], where)
 
 
 @torch.no_grad()
-def fill(chosen, weights, name):
-    need_tensors(weights, matrices(chosen), f"lora: adapter {name!r}")
-    for key, p in matrices(chosen).items():
-        p.copy_(weights[key])
+def fill(wanted, weights, where, later=()):
+    """Copy weights {key: tensor} into the parameters `wanted`, but for those of the keys `later`. Raises ValueError."""
+    need_tensors(weights, wanted, where)
+    for key in wanted.keys() - set(later):
+        wanted[key].copy_(weights[key])
 
 
 @torch.no_grad()
@@ -207,6 +293,13 @@ def merge(model, name="default"):
         exact = torch.promote_types(weight.dtype, torch.float32)
         parts = (p.to(exact) for p in (weight, adapter.b, adapter.a))
         weight.copy_(torch.addmm(*parts, alpha=adapter.scale))
+    use_adapter(model, name)
+    for parameter, table in tables(model).items():
+        path, _, leaf = parameter.rpartition(".")
+        owner = model.get_submodule(path)
+        delattr(owner, f"table_{leaf}")
+        owner.__class__ = vars(type(owner)).get("plain", type(owner))
+        owner._parameters[leaf] = nn.Parameter(table().detach(), requires_grad=False)
     for module in [m for m in model.modules() if isinstance(m, LoRALinear)]:
         for child, _ in list(module.named_children()):
             delattr(module, child)
@@ -216,8 +309,10 @@ def merge(model, name="default"):
 
 def base_parameters(model):
     """{name: parameter} of the model without its adapters."""
-    added = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) not in added}
+    parts = [module for module in model.modules() if isinstance(module, Adapter | Table)]
+    added = {id(p) for module in parts for name, p in module.named_parameters() if name != "base"}
+    left = {name: p for name, p in model.named_parameters() if id(p) not in added}
+    return {re.sub(r"table_(\w+)\.base$", r"\1", name): p for name, p in left.items()}
 
 
 def base_fingerprint(model):

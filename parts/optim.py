@@ -133,9 +133,9 @@ def share_out(model, cfg):
     tables = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside = [name for name, p in trained.items() if ".layers." in name and ".lora_" not in name and p.ndim == 2]
     inside = [trained.pop(name) for name in inside if cfg.muon]
-    sparse = [trained.pop(name) for name in tables if cfg.sparse_embeddings and name in trained]
-    for table in tables.values():
-        table.sparse = cfg.sparse_embeddings
+    for name, table in tables.items():
+        table.sparse = cfg.sparse_embeddings and name in trained
+    sparse = [trained.pop(name) for name, table in tables.items() if table.sparse]
     groups = [
         {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},

@@ -1,6 +1,8 @@
 import copy
 import io
 import math
+import os
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,20 +11,33 @@ import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
-from model import CSM, CSMConfig, contract_check
+from model import (
+    ARCHS,
+    CSM,
+    GPT2,
+    LFM2,
+    VALLE,
+    CSMConfig,
+    KaniConfig,
+    VallEConfig,
+    XTTSConfig,
+    contract_check,
+)
 from parts.lora import (
     LoRALinear,
     adapter_state,
     adapters,
     add_lora,
     base_fingerprint,
+    base_parameters,
     cast_base,
     load_adapter,
     merge,
+    own_parameters,
     set_adapter,
     use_adapter,
 )
-from weights import load_weights
+from weights import from_pretrained, load_checkpoint, load_model, load_weights, save_checkpoint
 
 STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=128)
 K, V = 4, 16
@@ -526,3 +541,193 @@ def test_an_adapter_that_is_there_takes_other_matrices():
     add_lora(model, 3, 4, targets=["attn"], name="larger")
     with pytest.raises(ValueError, match=r"adapter 'default': \S+lora_a has shape \(3, 32\), not \(2, 32\)"):
         set_adapter(other, adapter_state(model, "larger"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole parameters and new rows
+
+
+def with_tables(model, seed=1, name="default"):
+    """An adapter with a head of its own, and two more text ids."""
+    rows = {"text_embedding.weight": torch.randn(2, 32)}
+    add_lora(model, 2, 4, targets=["q_proj"], also=["codebook0_head", "decoder_heads"], rows=rows, name=name)
+    generator = torch.Generator().manual_seed(seed)
+    for p in own_parameters(model, name).values():
+        p.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+def test_tables_are_trained_and_the_base_is_not():
+    """The names of all that is trained tell the optimizers that it is the adapter's."""
+    model = with_tables(csm())
+    before = {name: p.clone() for name, p in base_parameters(model).items()}
+    assert base_fingerprint(model) == base_fingerprint(csm())
+    assert before.keys() == dict(csm().named_parameters()).keys()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.5)
+    rows = [model.layout(np.array([5, 30, 31]), utterance(seed)[1]) for seed in range(3)]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.train()(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))[0].backward()
+        optimizer.step()
+    own = own_parameters(model, "default").values()
+    assert {id(p) for p in model.parameters() if p.requires_grad} == set(map(id, own))
+    assert all(p.grad.any() for p in own)
+    assert_equal(base_parameters(model), before)
+    table = model.text_embedding.weight
+    assert len(table) == 32 and torch.equal(table[:30], before["text_embedding.weight"])
+
+
+def test_a_model_with_tables_equals_one_that_has_them_itself():
+    model = with_tables(csm())
+    own = own_parameters(model, "default")
+    plain = csm()
+    add_lora(plain, 2, 4, targets=["q_proj"])
+    load_state = {key: own[key].detach() for key in own if key.endswith(("lora_a", "lora_b"))}
+    set_adapter(plain, {**adapter_state(plain), "weights": load_state})
+    plain.text_embedding.weight = nn.Parameter(model.text_embedding.weight.detach())
+    plain.codebook0_head = nn.Parameter(own["codebook0_head.lora_whole"].detach())
+    plain.decoder_heads = nn.Parameter(own["decoder_heads.lora_whole"].detach())
+    assert torch.equal(logits(model), logits(plain)) and not torch.allclose(logits(model), logits(csm()))
+    assert contract_check(model, np.array([30, 31]), utterance()[1])["max_difference"] < 1e-3
+    expected = logits(copy.deepcopy(model))
+    merge(model)
+    torch.testing.assert_close(logits(model), expected)
+    assert type(model) is CSM and list(model.state_dict()) == list(csm().state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in csm().named_parameters()]
+
+
+def test_tables_are_saved_loaded_and_switched():
+    model, other = with_tables(csm()), csm()
+    add_lora(other, 2, 4, targets=["q_proj"], name="plain")
+    bare, expected = logits(csm()), logits(model)
+    state, _ = through_a_file(adapter_state(model))
+    load_adapter(other, state, "tables")
+    assert torch.equal(logits(other), expected)
+    assert_equal(adapter_state(other, "tables")["weights"], state["weights"])
+    for name in ("plain", None):
+        use_adapter(other, name)
+        assert torch.equal(logits(other), bare)
+    load_adapter(other, adapter_state(with_tables(csm(), seed=2)), "more")
+    more, twin = logits(other), copy.deepcopy(other)
+    use_adapter(other, "tables")
+    assert torch.equal(logits(other), expected) and torch.equal(logits(twin), more) and not torch.equal(more, expected)
+    merge(twin, "tables")
+    torch.testing.assert_close(logits(twin), expected)
+    assert torch.equal(logits(other), expected)  # a copy is merged by itself
+    set_adapter(other, adapter_state(with_tables(csm(), seed=2)), "tables")
+    assert torch.equal(logits(other), more)
+    cast_base(other, torch.bfloat16)
+    assert other.codebook0_head.dtype == torch.bfloat16
+    assert {p.dtype for p in own_parameters(other, "tables").values()} == {torch.float32}
+
+
+def test_refused_tables():
+    model = small()
+    refused(lambda: add_lora(model, 2, 4, also=["tow"]), "'tow' matches no parameter")
+    refused(lambda: add_lora(model, 2, 4, targets=["one"], also=["one"]), "rank = 2 is above 0")
+    state = adapter_state(with_tables(csm()))
+    weights, other = state["weights"], csm()
+    key, head = "text_embedding.weight.lora_rows", "codebook0_head.lora_whole"
+    for bad, word in (({key: weights[key][:, :3]}, f"{key} has shape (2, 3), not (2, 32)"), ({key: 3}, "not a tensor"),
+                      ({key: weights[key][:0]}, "has shape (0, 32), not (1, 32)"),
+                      ({head: weights[head][1:]}, "has shape"),
+                      ({"ghost.lora_whole": weights[key]}, "holds ghost.lora_whole"),
+                      ({head: weights[head] * math.nan}, "holds NaN")):  # fmt: skip
+        refused(lambda bad=bad: load_adapter(other, {**state, "weights": {**weights, **bad}}), word)
+    assert type(other) is CSM and not adapters(other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the files of adapters, and their bases
+
+GPT = {**STACK, **GPT2, "n_kv_head": 4}
+SIZES = dict(text_vocab_size=30, n_codebooks=K, codebook_size=V)
+BASES = {
+    "csm": CSMConfig(**SIZES, backbone=STACK, decoder={**STACK, "d_model": 16}),
+    "kani": KaniConfig(**SIZES, backbone={**STACK, **LFM2, "layers": "ca"}),
+    "xtts": XTTSConfig(text_vocab_size=30, codebook_size=V, backbone=GPT, text_bos=1, text_eos=2, reference_bands=6,
+                       n_latents=3, conditioning_layers=1, perceiver_layers=1, perceiver_heads=1, text_positions=20,
+                       code_positions=30),
+    "valle": VallEConfig(**SIZES, backbone={**STACK, **VALLE}, languages=3),
+}  # fmt: skip
+CHANGES = {  # settings that an adapter's run may have and its base not
+    "csm": dict(text_bos=1, text_eos=2, decoder_fraction=0.5, stop="zeros", dropout=0.1, frame_dropout=0.2),
+    "kani": dict(text_bos=1, drop_repeats=True, loss_on="codebook"),
+    "xtts": dict(text_bos=4, chunk_seconds=1.0, hide_text_stop=True, text_loss_weight=0.5, reference_rate=10.0),
+    "valle": dict(text_eos=7, rounds=3, guidance=2.0, language=2, whole_frames=False, mask_ratio=0.5),
+}
+
+
+def saved(folder, arch, changes=None):
+    """A base and an adapter on it, base/best.pt and tuned/best.pt in a folder; the adapter's model."""
+    torch.manual_seed(0)
+    config = BASES[arch]
+    model = ARCHS[arch][0](config)
+    for name in ("base", "tuned"):
+        os.makedirs(folder / name)
+    whole = {"arch": arch, "model_config": asdict(config), "model": model.state_dict()}
+    save_checkpoint(folder / "base/best.pt", whole)
+    add_lora(model, 2, 4)
+    randomise(model)
+    model.config = replace(config, **CHANGES[arch] if changes is None else changes)
+    save_checkpoint(folder / "tuned/best.pt", {
+        "arch": arch, "model_config": asdict(model.config), "model": adapter_state(model),
+        "base": str(folder / "base/best.pt"), "config": {"out_dir": str(folder / "tuned")},
+    })  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_adapter_has_the_settings_of_its_run(arch, tmp_path):
+    """Its layout is that of training."""
+    model = saved(tmp_path, arch)
+    checkpoint = load_checkpoint(tmp_path / "tuned/best.pt")
+    found = load_model(checkpoint)
+    assert asdict(found.config) == checkpoint["model_config"] != asdict(BASES[arch])
+    text, codes = utterance()
+    codes = codes[[0, 0, 1, 1]][:, : found.config.n_codebooks]
+    for a, b in zip(found.layout(text, codes), model.config.layout(text, codes), strict=True):
+        assert np.array_equal(a, b)
+    asked = {key: value for key, value in vars(BASES[arch]).items() if key in ("decoder_fraction", "rounds", "loss_on")}
+    for key, value in asked.items():
+        assert getattr(load_model(checkpoint, **{key: value}).config, key) == value
+
+
+def test_the_base_is_found_again(tmp_path, monkeypatch):
+    """Beside the adapter as it was, where the whole tree is elsewhere; in a folder; by its own name."""
+    expected = logits(saved(tmp_path / "a", "csm", {}))
+    os.rename(tmp_path / "a", tmp_path / "b")
+    path = tmp_path / "b/tuned/best.pt"
+    assert torch.equal(logits(from_pretrained(path)), expected)
+    os.rename(tmp_path / "b/base", tmp_path / "c")
+    message = r"b/tuned/best.pt is an adapter on .*a/base/best.pt, but .* does not exist: .*--base"
+    with pytest.raises(FileNotFoundError, match=message):
+        from_pretrained(path)
+    with pytest.raises(FileNotFoundError, match="but nowhere does not exist"):
+        from_pretrained(path, base="nowhere")
+    for base in (tmp_path / "c", tmp_path / "c/best.pt"):
+        assert torch.equal(logits(from_pretrained(path, base=str(base))), expected)
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "d", "csm", {})
+    for recorded in ("../base/best.pt", "d/base/best.pt"):  # from the adapter's folder, from the current one
+        checkpoint = load_checkpoint("d/tuned/best.pt")
+        save_checkpoint("d/tuned/best.pt", {**checkpoint, "base": recorded, "config": None})
+        assert torch.equal(logits(from_pretrained("d/tuned/best.pt")), expected)
+
+
+def test_another_base_is_refused(tmp_path):
+    """The message names adapter and base; a base of other sizes is named too."""
+    saved(tmp_path, "csm", {})
+    path = str(tmp_path / "tuned/best.pt")
+    other = csm(seed=3)
+    whole = {"arch": "csm", "model_config": asdict(other.config), "model": other.state_dict()}
+    save_checkpoint(tmp_path / "other.pt", whole)
+    message = r"tuned/best.pt with the base .*other.pt: .* was trained on base \w+, this is \w+; --base"
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(path, base=str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="is damaged: its base .* is an adapter itself"):
+        from_pretrained(path, base=path)
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, {**checkpoint, "model_config": {**checkpoint["model_config"], "codebook_size": 99}})
+    with pytest.raises(ValueError, match="base/best.pt"):
+        from_pretrained(path)

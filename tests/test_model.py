@@ -907,7 +907,7 @@ def test_configs_that_no_model_has(change, message, tmp_path):
 
 
 def test_an_adapter_without_its_base(tmp_path):
-    for base, error, message in (("gone.pt", FileNotFoundError, "x.pt is an adapter on .*gone.pt, which does not"),
+    for base, error, message in (("gone.pt", FileNotFoundError, "x.pt is an adapter on .*gone.pt, but .* does not"),
                                  ("x.pt", ValueError, "x.pt is damaged: its base .*x.pt is an adapter")):  # fmt: skip
         weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint_of(tiny()), "base": str(tmp_path / base)})
         with pytest.raises(error, match=message):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +100,8 @@ def test_an_adapter_is_merged_into_what_is_trained_further_or_trained_further_it
 def test_an_export_holds_the_adapter(tokens, base, tmp_path):
     run(tokens, tmp_path / "a", f"--init_from={base}", *LORA, "--max_iters=4")
     ckpt, hub = str(tmp_path / "a" / "best.pt"), str(tmp_path / "hub")
-    weights.main(SimpleNamespace(command="export", ckpt=ckpt, out_dir=hub))
+    flags = ["export", f"--ckpt={ckpt}", f"--out_dir={hub}"]
+    weights.main(configurator.configure(weights.__file__, flags, ["command"]))
     expected, found = load_model(load_checkpoint(ckpt)), from_pretrained(hub)
     lora.merge(expected)
     bare = from_pretrained(base).parameters()

@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-from helpers import GPT2_STACK, WORDS, write_tokens
+from helpers import GPT2_STACK, WORDS, exact, same, write_tokens
 from helpers import tiny_xtts as tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,11 +24,11 @@ import train
 import weights
 from data import Batches, TokenFiles
 from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
-from parts import configurator
+from parts import configurator, lora
 from parts.audio import read_audio
 from parts.metrics import read_metrics
 from sample import Voice
-from weights import from_pretrained, load_checkpoint
+from weights import from_pretrained, load_checkpoint, load_model
 
 EARS = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2)
 
@@ -619,7 +620,7 @@ def test_a_larger_vocabulary_grows_the_tables(tmp_path):
     for name, w in new.state_dict().items():
         before = old.state_dict()[name]
         assert torch.equal(w[: len(before)], before)
-        if name in LAYOUT.tables:
+        if name in new.text_tables:
             assert len(w) == 45 and len(w[40:].unique(dim=0)) == 5
             assert ((w[40:] - before.mean(0)).abs() < 0.05 * before.std(0)).all()
         else:
@@ -664,6 +665,49 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     flags[0] = "--init_from=resume"
     again, more = run(data, tmp_path / "out", "--max_iters=3", *flags, usual=usual)
     assert len(more) == 3 and more[:2] == lines
+
+
+def test_an_adapter_brings_the_new_words(tmp_path):
+    """LoRA on a larger vocabulary: of the tables only the new rows move, and they travel in the adapter."""
+    folder = tmp_path / "xtts-v2"
+    folder.mkdir()
+    write(folder)
+    torch.save(torch.ones(80), folder / "mel_stats.pth")
+    data = write_tokens(tmp_path / "tokens", 32, 80)
+    ids = TokenFiles(data, "train").meta["tokenizer"]["vocab_size"]
+    usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
+    flags = [f"--init_from={folder}", "--lora_rank=2", "--weight_decay=0.5", "--learning_rate=0.01",
+             "--text_loss_weight=0.5", "--sparse_embeddings=True", "--lora_targets=c_attn"]  # fmt: skip
+    whole, lines = run(data, tmp_path / "whole", "--max_iters=8", *flags, usual=usual)
+    names = {name for name in whole["model"]["weights"] if ".lora_rows" in name}
+    assert names == {f"{name}.lora_rows" for name in models.XTTS.text_tables}
+    assert whole["model"]["weights"]["text_embedding.weight.lora_rows"].shape == (ids - 40, 32)
+    assert sum(name.endswith("_proj.lora_a") for name in whole["model"]["weights"]) == 6  # two layers of q, k and v
+    model, base = load_model(whole), from_pretrained(folder)
+    assert asdict(model.config) == whole["model_config"] and model.config.text_vocab_size == ids
+    first = run(data, tmp_path / "first", "--max_iters=1", "--learning_rate=0.0", *flags[:3], usual=usual)[0]
+    for name in models.XTTS.text_tables:
+        new, old = attrgetter(name)(model), base.get_parameter(name)
+        assert torch.equal(new[:40], old) and len(new) == ids
+        assert not torch.equal(new[40:], first["model"]["weights"][f"{name}.lora_rows"])
+    voice = Voice.from_checkpoint(tmp_path / "whole/best.pt", "cpu")
+    assert len(list(voice.frames("one two", cap_seconds=1.0)))
+    run(data, tmp_path / "parts", "--max_iters=4", "--lr_decay_iters=8", *flags, usual=usual)
+    parts, again = run(data, tmp_path / "parts", "--max_iters=8", "--init_from=resume", *flags[1:], usual=usual)
+    same(whole, parts)
+    assert exact(again) == exact(lines)
+    text, codes, _ = utterance(5, 9)
+    heard = golden("in.cond_mels")[0, 0].mT.float()
+    text = np.array([*text, ids - 1])
+    expected = model.latents(text, codes, heard)
+    flags[:2] = [f"--init_from={tmp_path}/whole/last.pt", "--freeze=[]"]
+    merged, _ = run(data, tmp_path / "merged", "--max_iters=1", *flags[:2], "--learning_rate=0.0", usual=usual)
+    assert merged["base"] is None and len(merged["model"]["text_head.bias"]) == ids
+    torch.testing.assert_close(load_model(merged).latents(text, codes, heard), expected, rtol=0, atol=1e-5)
+    lora.merge(model)
+    torch.testing.assert_close(model.latents(text, codes, heard), expected, rtol=0, atol=1e-5)
+    assert {name: w.shape for name, w in model.state_dict().items()} == {
+        name: w.shape for name, w in merged["model"].items()}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
