@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 import wave
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -100,54 +100,37 @@ class Voice:
     def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
         self.model = model
         self.codec = codec
+        self.vocoder = model.vocoder and codec.vocode is not None
+        self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
+        self.device = next(model.parameters()).device
+        self.stopped = None
+        self.timbre = None
+        self.adapted = {}
+        self.take(tokenizer, meta, config, references, timbres, voices)
+
+    def take(self, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
+        """Take over what belongs to a run of training, from the voice's own or from that of an adapter."""
         self.tokenizer = tokenizer
         self.meta = meta
         self.references = references
         self.timbres = timbres
         self.voices = voices or {}
-        self.vocoder = model.vocoder and codec.vocode is not None
-        self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         trained_with = {key: value for key, value in (config or {}).items() if value is not None}
-        self.draw = {key: trained_with.get(key, usual) for key, usual in model.draw.items()}
+        self.draw = {key: trained_with.get(key, usual) for key, usual in self.model.draw.items()}
         self.prompted = trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
-        self.device = next(model.parameters()).device
-        self.stopped = None
-        self.timbre = None
-        self.adapted = {}
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
         """The voice of a checkpoint, after its contract check, whose result is `report`. changes: fields of the model's
-        config to set, such as the rounds of demasking; None leaves them. Raises ValueError or OSError."""
+        config to set, such as the rounds of demasking; None leaves them; also `base`, see weights.load_model. Raises
+        ValueError or OSError."""
         check_settings(dtype=dtype)
         device = pick_device(device)
         checkpoint = load_checkpoint(path, needed=WHOLE)
-        pack = checkpoint["codec"]
-        meta = checkpoint["meta"]
-        try:
-            need(meta, MODEL_META, "meta")
-            need(checkpoint["config"], {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")}, "config")
-            codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
-            tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        if codec.fingerprint() != checkpoint["codec_fingerprint"]:
-            raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
-                             f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
-        if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
-            raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model was trained with")
+        codec, *own = read_run(checkpoint, codec_path)
         model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
-        known = [checkpoint[key] for key in ("config", "references", "timbres")]
-        voice = cls(model, codec.to(device), tokenizer, meta, *known)
-        try:
-            voice.check_parts()
-            probe = read_probe(checkpoint["probe"], model)
-        except UNBUILT as error:
-            raise ValueError(f"{path} is damaged: {reason(error)}") from None
-        try:
-            voice.report = {**contract_check(model, **probe), "iter": checkpoint["iter"]}
-        except UNBUILT as error:
-            raise ValueError(f"{path}: {reason(error)}") from None
+        voice = cls(model, codec.to(device), *own)
+        voice.check(checkpoint)
         return voice
 
     @classmethod
@@ -164,6 +147,18 @@ class Voice:
         except UNBUILT as error:
             raise ValueError(f"{path}: {reason(error)}") from None
         return voice
+
+    def check(self, checkpoint):
+        """Check the parts of a checkpoint, and the contract, whose result is `report`. Raises ValueError."""
+        try:
+            self.check_parts()
+            probe = read_probe(checkpoint["probe"], self.model)
+        except UNBUILT as error:
+            raise ValueError(f"{checkpoint.path} is damaged: {reason(error)}") from None
+        try:
+            self.report = {**contract_check(self.model, **probe), "iter": checkpoint["iter"]}
+        except UNBUILT as error:
+            raise ValueError(f"{checkpoint.path}: {reason(error)}") from None
 
     def check_parts(self):
         """Raise ValueError where model, codec, tokenizer and the speakers' voices do not belong together."""
@@ -183,21 +178,34 @@ class Voice:
                 raise ValueError(f"{name} {words}")
 
     def adapt(self, path):
-        """Speak with the adapter of another LoRA checkpoint on the same base from now on.
+        """Speak with the adapter of another LoRA checkpoint on the same base from now on, and with the settings,
+        tokenizer and speakers of its run.
 
         Each file is read once; switching back costs nothing. Raises ValueError or FileNotFoundError.
         """
-        if path not in self.adapted:
-            checkpoint = load_checkpoint(path)
+        config = self.model.config
+        new = path not in self.adapted
+        if new:
+            checkpoint = load_checkpoint(path, needed=WHOLE)
             name = f"adapter-{len(self.adapted)}"
             if not checkpoint["base"]:
                 raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
+            codec, *own = read_run(checkpoint)
+            if codec.fingerprint() != self.codec.fingerprint():
+                raise ValueError(f"{path} speaks in the codes of another codec: give it as ckpt")
             try:
+                known = {f.name for f in fields(config) if f.init} & checkpoint["model_config"].keys()
+                settings = replace(config, **{key: checkpoint["model_config"][key] for key in known})
                 lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            self.adapted[path] = name
-        lora.use_adapter(self.model, self.adapted[path])
+            except UNBUILT as error:
+                raise ValueError(f"{path}, an adapter on {checkpoint['base']}: {reason(error)}") from None
+            self.adapted[path] = name, vars(settings), own
+        name, settings, own = self.adapted[path]
+        lora.use_adapter(self.model, name)
+        vars(config).update(settings)  # the same object, to which the model's layout belongs
+        self.take(*own)
+        if new:
+            self.check(checkpoint)
 
     def text_ids(self, text, speaker=""):
         """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty or has characters
@@ -420,6 +428,26 @@ def need_logits(logits):
         raise ValueError(DIVERGED)
 
 
+def read_run(checkpoint, codec_path=""):
+    """The codec of a checkpoint, or the one at codec_path, and the arguments of Voice.take. Raises ValueError."""
+    path = checkpoint.path
+    pack = checkpoint["codec"]
+    meta = checkpoint["meta"]
+    try:
+        need(meta, MODEL_META, "meta")
+        need(checkpoint["config"], {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")}, "config")
+        codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
+        tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if codec.fingerprint() != checkpoint["codec_fingerprint"]:
+        raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
+                         f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
+    if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model was trained with")
+    return codec, tokenizer, meta, *(checkpoint[key] for key in ("config", "references", "timbres"))
+
+
 def read_probe(probe, model):
     """The arguments of contract_check from a checkpoint's probe: text, codes, perhaps a reference. Raises ValueError
     where the model cannot have such an utterance."""
@@ -548,7 +576,7 @@ def open_voice(cfg, path):
     """The voice of the checkpoint or of the published weights at `path`. Raises ValueError or OSError."""
     how = cfg.device, cfg.codec_path, cfg.dtype
     if not is_published(path):
-        return Voice.from_checkpoint(path, *how)
+        return Voice.from_checkpoint(path, *how, base=cfg.base)
     given = {key: getattr(cfg, key) for key in PARTS if key in cfg.given}
     if cfg.given.get("text_format") in cfg.files:  # a recipe says what its own model reads
         del given["text_format"]
@@ -562,11 +590,11 @@ def get_ready(cfg, path, lines, out_dir):
     messages = sys.stderr if out_dir == "-" else sys.stdout
     if warning := slow_type(voice.device, cfg.dtype):
         print(warning, file=messages)
+    if cfg.adapter:
+        voice.adapt(cfg.adapter)
     for key in {*SHARED["model.py"]} & cfg.given.keys() & vars(voice.model.config).keys():
         setattr(voice.model.config, key, getattr(cfg, key))
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
-    if cfg.adapter:
-        voice.adapt(cfg.adapter)
     reference = voice.listen([path for _, path in named(cfg.reference, "recording")]) if cfg.reference else None
     prompt = voice.prompt(reference, cfg.reference_text, cfg.speaker)
     for i, line in enumerate(lines, 1):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,8 @@ def test_an_export_holds_the_adapter(tokens, base, tmp_path):
 
 def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
     paths = []
-    for seed in (1, 2):
-        run(tokens, tmp_path / str(seed), f"--init_from={base}", *LORA, "--max_iters=8", f"--seed={seed}")
+    for seed, more in ((1, []), (2, ["--decoder_fraction=0.5", "--temperature=0.3"])):
+        run(tokens, tmp_path / str(seed), f"--init_from={base}", *LORA, "--max_iters=8", f"--seed={seed}", *more)
         paths.append(str(tmp_path / str(seed) / "last.pt"))
 
     def heard(voice):
@@ -123,8 +124,10 @@ def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
     voice = Voice.from_checkpoint(paths[0], "cpu")
     voice.adapt(paths[1])
     second = heard(voice)
+    assert (voice.model.config.decoder_fraction, voice.draw["temperature"]) == (0.5, 0.3)
     voice.adapt(paths[0])
-    assert [heard(voice), second] == alone
+    assert asdict(voice.model.config) == load_checkpoint(paths[0])["model_config"]
+    assert [heard(voice), second] == alone and voice.draw["temperature"] == 0.9
     with pytest.raises(ValueError, match="holds no adapter, but a whole model"):
         voice.adapt(base)
 

@@ -673,7 +673,7 @@ def test_an_adapter_brings_the_new_words(tmp_path):
     folder.mkdir()
     write(folder)
     torch.save(torch.ones(80), folder / "mel_stats.pth")
-    data = write_tokens(tmp_path / "tokens", 32, 80)
+    data = write_tokens(tmp_path / "tokens", K=1, V=32, n_mels=80, references=True)
     ids = TokenFiles(data, "train").meta["tokenizer"]["vocab_size"]
     usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
     flags = [f"--init_from={folder}", "--lora_rank=2", "--weight_decay=0.5", "--learning_rate=0.01",
@@ -691,7 +691,10 @@ def test_an_adapter_brings_the_new_words(tmp_path):
         assert torch.equal(new[:40], old) and len(new) == ids
         assert not torch.equal(new[40:], first["model"]["weights"][f"{name}.lora_rows"])
     voice = Voice.from_checkpoint(tmp_path / "whole/best.pt", "cpu")
-    assert len(list(voice.frames("one two", cap_seconds=1.0)))
+    spoken = [frame.tolist() for frame in voice.frames("one two", cap_seconds=1.0)]
+    voice = Voice.from_checkpoint(tmp_path / "first/best.pt", "cpu")
+    voice.adapt(str(tmp_path / "whole/best.pt"))
+    assert spoken and [frame.tolist() for frame in voice.frames("one two", cap_seconds=1.0)] == spoken
     run(data, tmp_path / "parts", "--max_iters=4", "--lr_decay_iters=8", *flags, usual=usual)
     parts, again = run(data, tmp_path / "parts", "--max_iters=8", "--init_from=resume", *flags[1:], usual=usual)
     same(whole, parts)
