@@ -374,10 +374,10 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
 # the command
 
 
-def source_of(path, dtype=None):
+def source_of(path, dtype=None, base=""):
     """The model of a checkpoint, its adapters merged, or of published weights, and what `export` writes beside it.
 
-    Returns the model and {field of export.Source: value}. Raises as from_pretrained does.
+    base: of an adapter, see find_base. Returns the model and {field of export.Source: value}. Raises as from_pretrained does.
     """
     notes = []
     if is_published(path):
@@ -391,7 +391,7 @@ def source_of(path, dtype=None):
         text_format = release.text_format
     else:
         checkpoint = load_checkpoint(path)
-        model = load_model(checkpoint)
+        model = load_model(checkpoint, base=base)
         for name in lora.adapters(model):
             lora.merge(model, name)
         saved, pack = checkpoint["tokenizer"], checkpoint["codec"]
