@@ -377,7 +377,8 @@ def prepare_weights(model, utterances, cfg, checkpoint=None, say=print):
 def source_of(path, dtype=None, base=""):
     """The model of a checkpoint, its adapters merged, or of published weights, and what `export` writes beside it.
 
-    base: of an adapter, see find_base. Returns the model and {field of export.Source: value}. Raises as from_pretrained does.
+    base: of an adapter, see find_base. Returns the model and {field of export.Source: value}. Raises as from_pretrained
+    does.
     """
     notes = []
     if is_published(path):
