@@ -317,7 +317,8 @@ def read_sizes(layout, tensors, given, path):
         for twin, key in layout.tied.items():
             if twin in tensors:
                 tensor = tensors.pop(twin)
-                if not torch.equal(tensors.setdefault(key, tensor), tensor):
+                other = tensors.setdefault(key, tensor)
+                if not tensor.is_meta and not torch.equal(other, tensor):
                     raise ValueError(f"{twin} and {key} differ, but the family {layout.arch!r} ties them")
         return layout.sizes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, given)
     except KeyError as error:

@@ -5,23 +5,32 @@ The names and shapes that are expected stand here, not in the tables of layouts.
 
 import json
 import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, batch_of, tiny, utterance
+from helpers import TINY as HELPERS_TINY
+from helpers import assert_same, batch_of, run, tiny, utterance
 from safetensors.torch import load_file
 from test_codec_networks import TINY, mimi, moshi
+from test_valle import published_table
+from test_xtts import download
+from test_xtts import sheet as xtts_sheet
 
 import model as models
+import weights
 from codec import load_codec
 from export import EXPORTS, Source, export, published
-from layouts import CSM_MLX, CSM_ORIGINAL, CSM_TRANSFORMERS, WithoutMemory
+from layouts import CSM_MLX, CSM_ORIGINAL, CSM_TRANSFORMERS, VALLE_V2, XTTS_V2, WithoutMemory, grow
 from model import CSM, CSMConfig, Kani, KaniConfig
+from parts import configurator
 from parts.affine import dequantise, quantise
+from parts.tensors import read_metadata, write_safetensors
 from parts.text import HuggingFace, SentencePiece, train_tokenizer
-from weights import from_pretrained, source_of
+from weights import from_pretrained, save_checkpoint, source_of
 
 WORDS = ["zero", "one", "two", "three"]
 
@@ -377,3 +386,239 @@ def test_layouts_that_a_family_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="layout = 'mlx': the family 'kani' has transformers"):
         export(model, tmp_path, "mlx")
     assert set(EXPORTS) == {"csm", "kani", "xtts", "valle"} and not os.listdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# XTTS
+
+def test_xtts_names_and_shapes_at_the_published_size():
+    with WithoutMemory():
+        model = models.XTTS(models.XTTSConfig(6681, 1024, "gpt2-xtts", 261, 0, vocoder=True))
+    expected = {f"gpt.{key}": shape for key, shape in xtts_sheet().items()}
+    assert shapes_of(published(XTTS_V2, Source(model))) == expected and len(expected) == 426
+
+
+FIVE = ["config.json", "dvae.pth", "mel_stats.pth", "model.pth", "vocab.json"]
+
+
+@pytest.fixture(scope="module")
+def xtts(tmp_path_factory):
+    """A folder as XTTS-v2 is downloaded, with what other software may have put there."""
+    folder = tmp_path_factory.mktemp("xtts-v2")
+    download(folder)
+    content = torch.load(folder / "model.pth")
+    content["model"]["mel_stats"] = torch.full((80,), 2.0)
+    torch.save(content, folder / "model.pth")
+    return folder
+
+
+def same_five(a, b, but=()):
+    """Check that two folders of XTTS hold the same: files, keys, types and numbers, but for these keys."""
+    assert sorted(os.listdir(a)) == sorted(os.listdir(b)) == FIVE
+    for name in ("dvae.pth", "mel_stats.pth", "vocab.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    before, after = (torch.load(folder / "model.pth")["model"] for folder in (a, b))
+    assert before.keys() == after.keys()
+    assert {key for key, x in before.items() if x.dtype != after[key].dtype or not torch.equal(x, after[key])} == {*but}
+
+
+def test_xtts_comes_out_as_it_went_in(xtts, tmp_path):
+    model, known = source_of(xtts)
+    assert export(model, tmp_path, **known) == []
+    same_five(xtts, tmp_path)
+    given, config = (json.loads((folder / "config.json").read_text())["model_args"] for folder in (xtts, tmp_path))
+    assert given.items() <= config.items()
+    sizes = dict(gpt_layers=2, gpt_n_model_channels=32, gpt_n_heads=2, gpt_number_text_tokens=40, decoder_input_dim=32,
+                 gpt_num_audio_tokens=34, gpt_start_audio_token=32, gpt_stop_audio_token=33)  # fmt: skip
+    assert sizes.items() <= config.items()
+    again = from_pretrained(tmp_path)
+    assert again.config == model.config
+    heard = torch.randn(50, 80)
+    first, second = ([int(code) for code in speaker.generate(np.array([5, 6, 7]), reference=heard, max_frames=9,
+                                                             choose=models.sampler(temperature=0))]
+                     for speaker in (model, again))  # fmt: skip
+    assert first == second and load_codec("xtts", tmp_path).fingerprint() == load_codec("xtts", xtts).fingerprint()
+
+
+def test_xtts_that_learned_more_words(xtts, tmp_path):
+    """A checkpoint, whose GPT alone differs from what it descends from: in one tensor, and in rows of its own."""
+    model, known = source_of(xtts)
+    larger = grow(model, XTTS_V2.tables, 45)
+    larger.final_norm.bias.data += 1
+    spec = json.loads(known["tokenizer"].model)
+    spec["added_tokens"] += [{**spec["added_tokens"][0], "id": 40 + i, "content": f"[new{i}]"} for i in range(5)]
+    words = json.dumps(spec).encode()
+    meta = {"tokenizer": {"sha256": ""}, "text_format": "[{language}]{text}"}
+    save_checkpoint(tmp_path / "best.pt", {
+        "arch": "xtts", "model_config": asdict(larger.config), "model": larger.state_dict(), "meta": meta,
+        "codec": known["codec"].pack(), "tokenizer": {"kind": "tokenizers", "model": words}, "origin": str(xtts),
+    })  # fmt: skip
+    main("export", tmp_path / "best.pt", f"--out_dir={tmp_path / 'out'}")
+    before, after = (torch.load(folder / "model.pth")["model"] for folder in (xtts, tmp_path / "out"))
+    tables = {"gpt.text_embedding.weight", "gpt.text_head.weight", "gpt.text_head.bias"}
+    assert before.keys() == after.keys()
+    assert {key for key, x in before.items() if not torch.equal(x, after[key])} == {*tables, "gpt.final_norm.bias"}
+    assert all(len(after[key]) == 45 and torch.equal(after[key][:40], before[key]) for key in tables)
+    assert (tmp_path / "out/vocab.json").read_bytes() == words
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_args"]["gpt_number_text_tokens"] == 45
+    same_state(state_of(tmp_path / "out"), larger.state_dict())
+
+
+def test_what_xtts_needs(xtts, tmp_path):
+    model, known = source_of(xtts)
+    for missing in ("codec", "tokenizer"):
+        with pytest.raises(ValueError, match="its vocoder and its tokenizer: they are not at hand"):
+            export(model, tmp_path, **{**known, missing: None})
+    assert not os.listdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VALL-E
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """A hub's folder of VALL-E, with the tensors for other tasks."""
+    folder = tmp_path_factory.mktemp("vall-e") / "models" / "ckpt" / "nemo-smaller-44khz-llama-8"
+    folder.mkdir(parents=True)
+    golden = load_file(Path(__file__).parent / "golden" / "valle2.safetensors")
+    facts = json.loads((Path(__file__).parent / "golden" / "valle2.json").read_text())["config"]
+    weights = {key.removeprefix("weights."): x for key, x in golden.items() if key.startswith("weights.")}
+    assert {"text_emb.weight", "tasks_emb.weight", "tones_emb.weight"} <= weights.keys()
+    said = {"experimental": facts["experimental"], "size": {"heads": facts["n_heads"]}, "version": 7}
+    with open(folder / "fp32.sft", "wb") as file:
+        write_safetensors(file, weights, {"config": json.dumps(said), "stats": '{"global_step": 3}', "userdata": "{}"})
+    return folder / "fp32.sft"
+
+
+def test_valle_names_and_shapes_at_the_published_size():
+    with WithoutMemory():
+        model = models.VallE(models.VallEConfig(256, 8, 1000, "valle-60M", 1, 2, mode="nar", languages=6))
+    others = {"text_emb", "tasks_emb", "tones_emb", "phn_decoder", "text_decoder"}
+    table = {key: shape for key, shape in published_table(512, 12, 2048).items() if key.split(".")[0] not in others}
+    assert shapes_of(published(VALLE_V2, Source(model))) == table
+
+
+def test_valle_comes_out_as_it_went_in(sft, tmp_path):
+    model, known = source_of(sft.parents[3])  # of the whole hub's folder
+    export(model, tmp_path, **known)
+    assert sorted(os.listdir(tmp_path)) == ["fp32.sft"]
+    before, after = load_file(sft), load_file(tmp_path / "fp32.sft")
+    assert list(before) == list(after) and {x.dtype for x in after.values()} == {torch.float32}
+    same_state(before, after)
+    assert read_metadata(sft) == read_metadata(tmp_path / "fp32.sft")
+    assert from_pretrained(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("mode", ["nar", "ar"])
+def test_valle_that_learned(sft, mode, tmp_path):
+    """Of a checkpoint, the tensors for other tasks come from what it descends from; without that a note says so."""
+    origin = from_pretrained(sft)
+    options = {key: x for key, x in asdict(origin.config).items() if key != "arch"}
+    model = models.VallE(models.VallEConfig(**{**options, "mode": mode}))
+    model.load_state_dict({key: x for key, x in origin.state_dict().items() if key in model.state_dict()})
+    model.text_embedding.weight.data[3] += 1
+    checkpoint = {"arch": "valle", "model_config": asdict(model.config), "model": model.state_dict()}
+    save_checkpoint(tmp_path / "best.pt", {**checkpoint, "origin": str(sft)})
+    main("export", tmp_path / "best.pt", f"--out_dir={tmp_path / 'out'}")
+    before, after = load_file(sft), load_file(tmp_path / "out/fp32.sft")
+    assert before.keys() == after.keys() and read_metadata(sft) == read_metadata(tmp_path / "out/fp32.sft")
+    assert {key for key, x in before.items() if not torch.equal(x, after[key])} == {"phn_emb.weight"}
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    model, known = source_of(tmp_path / "best.pt")
+    notes = export(model, tmp_path / "alone", **known)
+    assert any("lacks text_emb, tasks_emb" in note for note in notes)
+    missing = {key.split(".")[0] for key in before.keys() - load_file(tmp_path / "alone/fp32.sft").keys()}
+    others = {"text_emb", "tasks_emb", "tones_emb", "phn_decoder", "text_decoder"}
+    assert missing == {key.split(".")[0] for key in before} & (others | ({"len_decoder"} if mode == "ar" else set()))
+    if mode == "nar":
+        again = from_pretrained(tmp_path / "alone")
+        same_state(again.state_dict(), model.state_dict())
+        assert again.config.backbone == model.config.backbone and again.config.mask_ratio == model.config.mask_ratio
+
+
+def test_a_folder_of_several_names_them(sft, tmp_path):
+    for name in ("small", "large"):
+        (tmp_path / "models/ckpt" / name).mkdir(parents=True)
+        shutil.copy(sft, tmp_path / "models/ckpt" / name)
+    with pytest.raises(ValueError, match="holds several models: .*large/fp32.sft, .*small/fp32.sft; name one of them"):
+        from_pretrained(tmp_path)
+    assert from_pretrained(tmp_path / "models/ckpt/small").config.arch == "valle"
+    (tmp_path / ".cache").mkdir()
+    shutil.rmtree(tmp_path / "models/ckpt/small")
+    shutil.copy(sft, tmp_path / ".cache/fp32.sft")
+    assert from_pretrained(tmp_path).config.arch == "valle"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def main(*words):
+    weights.main(configurator.configure(weights.__file__, list(map(str, words)), ["command", "ckpt"]))
+
+
+def test_inspect_published_weights(codec, xtts, sft, tmp_path, capsys):
+    export(wide(), tmp_path / "few", "mlx-4bit", tokenizer=own_tokenizer())
+    (tmp_path / "few/README.md").write_text("---\nlicense: apache-2.0\n---\nHello.\nDo **not** clone without consent.")
+    (tmp_path / "few/LICENSE").write_text("\n  Apache License\nVersion 2.0\nmore")
+    main("inspect", tmp_path / "few")
+    said = capsys.readouterr().out
+    for words in ("family csm, quantised by mlx, in its layout 'mlx'", "text_vocab_size 30, n_codebooks 4",
+                  "backbone: n_layer 2, d_model 64", "decoder: n_layer 2, d_model 16", "numbers in uint32",
+                  f"tokenizer: {own_tokenizer().vocab_size} ids", "codec: none beside it",
+                  "README.md: license: apache-2.0", "README.md: Do **not** clone without consent.",
+                  "LICENSE: Apache License", "LICENSE: Version 2.0"):
+        assert words in said, words  # fmt: skip
+    assert "Hello" not in said and "more" not in said
+    export(speaking(own_tokenizer(), codec), tmp_path / "csm", codec=codec)
+    for path, words in (
+        (tmp_path / "csm", ("in its layout 'transformers'", "codec: inside (codec_model)", "no tokenizer.json beside",
+                            "no model card and no licence beside it")),
+        (xtts, ("family xtts", "codec: dvae.pth", "tokenizer: 40 ids")),
+        (sft, ("family valle", "mode nar", "in float32")),
+    ):  # fmt: skip
+        main("inspect", path)
+        said = capsys.readouterr().out
+        assert all(word in said for word in words), said
+
+
+def test_inspect_checkpoints(tokens, tmp_path, capsys):
+    run(tokens, tmp_path / "a", "--max_iters=1")
+    main("inspect", tmp_path / "a/last.pt")
+    said = capsys.readouterr().out
+    for words in ("last.pt: a checkpoint of the family csm, made at iter 1 and can resume", f"data: {tokens}; speakers",
+                  "codec: mel ", "tokenizer: sentencepiece", "numbers in float32", "backbone: n_layer 1"):
+        assert words in said, words  # fmt: skip
+    run(tokens, tmp_path / "b", "--max_iters=1", f"--init_from={tmp_path}/a/last.pt", "--lora_rank=2")
+    main("inspect", tmp_path / "b/best.pt")
+    said = capsys.readouterr().out
+    assert f"an adapter of rank 2 on {tmp_path}/a/last.pt" in said and "holds weights only" in said
+    shutil.rmtree(tmp_path / "a")
+    main("inspect", tmp_path / "b/best.pt")
+    assert "which does not exist" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="or what to look at"):
+        main("inspect")
+
+
+def test_a_run_remembers_what_it_descends_from(tokens, tmp_path, capsys):
+    """Over a resumed run, a second run and an adapter, whose export merges it; and where it is gone, a line says so."""
+    run(tokens, tmp_path / "first", "--max_iters=1")
+    model, known = source_of(tmp_path / "first/last.pt")
+    export(model, tmp_path / "hub", "original", **known)
+    usual = [flag for flag in HELPERS_TINY if not flag.startswith(("--backbone", "--decoder="))]
+    a, _ = run(tokens, tmp_path / "a", "--max_iters=1", f"--init_from={tmp_path / 'hub'}", usual=usual)
+    assert a["origin"] == str(tmp_path / "hub")
+    run(tokens, tmp_path / "a", "--max_iters=2", "--init_from=resume", usual=usual)
+    flags = [f"--init_from={tmp_path}/a/last.pt", "--lora_rank=2", "--learning_rate=0.1"]
+    b, _ = run(tokens, tmp_path / "b", "--max_iters=3", *flags, usual=usual)
+    assert b["origin"] == str(tmp_path / "hub") and b["base"]
+    main("export", tmp_path / "b/last.pt", f"--out_dir={tmp_path / 'out'}", "--layout=original", "--dtype=bfloat16")
+    merged, base = state_of(tmp_path / "out"), state_of(tmp_path / "a/last.pt")
+    moved = {key for key in base if not torch.equal(base[key].bfloat16().float(), merged[key])}
+    assert moved and all("proj" in key for key in moved)  # LoRA changes linear layers alone
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "hub")
+    main("export", tmp_path / "b/last.pt", f"--out_dir={tmp_path / 'out'}")
+    assert f"{tmp_path / 'hub'}, from which it descends, is gone" in capsys.readouterr().out
