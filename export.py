@@ -225,7 +225,7 @@ def csm_transformers(source):
                             "MimiModel.from_pretrained('kyutai/mimi')")  # fmt: skip
     if c.stop == "class":
         source.notes.append("transformers' generate stops at a frame of zeros, not at the stop class of this model: it "
-                            "speaks up to max_new_tokens; --stop=zeros trains one that stops there too")  # fmt: skip
+                            "speaks on to max_new_tokens")  # fmt: skip
     files = tokenizer_files(source, processor_class="CsmProcessor")
     if files:
         files |= csm_processor(source, config, files)
@@ -387,7 +387,9 @@ def csm_mlx(source, bits=0):
         config["text_tokenizer"] = os.path.abspath(source.folder)
         source.notes.append("text_tokenizer in its config.json is this folder: change it to the name that you publish "
                             "it under")  # fmt: skip
-    source.notes.append("mlx-audio stops at a frame of zeros" if c.stop == "class" else "mlx-audio brings the codec")
+    if c.stop == "class":
+        source.notes.append("mlx-audio stops at a frame of zeros, not at the stop class of this model: it speaks on to "
+                            "max_audio_length_ms")  # fmt: skip
     return {**files, "config.json": config, "model.safetensors": safetensors(tensors, format="mlx")}
 
 
