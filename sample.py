@@ -211,18 +211,23 @@ class Voice:
         """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty or has characters
         the tokenizer lacks, and for an unknown speaker."""
         words = normalise(text, self.meta["lowercase"])
-        speakers = self.meta["speakers"]
         if not words:
             raise ValueError("the text is empty")
+        speaker = self.known_speaker(speaker)
+        if unknown := self.tokenizer.unknown(words):
+            some = " ".join(sorted(unknown)[:12])
+            raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
+        tagged = wording(self.meta["text_format"], speaker, words, self.meta.get("language", ""))
+        return np.array(self.tokenizer.encode(tagged))
+
+    def known_speaker(self, speaker):
+        """The speaker of that name, the first one where it is empty. Raises ValueError for an unknown one."""
+        speakers = self.meta["speakers"]
         if speaker and speaker not in speakers:
             near = difflib.get_close_matches(speaker, speakers, len(speakers), 0)[:12]  # the most similar first
             more = f" and {len(speakers) - len(near)} more" if len(speakers) > len(near) else ""
             raise ValueError(f"unknown speaker {speaker!r}; choose from {', '.join(near)}{more}")
-        if unknown := self.tokenizer.unknown(words):
-            some = " ".join(sorted(unknown)[:12])
-            raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
-        tagged = wording(self.meta["text_format"], speaker or speakers[0], words, self.meta.get("language", ""))
-        return np.array(self.tokenizer.encode(tagged))
+        return speaker or speakers[0]
 
     def read(self, path):
         """A recording of a voice, wav (1, N) at the codec's rate. Raises ValueError for one too short or too long."""
@@ -246,12 +251,12 @@ class Voice:
     def own_voice(self, speaker=""):
         """The voice of a speaker as `listen` gives it; where `speaker` is empty, that of the first one in the training
         data. Raises ValueError where none is known."""
-        if speaker in self.voices:
-            return self.voices[speaker]
+        if self.voices and speaker:
+            return self.voices[self.known_speaker(speaker)]
         if self.references is None or self.vocoder and self.timbres is None:
             some = f", or a speaker: {', '.join(list(self.voices)[:5])}, ..." if self.voices else ""
             raise ValueError(f"the model reads the voice from a recording: give a reference{some}")
-        own = self.meta["speakers"].index(speaker) if speaker else 0
+        own = self.meta["speakers"].index(self.known_speaker(speaker))
         latents = self.model.voice_latents(self.references[own])[0]
         return latents, self.timbres[own] if self.vocoder else None
 

@@ -1,8 +1,11 @@
 """Published weights that speak before any training: CSM here, the other families in the files of their models."""
 
+import io
 import json
+import math
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ import tokenizers
 import torch
 from helpers import run
 from safetensors.torch import load_file, save_file
+from test_xtts import download
 
+import model as models
 import prepare
 import released
 import sample
@@ -26,21 +31,21 @@ MIMI = dict(model_type="mimi", hidden_size=128, num_filters=4, num_hidden_layers
             num_quantizers=4, vector_quantization_hidden_dimension=16)  # fmt: skip
 
 
-def write_tokenizer(path):
-    """A tokenizer.json in Llama's form: bytes, and the marks around a text."""
-    marks = ["<|begin_of_text|>", "<|end_of_text|>"]
+LLAMA = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+def write_tokenizer(path, marks=LLAMA, around=f"{LLAMA[0]} $A {LLAMA[1]}"):
+    """A tokenizer.json in the form of Llama or LFM2: bytes, and marks around a text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+        vocab_size=280, special_tokens=list(marks), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["[0]one two three four"] * 3, trainer)
-    around = [(mark, tokenizer.token_to_id(mark)) for mark in marks]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin_of_text|> $A <|end_of_text|>", special_tokens=around
-    )
+    ids = [(mark, tokenizer.token_to_id(mark)) for mark in marks]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=around, special_tokens=ids)
     path.write_text(tokenizer.to_str())
     return tokenizer
 
@@ -83,6 +88,21 @@ def speak(*flags, script=sample):
 
 def codes_of(voice, text="one two", **how):
     return torch.stack(list(voice.frames(text, temperature=0, **how)))
+
+
+def no_steps(place, folder, *flags, arch="csm", tokenizer="tokenizer.json", run_flags=(), seconds=0.7):
+    """Prepare recordings of so many seconds or a little more with these flags, and train on them for 0 steps from the
+    weights in a folder: the checkpoint place/out/last.pt and its log."""
+    lines = ["audio|text"]
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        soundfile.write(place / f"{i}.wav", 0.1 * rng.standard_normal(int(24000 * seconds * (1 + 0.1 * i))), 24000)
+        lines.append(f"{i}.wav|one two")
+    (place / "metadata.csv").write_text("\n".join(lines))
+    speak(f"--sources={place}", f"--data_dir={place}/tokens", f"--tokenizer={folder}/{tokenizer}", "--workers=1",
+          "--val_fraction=0.3", "--min_seconds=0", "--max_chars_per_second=999", *flags, script=prepare)  # fmt: skip
+    return run(f"{place}/tokens", place / "out", f"--init_from={folder}", f"--arch={arch}", "--max_iters=0", *run_flags,
+               usual=["--eval_samples=0", "--device=cpu"])  # fmt: skip
 
 
 def refused(out_dir, *flags):
@@ -143,17 +163,7 @@ def test_a_reference_is_heard(csm, recording, tmp_path):
 def test_after_a_run_of_no_steps_the_codes_are_the_same(csm, tmp_path, capsys):
     """And both stand beside each other on a page."""
     folder = csm[1]
-    lines = ["audio|text"]
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(16000 + 2000 * i), 24000)
-        lines.append(f"{i}.wav|one two")
-    (tmp_path / "metadata.csv").write_text("\n".join(lines))
-    speak(f"--sources={tmp_path}", f"--data_dir={tmp_path}/tokens", "--codec=mimi", f"--codec_path={folder}",
-          f"--tokenizer={folder}/tokenizer.json", "--text_format=[0]{text}", "--workers=1", "--val_fraction=0.3",
-          script=prepare)  # fmt: skip
-    state, log = run(f"{tmp_path}/tokens", tmp_path / "out", f"--init_from={folder}", "--max_iters=0", "--device=cpu",
-                     usual=["--eval_samples=1"])  # fmt: skip
+    state, log = no_steps(tmp_path, folder, "--codec=mimi", f"--codec_path={folder}", "--text_format=[0]{text}")
     assert state["iter"] == 0 and [line["iter"] for line in log] == [0] and log[0]["val_loss"] > 0
     assert log[0]["loss"] is None and "held out: loss" in capsys.readouterr().out
     base = Voice.from_published(folder, "cpu")
@@ -169,6 +179,241 @@ def test_after_a_run_of_no_steps_the_codes_are_the_same(csm, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "both")) == ["csm-small", "index.html", "out"]
     page = (tmp_path / "both/index.html").read_text()
     assert "<td>step<td>published<td>" in page and 'src="csm-small/000.wav"' in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the other families
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    """The weights of a golden file by their published names, and its other tensors."""
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    weights = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
+    return weights, {key: x for key, x in tensors.items() if not key.startswith("weights.")}
+
+
+def write_letters(path, letters, **marks):
+    """A tokenizer.json that reads each letter {letter: id} as a token, with marks {name: id}."""
+    vocabulary = {**marks, **letters}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token=list(marks)[0]))
+    tokenizer.add_special_tokens(list(marks))
+    path.write_text(tokenizer.to_str())
+
+
+def write_nemo(path, tensors):
+    torch.save(tensors, packed := io.BytesIO())
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("./model_weights.ckpt")
+        info.size = len(packed.getvalue())
+        archive.addfile(info, io.BytesIO(packed.getvalue()))
+
+
+def nanocodec(path):
+    """The golden NanoCodec with its two codebooks doubled, as many as KaniTTS has."""
+    weights, _ = golden("nemo_nanocodec")
+    for key in [key for key in weights if "fsqs.0" in key]:
+        for k in (2, 3):
+            weights[key.replace("fsqs.0", f"fsqs.{k}")] = weights[key].clone()
+    for key in weights:
+        if "encoder.post_conv" in key:
+            weights[key] = torch.cat([weights[key]] * 2)
+    wide = "audio_decoder.pre_conv.conv.parametrizations.weight.original1"
+    weights[wide] = torch.cat([weights[wide]] * 2, 1)
+    write_nemo(path, weights)
+
+
+@pytest.fixture(scope="module")
+def kani(tmp_path_factory):
+    """transformers' LFM2 with the ids of KaniTTS and small random weights, and its folder with all it needs."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("hub") / "kani-small"
+    theirs = Lfm2ForCausalLM(Lfm2Config(
+        vocab_size=80538, hidden_size=32, intermediate_size=48, block_auto_adjust_ff_dim=False, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
+        layer_types=["conv", "full_attention"] * 2,
+    )).eval()  # fmt: skip
+    theirs.save_pretrained(folder)
+    nanocodec(folder / "nemo-nano-codec.nemo")
+    write_tokenizer(folder / "tokenizer.json", ["<|pad|>", "<|startoftext|>", "<|endoftext|>"], "<|startoftext|> $A")
+    return theirs, folder
+
+
+@pytest.mark.parametrize("speaker", ["", "katie"])
+def test_a_kani_says_what_transformers_says(kani, tmp_path, speaker):
+    theirs, folder = kani
+    voice = Voice.from_published(folder, "cpu", speaker=speaker)
+    assert voice.codec.name == "nanocodec" and voice.draw["repetition_penalty"] == 1.1
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = tokenizer.encode("katie: one two" if speaker else "one two")
+    prompt = torch.tensor([[64403, *text.ids, 2, 64404, 64405, 64401]])
+
+    def grammar(ids, scores):
+        k = (ids.shape[1] - prompt.shape[1]) % 4
+        allowed = torch.full_like(scores, -math.inf)
+        first = 64410 + 4032 * k
+        allowed[:, first : first + 4032] = scores[:, first : first + 4032]
+        allowed[:, 64402] = scores[:, 64402] if k == 0 else -math.inf
+        return allowed
+
+    expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0, logits_processor=[grammar])
+    expected = (expected[0, prompt.shape[1] :] - 64410).view(-1, 4) - 4032 * torch.arange(4)
+    codes = codes_of(voice, speaker=speaker, repetition_penalty=1, cap_seconds=9.5 / voice.codec.frame_rate)
+    assert torch.equal(codes, expected) and len(codes) == 10
+    flags = [f"--speaker={speaker}"] if speaker else []
+    speak(f"--ckpt={folder}", "--text=one two", f"--out_dir={tmp_path}", "--cap_seconds=0.01", "--device=cpu", *flags)
+    assert soundfile.info(tmp_path / "000.wav").samplerate == 22050
+
+
+def test_a_kani_after_a_run_of_no_steps(kani, tmp_path):
+    folder = kani[1]
+    no_steps(tmp_path, folder, "--codec=nanocodec", f"--codec_path={folder}", "--text_format={text}", arch="kani",
+             seconds=0.05)  # fmt: skip
+    base, trained = Voice.from_published(folder, "cpu"), Voice.from_checkpoint(tmp_path / "out/last.pt", "cpu")
+    assert torch.equal(codes_of(trained, cap_seconds=0.01), codes_of(base, cap_seconds=0.01))
+
+
+@pytest.fixture(scope="module")
+def xtts(tmp_path_factory):
+    """XTTS-v2's files with the golden weights, in which its two marks are codes as in the golden generation: the
+    original did not stop. Its letters are the golden text, and its one speaker is the golden voice."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("hub") / "xtts-small"
+    folder.mkdir()
+    download(folder, codes=34)
+    _, more = golden("xtts_gpt")
+    content = torch.load(folder / "model.pth", weights_only=True)
+    weights = content["model"]
+    weights["gpt.mel_embedding.weight"] = torch.cat([x := weights["gpt.mel_embedding.weight"], x[32:]])
+    weights["gpt.mel_head.weight"] = torch.cat([x := weights["gpt.mel_head.weight"], torch.zeros(2, x.shape[1])])
+    weights["gpt.mel_head.bias"] = torch.cat([weights["gpt.mel_head.bias"], torch.full((2,), -1e4)])
+    torch.save(content, folder / "model.pth")
+    (folder / "config.json").write_text('{"model_args": {"gpt_n_heads": 2, "gpt_start_text_token": 37}}')
+    letters = dict(zip("abcdefghi", more["in.text"][0].tolist(), strict=True))
+    letters |= {c: i for c, i in zip("jklmnopqrstuvwxyz", sorted({*range(3, 37)} - {*letters.values()}), strict=False)}
+    write_letters(folder / "vocab.json", letters, **{"[STOP]": 0, "[UNK]": 1, "[SPACE]": 2, "[START]": 37, "[en]": 38,
+                                                     "[de]": 39})  # fmt: skip
+    voice = {"gpt_cond_latent": more["out.cond_latents"][:1], "speaker_embedding": torch.randn(1, 16, 1)}
+    other = {"gpt_cond_latent": more["out.cond_latents"][1:], "speaker_embedding": torch.randn(1, 16, 1)}
+    torch.save({"Golden Voice": voice, "Other": other}, folder / "speakers_xtts.pth")
+    return folder, more
+
+
+def test_an_xtts_says_what_the_original_says(xtts, tmp_path):
+    """In a published voice: the golden codes, and the vocoder's wav of the states they came from, in its timbre."""
+    folder, more = xtts
+    how = dict(temperature=0.0, repetition_penalty=1.0, cap_seconds=12 * 1024 / 22050)
+    flags = [f"--{key}={value}" for key, value in how.items()]
+    speak(f"--ckpt={folder}", "--text=abcdefghi", "--text_format={text}", "--speaker=Golden Voice", *flags,
+          f"--out_dir={tmp_path}", "--device=cpu")  # fmt: skip
+    voice = Voice.from_published(folder, "cpu", text_format="{text}")
+    assert voice.draw["repetition_penalty"] == 5.0 and voice.sample_rate == 24000
+    assert voice.text_ids("abcdefghi").tolist() == more["in.text"][0].tolist()
+    latents, timbre = voice.own_voice("Golden Voice")
+    assert torch.equal(latents, more["out.cond_latents"][0]) and timbre.shape == (16,)
+    states = torch.stack(list(voice.frames("abcdefghi", speaker="Golden Voice", **how)))
+    expected = voice.codec.vocode(states[None], timbre[None])[0]
+    wav, rate = soundfile.read(tmp_path / "000.wav", dtype="float32")
+    assert rate == 24000 and np.abs(wav - expected.clamp(-1, 1).numpy()).max() < 1e-3
+    voice.vocoder = False
+    codes = torch.stack(list(voice.frames("abcdefghi", speaker="Golden Voice", **how)))
+    assert codes[:, 0].tolist() == more["gen.codes"][0].tolist() and len(states) == 12
+    other = torch.stack(list(voice.frames("abcdefghi", speaker="Other", **how)))
+    assert codes.tolist() != other.tolist()
+
+
+def test_an_xtts_asks_for_a_voice(xtts, recording, tmp_path):
+    folder, _ = xtts
+    flags = f"--ckpt={folder}", "--text=one", "--device=cpu", "--cap_seconds=0.5"
+    said = refused(tmp_path / "out", *flags)
+    assert "reads the voice from a recording: give a reference, or a speaker: Golden Voice, Other" in said
+    assert "unknown speaker 'golden'; choose from" in refused(tmp_path / "out", *flags, "--speaker=golden")
+    speak(*flags, f"--reference={recording}", f"--out_dir={tmp_path}/said")
+    assert (tmp_path / "said/000.wav").exists()
+    tokenizer = Voice.from_published(folder, "cpu").tokenizer
+    ids = Voice.from_published(folder, "cpu").text_ids("One")
+    assert ids.tolist() == tokenizer.encode("[en]one")
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    for content, message in (
+        ({}, "holds no voices"), ({"A": 3}, "gpt_cond_latent of A is 3, not a tensor"),
+        ({"A": {"gpt_cond_latent": torch.zeros(1, 5, 7)}}, "has shape (1, 5, 7), not (1, 32, 32)"),
+    ):  # fmt: skip
+        torch.save(content, bare / "speakers_xtts.pth")
+        assert message in refused(tmp_path / "out", f"--ckpt={bare}", "--text=one", f"--reference={recording}")
+    os.remove(bare / "speakers_xtts.pth")
+    assert refused(tmp_path / "out", f"--ckpt={bare}", "--text=one").endswith("from a recording: give a reference")
+    os.remove(bare / "dvae.pth")
+    said = refused(tmp_path / "out", f"--ckpt={bare}", "--text=one", f"--reference={recording}")
+    assert "no dvae.pth of the codec xtts; `hf download coqui/XTTS-v2 dvae.pth mel_stats.pth model.pth`" in said
+
+
+def test_an_xtts_after_a_run_of_no_steps(xtts, recording, tmp_path):
+    folder, _ = xtts
+    no_steps(tmp_path, folder, "--codec=xtts", f"--codec_path={folder}", "--text_format=[en]{text}",
+             "--references=True", arch="xtts", tokenizer="vocab.json",
+             run_flags=["--reference_seconds=[0.2,0.4]"])  # fmt: skip
+    base, trained = Voice.from_published(folder, "cpu"), Voice.from_checkpoint(tmp_path / "out/last.pt", "cpu")
+    said = [codes_of(voice, reference=recording, cap_seconds=0.6) for voice in (base, trained)]
+    assert torch.equal(*said) and said[0].shape[1] == 32
+
+
+@pytest.fixture(scope="module")
+def valle(tmp_path_factory):
+    """The golden VALL-E as its author publishes such, with letters for its phonemes, and tables of a codec of its
+    sizes."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("hub") / "valle-small"
+    folder.mkdir()
+    weights, more = golden("valle2")
+    facts = json.loads((GOLDEN / "valle2.json").read_text())["config"]
+    said = {"experimental": facts["experimental"], "size": {"heads": facts["n_heads"]}, "version": 7}
+    save_file(weights, folder / "fp32.sft", {"config": json.dumps(said), "stats": "{}"})
+    letters = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz", 3)}
+    write_letters(folder / "tokenizer.json", letters, **{"<unk>": 0, "<s>": 1, "</s>": 2, " ": 29})
+    codec = released.load_codec("mel", n_codebooks=8, codebook_size=21, sample_rate=24000, frame_rate=75)
+    codec.fit([0.1 * torch.randn(48000)]).save(folder / "mel")
+    return folder, more
+
+
+def test_a_valle_says_what_the_original_says(valle, recording, tmp_path, monkeypatch):
+    """After a golden prompt, as many frames as in the golden file."""
+    folder, more = valle
+    letters = "".join("abcdefghijklmnopqrstuvwxyz"[i - 3] for i in more["in.0.phn"][1:-1].tolist())
+    monkeypatch.setattr(models.VallE, "guess_length", lambda self, state: torch.tensor([12]))
+    monkeypatch.setattr(Voice, "listen", lambda self, path: more["in.0.prom"].numpy())
+    decode, said = Voice.decode, []
+    monkeypatch.setattr(Voice, "decode", lambda self, frames: said.append(torch.stack(frames)) or decode(self, frames))
+    flags = [f"--ckpt={folder}", f"--text={letters}", "--codec=mel", f"--codec_path={folder}/mel", "--temperature=0",
+             "--rounds=6", "--top_sigma=0", f"--reference={recording}", f"--out_dir={tmp_path}"]  # fmt: skip
+    speak(*flags, "--device=cpu")
+    expected = more["demask.0.result"]
+    assert torch.equal(said[0], expected.where(expected < 21, 0)) and (tmp_path / "000.wav").exists()
+
+
+def test_a_valle_after_a_run_of_no_steps(valle, tmp_path):
+    folder, _ = valle
+    mel = "--codec=mel", f"--codec_path={folder}/mel"
+    no_steps(tmp_path, folder, *mel, "--text_format={text}", arch="valle")
+    base = Voice.from_published(folder, "cpu", codec="mel", codec_path=f"{folder}/mel")
+    trained = Voice.from_checkpoint(tmp_path / "out/last.pt", "cpu")
+    assert trained.model.config == base.model.config and base.model.config.guidance == 2.5
+    assert torch.equal(codes_of(trained, cap_seconds=1), codes_of(base, cap_seconds=1))
+
+
+def test_the_codec_of_a_valle(valle, tmp_path):
+    assert [released.codec_of_valle(*sizes) for sizes in ((8, 1000), (8, 1024), (9, 1024))] == [
+        "audiocodec44k", "encodec", "dac"]  # fmt: skip
+    write_nemo(tmp_path / "audio_codec_44khz.nemo", golden("nemo_audiocodec_44k")[0])
+    codec = released.find_codec("audiocodec44k", "", str(tmp_path / "fp32.sft"), False)
+    assert codec.codebook_size == 1000 and codec.path == str(tmp_path / "audio_codec_44khz.nemo")
+    os.remove(tmp_path / "audio_codec_44khz.nemo")
+    with pytest.raises(FileNotFoundError, match="hf download nvidia/audio-codec-44khz` fetches it, or name it by"):
+        released.find_codec("audiocodec44k", "", str(tmp_path / "fp32.sft"), False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -717,13 +717,13 @@ def test_an_adapter_brings_the_new_words(tmp_path):
 # the whole system: recordings, a folder as it was downloaded, speech out of the vocoder
 
 
-def download(folder):
+def download(folder, codes=32):
     """All files of XTTS-v2, small: the golden parts, made to fit each other."""
     parts = {part: load_file(Path(__file__).parent / "golden" / f"xtts_{part}.safetensors")
              for part in ("dvae", "hifigan", "speaker_encoder")}  # fmt: skip
     dvae, vocoder, speaker = ({key.removeprefix("weights."): w.float() for key, w in part.items()
                                if key.startswith("weights.")} for part in parts.values())  # fmt: skip
-    dvae["codebook.embed"] = dvae["codebook.embed"][:, :32]  # as many codes as the GPT knows
+    dvae["codebook.embed"] = dvae["codebook.embed"][:, :codes]  # as many as the GPT knows
     for key in ("fc.weight", "fc.bias"):
         speaker[key] = speaker[key][: vocoder["cond_layer.weight"].shape[1]]
     torch.save(dvae, folder / "dvae.pth")
