@@ -582,9 +582,8 @@ def open_voice(cfg, path):
     how = cfg.device, cfg.codec_path, cfg.dtype
     if not is_published(path):
         return Voice.from_checkpoint(path, *how, base=cfg.base)
-    given = {key: getattr(cfg, key) for key in PARTS if key in cfg.given}
-    if cfg.given.get("text_format") in cfg.files:  # a recipe says what its own model reads
-        del given["text_format"]
+    # a recipe may say where codec and tokenizer are, but the text_format is that of its own model
+    given = {key: getattr(cfg, key) for key in PARTS if key in (cfg.flags if key == "text_format" else cfg.given)}
     return Voice.from_published(path, *how, speaker=cfg.speaker, **given)
 
 
@@ -719,7 +718,7 @@ def idle_keys(cfg, voice):
 
 def refuse_parts(cfg, paths):
     """Raise ValueError for flags that name the parts of published weights, where all paths are checkpoints."""
-    flags = [key for key in PARTS if key in cfg.given and cfg.given[key] not in cfg.files]
+    flags = [key for key in PARTS if key in cfg.flags]
     if flags and not any(map(is_published, paths)):
         raise ValueError(f"--{flags[0]} is for published weights, {paths[0]:.200} holds its own")
 

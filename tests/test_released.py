@@ -156,8 +156,8 @@ def test_a_reference_is_heard(csm, recording, tmp_path):
     speak(*flags, f"--out_dir={tmp_path}/b", f"--reference={recording}", "--reference_text=three")
     assert (tmp_path / "a/000.wav").read_bytes() != (tmp_path / "b/000.wav").read_bytes()
     voice = Voice.from_published(folder, "cpu")
-    prompt = voice.prompt(recording, "three")["prompt"]
-    assert torch.equal(torch.from_numpy(prompt[1]), voice.codec.encode(read_audio(recording, 24000)[None])[0].T)
+    ((_, codes),) = voice.prompt(recording, "three")["prompt"]
+    assert torch.equal(torch.from_numpy(codes), voice.codec.encode(read_audio(recording, 24000)[None])[0].T)
 
 
 def test_after_a_run_of_no_steps_the_codes_are_the_same(csm, tmp_path, capsys):
@@ -385,7 +385,7 @@ def test_a_valle_says_what_the_original_says(valle, recording, tmp_path, monkeyp
     folder, more = valle
     letters = "".join("abcdefghijklmnopqrstuvwxyz"[i - 3] for i in more["in.0.phn"][1:-1].tolist())
     monkeypatch.setattr(models.VallE, "guess_length", lambda self, state: torch.tensor([12]))
-    monkeypatch.setattr(Voice, "listen", lambda self, path: more["in.0.prom"].numpy())
+    monkeypatch.setattr(Voice, "listen", lambda self, paths: [more["in.0.prom"].numpy()])
     decode, said = Voice.decode, []
     monkeypatch.setattr(Voice, "decode", lambda self, frames: said.append(torch.stack(frames)) or decode(self, frames))
     flags = [f"--ckpt={folder}", f"--text={letters}", "--codec=mel", f"--codec_path={folder}/mel", "--temperature=0",
