@@ -4,6 +4,7 @@ Letter in shapes: n text ids.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -53,6 +54,15 @@ def parse_format(text_format):
     if not sound or any(extra or conversion for _, _, extra, conversion in parts):
         raise ValueError(wrong)
     return [(before, field) for before, field, _, _ in parts]
+
+
+def package(module, use, install=None):
+    """An optional package, imported. Raises ValueError with what needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        install = install or module.replace("_", "-")
+        raise ValueError(f"{use} needs the package {install.split()[0]}: pip install {install}") from None
 
 
 class Tokenizer:
@@ -122,11 +132,7 @@ class HuggingFace(Tokenizer):
             ("<|im_start|>", "<|im_end|>"), ("<s>", "</s>"), ("[START]", "[STOP]")]  # fmt: skip
 
     def __init__(self, model):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from None
-
+        tokenizers = package("tokenizers", "a tokenizer.json")
         self.model = model
         try:
             self.processor = tokenizers.Tokenizer.from_buffer(model)
