@@ -132,7 +132,7 @@ def find_codec(name, path, file, inside):
     for place in places:
         try:
             files = CODECS[name].find(place, source)
-            if place != folder or not recognise(files[0]):  # it may be the model, under the same name
+            if place != folder or not (files[0] == file or recognise(files[0])):  # it may be the model
                 return load_codec(name, place)
         except FileNotFoundError:
             continue
