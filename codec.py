@@ -60,7 +60,8 @@ class Codec(nn.Module):
     fitted: False until fit(wavs, seed), for a codec that has to be fitted
     residual: the first codebooks alone are a coarser code
     streams: decode_stream(pieces of codes) yields pieces of wav
-    reference: None, or reference(wav (B, N)) -> (B, T * R, M), features from which a model reads a voice
+    reference: None, or reference(wav (B, N)) -> (B, T * R, M), features from which a model reads a voice; padded=False:
+        without the rows of the silence that completes the last frame
     timbre, vocode: None, or the two methods of a vocoder that speaks from a model's states, at `vocoder_rate`
     """
 
@@ -265,9 +266,10 @@ class Mel(Codec):
             spectra = self.spectra(nn.functional.pad(piece, (left, end - start - left - piece.shape[1])))
             yield (spectra.abs() @ self.filters.double()).pow(1 / 3)
 
-    def reference(self, wav):
+    def reference(self, wav, padded=True):
         """The mel bands of wav (B, N): (B, T * S, M) float32."""
-        return torch.cat(list(self.bands(wav)), 1).float()
+        bands = torch.cat(list(self.bands(wav)), 1).float()
+        return bands if padded else bands[:, : -(-wav.shape[1] // self.hop)]
 
     @torch.no_grad()
     def fit(self, wavs, seed=0):
@@ -1448,8 +1450,11 @@ class XTTS(NeuralCodec):
         return bands.clamp(min=1e-5).log() / self.mel_stats[:, None]
 
     @torch.no_grad()
-    def reference(self, wav):
-        """The mel bands from which the GPT reads a voice, four rows a frame: wav (B, N) -> (B, 4 T, 80)."""
+    def reference(self, wav, padded=True):
+        """The mel bands from which the GPT reads a voice, four rows a frame: wav (B, N) -> (B, 4 T, 80); not padded, as
+        its authors read a recording, (B, 1 + N // 256, 80)."""
+        if not padded:
+            return self.mel(wav, 2048).transpose(1, 2)
         return self.mel(self.pad_to_frame(wav, StreamState()), 2048)[..., :-1].transpose(1, 2)
 
     @torch.no_grad()
@@ -1518,7 +1523,7 @@ def load_codec(name, path=None, **options):
     Raises ValueError or FileNotFoundError, one line.
     """
     if name not in CODECS:
-        raise ValueError(f"no codec is called {name!r}; choose from {', '.join(CODECS)}")
+        raise ValueError(f"no codec is called {name!r:.60}; choose from {', '.join(CODECS)}")
     cls = CODECS[name]
     published = name in PUBLISHED
     known = inspect.signature(cls).parameters

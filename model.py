@@ -1088,6 +1088,8 @@ class XTTSConfig(FamilyConfig):
     conditioning_layers: "0 <= int <= 1000" = fixed(6)  # of the encoder that reads a recording of the voice
     perceiver_layers: "1 <= int <= 1000" = fixed(2)  # of the perceiver that turns the encoder's output into latents
     perceiver_heads: "1 <= int <= 1000" = fixed(8)  # of the perceiver's attention
+    recording_seconds: "0 < float <= 30" = free(30.0)  # of each recording of a voice that are heard when it speaks
+    heard_seconds: "0 <= float <= 3600" = free(30.0)  # of all of them, one after the other, for the latents; 0: all
     chunk_seconds: "0 <= float <= 3600" = free(4.0, judges=True)  # longer recordings are read in chunks; 0: whole
     text_positions: "3 <= int <= 100000" = fixed(404)  # text ids, with 2 marks around them
     code_positions: "6 <= int <= 100000" = fixed(608)  # frames, with 5 marks around them
@@ -1215,6 +1217,8 @@ class XTTS(Family):
 
     Row s predicts row s + 1, within the text by one head, within the codes by another. Text and codes have tables of
     positions of their own, each counted from 0; the latents, which come first, have none.
+
+    The authors' length_penalty is no setting here: it weighs the beams of a beam search, and they speak with one beam.
     """
 
     reference = True
@@ -1222,7 +1226,6 @@ class XTTS(Family):
     front_end = "xtts"
     draw = dict(temperature=0.75, top_k=50, top_p=0.85, min_p=0.0, repetition_penalty=5.0, repetition_decay=0.0)
 
-    LONGEST = 30.0  # seconds of a reference that are used
     SHORTEST = 0.33  # seconds of its last chunk
 
     def __init__(self, config):
@@ -1274,18 +1277,22 @@ class XTTS(Family):
         x = x.index_copy(0, text, words).index_copy(0, frames, codes)
         return torch.cat([latents, x.view(*segment.shape, -1)], 1)
 
-    def voice_latents(self, reference):
-        """The latents (1, L, D) of the first 30 s of one recording, from its features (R, M).
-
-        XTTS-v2 was trained on 3 to 6 s, so a longer recording is cut into chunks of `chunk_seconds` (0: not cut), and
-        the mean of their latents is taken. A very short last chunk is left out, and so is a chunk of padding.
-        """
+    def chunks(self, x, rate):
+        """A recording or its features, x (n, ...) of which `rate` are a second, as [(m, ...)]: its first heard_seconds
+        in chunks of chunk_seconds, as XTTS-v2 was trained on 3 to 6 s. A very short last chunk is left out."""
         c = self.config
-        rate = c.reference_rate
-        reference = torch.as_tensor(reference).to(self.conditioning.latents)[: math.ceil(self.LONGEST * rate)]
-        chunks = reference.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else len(reference))
-        chunks = [x for x in chunks if len(x) >= self.SHORTEST * rate and (x != x[0]).any()] or [reference]
-        return torch.stack([self.conditioning(x[None]) for x in chunks]).mean(0)
+        x = x[: math.ceil(c.heard_seconds * rate)] if c.heard_seconds else x
+        chunks = x.split(max(1, round(c.chunk_seconds * rate)) if c.chunk_seconds else max(1, len(x)))
+        return [chunk for chunk in chunks if len(chunk) >= self.SHORTEST * rate] or [x]
+
+    def voice_latents(self, reference):
+        """The latents (1, L, D) of one recording: the mean over its chunks. From its features (R, M), of which chunks
+        of padding do not count, or from a list of the features of each chunk."""
+        chunks = reference
+        if not isinstance(reference, list):
+            chunks = self.chunks(torch.as_tensor(reference), self.config.reference_rate)
+            chunks = [x for x in chunks if (x != x[0]).any()] or chunks
+        return torch.stack([self.conditioning(x[None].to(self.conditioning.latents)) for x in chunks]).mean(0)
 
     def forward(self, tokens, segment, reference):
         """See Family. The loss of the codes plus `text_loss_weight` times that of the text.
@@ -1570,8 +1577,6 @@ class VallE(Family):
         heads = 8 * config.level_attention
         if config.mode == "ar+nar":
             self.modes = ("ar", "nar")
-        if config.mode != "nar":
-            self.draw = {**self.draw, "repetition_penalty": 1.0, "repetition_decay": 0.0}
         self.text_embedding = nn.Embedding(config.text_vocab_size + 2 + config.languages, D)
         self.prompt_encoder = AudioEncoder(K, V, D, heads)
         self.frame_encoder = AudioEncoder(K, V + 2, D, heads)
@@ -1597,6 +1602,11 @@ class VallE(Family):
     @property
     def causal(self):
         return self.mode == "ar"
+
+    @property
+    def draw(self):
+        """See Family. The penalty is for frames that come one after the other."""
+        return Family.draw | (dict(repetition_penalty=1.0, repetition_decay=0.0) if self.causal else {})
 
     def embed(self, tokens, segment):
         """Rows -> x (B, S, D): text embeddings, encoded frames, zero for padding."""

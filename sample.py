@@ -4,6 +4,8 @@
     python sample.py --ckpt out/digits/best.pt --file lines.txt --out_dir spoken   spoken/000.wav, 001.wav, ...
     python sample.py config/digits.py --text "three one four"                      the recipe's out_dir/best.pt speaks
     python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "its transcript" --text "my clone"
+    python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "its transcript" --save_voice me
+    python sample.py --ckpt out/x/best.pt --voice me --text "my clone"             the voice that was saved
     python sample.py --ckpt weights/csm-1b --text "..."                            as published, before any training
     python sample.py --ckpt "weights/csm-1b,out/*" --file lines.txt --out_dir all  all/index.html: side by side
     python sample.py --ckpt out/x/best.pt --text "..." --out_dir - | aplay -f S16_LE -r 16000
@@ -50,6 +52,8 @@ from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.tensors import UNBUILT, fault, pick_device, reason
 from parts.text import load_tokenizer, normalise, wording
+from parts.voices import load_voice
+from parts.voices import save_voice as write_voice
 from released import made_up, open_release
 from weights import WHOLE, load_checkpoint, load_model
 
@@ -62,6 +66,9 @@ out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; 
 speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
 reference = ""  # recording of a voice to clone, several with commas between them, or a pattern such as "me/*.wav"
 reference_text = ""  # its transcript, word for word; those of several with | between them; XTTS and VALL-E need none
+voice = ""  # a saved voice in place of a reference: its file, or its name in voices/
+save_voice = ""  # save the voice of the reference, or of the speaker, to speak with as `voice`; needs no text
+voice_note = ""  # licence or origin of that voice; it is shown wherever the voice speaks
 temperature: "float | None >= 0" = None  # 0: likeliest code; None, here and below: as in training, or the family's
 top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
 top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
@@ -69,6 +76,7 @@ min_p: "0 <= float | None <= 1" = None  # draw among codes at least so many time
 repetition_penalty: "float | None > 0" = None  # makes codes spoken before less likely; 1: off
 repetition_decay: "float | None >= 0" = None  # weakens the penalty of a code last spoken n frames ago to 1 / n ** decay
 seed: "0 <= int <= 4294967295" = 1337
+speed: "0.05 <= float <= 20" = 1.0  # of speech by XTTS-v2's vocoder; 2: in half the time
 cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times the usual for the text
 stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
@@ -78,12 +86,13 @@ adapter = ""  # another LoRA checkpoint on the same base, to speak with instead 
 SHARED = {
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
     "weights.py": ["base"],
-    "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop"],
-}
+    "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop",
+                 "recording_seconds", "heard_seconds", "chunk_seconds"],
+}  # fmt: skip
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
-HOW = ("speaker", *DRAWS, "seed", "cap_seconds")  # keys that say how a line is spoken
+HOW = ("speaker", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
 PARTS = ("codec", "tokenizer", "text_format")  # keys that name what a checkpoint holds, and published weights do not
 
 
@@ -105,6 +114,7 @@ class Voice:
         self.device = next(model.parameters()).device
         self.stopped = None
         self.timbre = None
+        self.speed = 1.0
         self.adapted = {}
         self.take(tokenizer, meta, config, references, timbres, voices)
 
@@ -115,9 +125,13 @@ class Voice:
         self.references = references
         self.timbres = timbres
         self.voices = voices or {}
-        trained_with = {key: value for key, value in (config or {}).items() if value is not None}
-        self.draw = {key: trained_with.get(key, usual) for key, usual in self.model.draw.items()}
-        self.prompted = trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
+        self.trained_with = {key: value for key, value in (config or {}).items() if value is not None}
+        self.prompted = self.trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
+
+    @property
+    def draw(self):
+        """How the model draws unless it is told otherwise: as in training, or as its authors do."""
+        return {key: self.trained_with.get(key, usual) for key, usual in self.model.draw.items()}
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
@@ -243,9 +257,29 @@ class Voice:
         wavs = [self.read(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
         if not self.model.reference:
             return [self.codec.encode(wav)[0].T.cpu().numpy() for wav in wavs]
-        latents = self.model.voice_latents(self.codec.reference(torch.cat(wavs, 1))[0])[0]
+        rate = self.codec.sample_rate
+        wavs = [wav[:, : round(self.model.config.recording_seconds * rate)] for wav in wavs]
+        chunks = self.model.chunks(torch.cat(wavs, 1)[0], rate)
+        latents = self.model.voice_latents([self.codec.reference(x[None], padded=False)[0] for x in chunks])[0]
         timbre = torch.stack([self.codec.timbre(wav)[0] for wav in wavs]).mean(0) if self.vocoder else None
         return latents, timbre
+
+    def made_for(self):
+        """What a saved voice has to have in common with this model: family and codec."""
+        return {"arch": self.model.config.arch, "codec": self.codec.name, "fingerprint": self.codec.fingerprint()}
+
+    def recall(self, name):
+        """What `listen` returned for a saved voice, its texts and its note. Raises FileNotFoundError and ValueError."""
+        heard, texts, note = load_voice(name, self.made_for())
+        c = self.model.config
+        if isinstance(heard, tuple):
+            latents, timbre = heard
+            fits = latents.shape[1] == c.backbone.d_model and (timbre is not None or not self.vocoder)
+        else:
+            fits = all(x.shape[1] == c.n_codebooks and 0 <= x.min() <= x.max() < c.codebook_size for x in heard)
+        if not fits or bool(self.model.reference) != isinstance(heard, tuple):
+            raise ValueError(f"{name} is damaged, or a voice of a model with other sizes: save it with this model")
+        return heard, texts, note
 
     @torch.no_grad()
     def own_voice(self, speaker=""):
@@ -319,14 +353,15 @@ class Voice:
         rate = self.codec.frame_rate
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
-    def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, cap_seconds=0.0, **draw):
+    def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, speed=1.0, cap_seconds=0.0,
+               **draw):  # fmt: skip
         """Speak a text: yields frames (K,) int64 as the model makes them, or states (D,) for a vocoder.
 
         reference and reference_text: of the voice to clone, see prompt. draw: the DRAWS, see model.sample_code; None
-        takes the usual value. The random numbers depend on seed and text only. cap_seconds: see cap. Raises ValueError
-        for settings out of range, for logits that are not finite, and as utterance does.
+        takes the usual value. The random numbers depend on seed and text only. speed: of a vocoder. cap_seconds: see
+        cap. Raises ValueError for settings out of range, for logits that are not finite, and as utterance does.
         """
-        check_settings(**draw, cap_seconds=cap_seconds)
+        check_settings(**draw, speed=speed, cap_seconds=cap_seconds)
         given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
         ids, prompt = self.utterance(text, speaker, reference, reference_text)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
@@ -334,6 +369,7 @@ class Voice:
         training = self.model.training
         self.stopped = None
         self.timbre = prompt.pop("timbre", None)
+        self.speed = speed if self.vocoder else 1.0
         self.model.eval()
         latest = []  # the logits of the last draw
 
@@ -362,7 +398,11 @@ class Voice:
             return torch.zeros(0)
         frames = torch.stack(frames)[None].to(self.device)
         if self.timbre is not None:
-            return self.codec.vocode(frames.float(), self.timbre[None].to(frames.device).float())[0].cpu()
+            states = frames.float()
+            if self.speed != 1:  # as XTTS' authors change it
+                factor = max(1 / self.speed, 1 / len(frames[0]))
+                states = torch.nn.functional.interpolate(states.mT, scale_factor=factor, mode="linear").mT
+            return self.codec.vocode(states, self.timbre[None].to(states))[0].cpu()
         return self.codec.decode(frames.mT)[0].float().cpu()
 
     def say(self, text, **how):
@@ -391,9 +431,7 @@ class Voice:
         rate = self.sample_rate
         frame_rate = self.codec.frame_rate
         block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
-        # in samples: a frame, 5 ms, 10 ms
-        size = rate / frame_rate
-        reach = rate // 200
+        reach = rate // 200  # 5 ms, in samples
         fade = rate // 100
         up = torch.linspace(0, 1, fade)
         slides = torch.arange(-reach, reach + 1)
@@ -406,6 +444,7 @@ class Voice:
             seen += itertools.islice(frames, done + block + ahead - len(seen))
             ended = len(seen) < done + block + ahead
             end = len(seen) if ended else done + block
+            size = rate / frame_rate / self.speed  # samples of a frame; the speed is known with the first one
             first = max(0, done - context)
             wav = torch.cat([self.decode(seen[first : end + ahead]), torch.zeros(math.ceil(size) + reach + fade)])
             at = round((done - first) * size)
@@ -588,8 +627,8 @@ def open_voice(cfg, path):
 
 
 def get_ready(cfg, path, lines, out_dir):
-    """The voice of the checkpoint `path`, what it needs of the reference, and the prompt. All errors that can be found
-    before the first line is spoken are raised here: ValueError or OSError."""
+    """The voice of the checkpoint `path`, what the model heard of the voice to clone, the texts of that, and the
+    prompt. All errors that can be found before the first line is spoken are raised here: ValueError or OSError."""
     voice = open_voice(cfg, path)
     messages = sys.stderr if out_dir == "-" else sys.stdout
     if warning := slow_type(voice.device, cfg.dtype):
@@ -599,18 +638,36 @@ def get_ready(cfg, path, lines, out_dir):
     for key in {*SHARED["model.py"]} & cfg.given.keys() & vars(voice.model.config).keys():
         setattr(voice.model.config, key, getattr(cfg, key))
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
-    reference = voice.listen([path for _, path in named(cfg.reference, "recording")]) if cfg.reference else None
-    prompt = voice.prompt(reference, cfg.reference_text, cfg.speaker)
+    reference, texts = heard_voice(cfg, voice, partial(print, file=messages))
+    prompt = voice.prompt(reference, texts, cfg.speaker)
     for i, line in enumerate(lines, 1):
         try:
-            voice.need_room(*voice.utterance(line, cfg.speaker, reference, cfg.reference_text))
+            voice.need_room(*voice.utterance(line, cfg.speaker, reference, texts))
         except ValueError as error:
             raise ValueError(f"{cfg.file}: line {i}: {error}" if cfg.file else str(error)) from None
-    if out_dir != "-":
+    if out_dir != "-" and lines:
         os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
             raise OSError(f"{out_dir}: no permission to write")
-    return voice, reference, prompt
+    return voice, reference, texts, prompt
+
+
+def heard_voice(cfg, voice, say):
+    """What the model hears of the voice that `voice`, `reference` or, to save it, `speaker` names, and its texts; None
+    and [] without one. Raises ValueError or OSError."""
+    if cfg.voice:
+        heard, texts, note = voice.recall(cfg.voice)
+        if note:
+            say(f"voice {cfg.voice}: {note}")
+        return heard, texts
+    texts = as_texts(cfg.reference_text) if cfg.reference_text else []
+    if cfg.reference:
+        return voice.listen([path for _, path in named(cfg.reference, "recording")]), texts
+    if not cfg.save_voice:
+        return None, texts
+    if not voice.model.reference:
+        raise ValueError(f"save_voice = {cfg.save_voice!r:.60}: give the reference whose voice is to be saved")
+    return voice.own_voice(cfg.speaker), texts
 
 
 def read_out(cfg, path, lines, out_dir):
@@ -618,9 +675,9 @@ def read_out(cfg, path, lines, out_dir):
     step, number of lines that ended by themselves, real-time factor, and the wav files."""
     piped = out_dir == "-"
     messages = sys.stderr if piped else sys.stdout
-    voice, reference, prompt = get_ready(cfg, path, lines, out_dir)
+    voice, reference, texts, prompt = get_ready(cfg, path, lines, out_dir)
     how = {key: getattr(cfg, key) for key in HOW}
-    how.update(reference=reference, reference_text=cfg.reference_text)
+    how.update(reference=reference, reference_text=texts)
     difference = voice.report["max_difference"]
     ln_v = voice.report["ln_v"]
     step = voice.report["iter"]
@@ -628,7 +685,10 @@ def read_out(cfg, path, lines, out_dir):
     shifts = "" if step is None else f"; cross-entropy at shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}"
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}{shifts}",
           file=messages)  # fmt: skip
-    if "prompt" in prompt and not voice.prompted:
+    if cfg.save_voice:
+        saved = write_voice(cfg.save_voice, reference, texts, voice.made_for(), cfg.voice_note)
+        print(f"{saved}: the voice is saved", file=messages)
+    if "prompt" in prompt and not voice.prompted and voice.model.config.prompt_style == "segments":
         print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
               file=messages)  # fmt: skip
     ended = 0
@@ -707,11 +767,15 @@ def idle_keys(cfg, voice):
             idle[key] = f"arch = {c.arch!r} has no such key"
         elif known[key] not in (None, c.mode, mode):
             idle[key] = f"{which} does not use it"
+    if not voice.vocoder:
+        idle["speed"] = "only the vocoder of XTTS-v2 changes it"
     if c.arch == "csm" and c.stop != "zeros":
         idle["loose_stop"] = "the model has a class to stop with"
     if not cfg.reference:
         idle["reference_text"] = "no reference is given"
-    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or not voice.model.reference):
+    if not cfg.save_voice:
+        idle["voice_note"] = "no voice is saved (save_voice)"
+    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or cfg.voice or not voice.model.reference):
         idle["speaker"] = f"text_format = {voice.meta['text_format']!r} does not name one"
     return idle
 
@@ -724,12 +788,16 @@ def refuse_parts(cfg, paths):
 
 
 def main(cfg):
-    lines = read_lines(cfg.text, cfg.file)
+    if cfg.voice and (cfg.reference or cfg.save_voice):
+        raise ValueError(f"voice = {cfg.voice!r:.60}: it is saved already, leave out reference and save_voice")
+    lines = [] if cfg.save_voice and not cfg.text and not cfg.file else read_lines(cfg.text, cfg.file)
     paths = find_checkpoints(cfg.ckpt, cfg.out_dir)
     refuse_parts(cfg, paths)
     if len(paths) == 1:
         read_out(cfg, paths[0], lines, cfg.out_dir)
         return
+    if cfg.save_voice:
+        raise ValueError(f"save_voice = {cfg.save_voice!r:.60}: name one checkpoint, whose voice it becomes")
     if cfg.out_dir == "-":
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
     names = column_names(paths)

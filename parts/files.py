@@ -175,7 +175,7 @@ def need(found, wanted, where):
     ValueError, one line that says that `where` is damaged, in which field and why.
     """
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is damaged: it holds {found!r:.40}, not an object with fields")
+        raise ValueError(f"{where} is damaged: it holds {short(found)}, not an object with fields")
     for name, kind in wanted.items():
         field = name.removesuffix("?")
         value = found.get(field)
@@ -189,9 +189,14 @@ def need(found, wanted, where):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             if not is_sound(value, kinds):
                 words = " or ".join(NAMES.get(k, k.__name__) for k in kinds if k is not int or float not in kinds)
-                raise ValueError(f"{where} is damaged: {field} is {value!r:.60}, not {words}")
+                raise ValueError(f"{where} is damaged: {field} is {short(value)}, not {words}")
         elif not kind(value):
-            raise ValueError(f"{where} is damaged: {field} is {value!r:.60}")
+            raise ValueError(f"{where} is damaged: {field} is {short(value)}")
+
+
+def short(value):
+    """A value for a message: one line of at most 60 characters."""
+    return f"{' '.join(repr(value).split()):.60}"
 
 
 def is_sound(value, kinds):

@@ -264,6 +264,37 @@ def test_several_references_are_segments_one_after_the_other(voice, ckpt, tmp_pa
     assert "c.wav: no such recording, one of 2" in refused(tmp_path / "no", *flags, f"--reference={paths[0]},c.wav")
 
 
+def test_a_saved_voice_speaks_like_its_recordings(ckpt, recording, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    how = ("--ckpt", ckpt, "--speaker=awb", "--cap_seconds=1")
+    run(*how, "--reference", recording, "--reference_text=one", "--save_voice=me", "--voice_note=CC0, mine")
+    assert "voices/me.pt: the voice is saved" in capsys.readouterr().out and not Path("samples").exists()
+    run(*how, "--reference", recording, "--reference_text=one", "--save_voice=b/me.pt", "--text=two", "--out_dir=a")
+    os.remove(recording)
+    for name, folder in (("me", "x"), ("b/me.pt", "y")):
+        run(*how, f"--voice={name}", "--text=two", f"--out_dir={folder}")
+        assert Path(folder, "000.wav").read_bytes() == Path("a/000.wav").read_bytes()
+        assert ("voice me: CC0, mine" in capsys.readouterr().out) == (name == "me")
+    for flags, words in (
+        (["--voice=me", "--text=two", "--reference=me.wav"], "it is saved already, leave out reference and save_voice"),
+        (["--voice=you", "--text=two"], "voices/you.pt: no such voice; voices/ has me"),
+        (["--voice=me", "--text=two", "--reference_text=one"], "reference_text = 'one' has no effect"),
+        (["--text=two", "--voice_note=x"], "voice_note = 'x' has no effect: no voice is saved"),
+        (["--save_voice=x"], "save_voice = 'x': give the reference whose voice is to be saved"),
+        (["--save_voice=x", "--reference=me.wav"], "cloning takes a recording and its transcript"),
+        (["--voice=me"], "give either --text"),
+    ):  # fmt: skip
+        soundfile.write("me.wav", 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
+        assert words in refused("out", *how, *flags), flags
+    assert sorted(os.listdir("voices")) == ["me.pt"]
+    content = torch.load("voices/me.pt")
+    torch.save({**content, "codes": [content["codes"][0] + 9]}, "far.pt")
+    assert "far.pt is damaged, or a voice of a model with other sizes" in refused("out", *how, "--voice=far.pt",
+                                                                                  "--text=two")  # fmt: skip
+    torch.save({**content, "latents": torch.ones(2, 32)}, "far.pt")
+    assert "far.pt is damaged" in refused("out", *how, "--voice=far.pt", "--text=two")
+
+
 def test_a_reference_and_the_text_as_one_segment(checkpoint, recording, tmp_path):
     """As Marvis clones a voice: one text, one pair of marks, then the recording, which the speech continues."""
     weights.save_checkpoint(tmp_path / "x.pt", checkpoint)
@@ -567,6 +598,8 @@ def refused(out_dir, *argv):
         (["--text=one", "--repetition_penalty=2"], "repetition_penalty = 2.0 has no effect: arch = 'csm' does not use"),
         (["--text=one", "--repetition_decay=2"], "repetition_decay = 2.0 has no effect: arch = 'csm' does not use it"),
         (["--text=one", "--whole_frames=True"], "whole_frames = True has no effect: arch = 'csm' has no such key"),
+        (["--text=one", "--speed=2"], "speed = 2.0 has no effect: only the vocoder of XTTS-v2 changes it"),
+        (["--text=one", "--heard_seconds=9"], "heard_seconds = 9.0 has no effect: arch = 'csm' has no such key"),
         (["--text=one", "--loose_stop"], "loose_stop = True has no effect: the model has a class to stop with"),
         (["--text=one", "--top_sigma=1"], "top_sigma = 1.0 has no effect: arch = 'csm' has no such key"),
         (["--text=one", "--guidance=2"], "--guidance: guidance = 2.0 has no effect: arch = 'csm' has no such key"),

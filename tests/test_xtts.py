@@ -191,6 +191,13 @@ def test_a_long_reference_is_heard_in_chunks():
     rest = model.conditioning(x[None, 40:44])
     torch.testing.assert_close(model.voice_latents(x[:44]), (first + second + rest) / 3)
     torch.testing.assert_close(model.voice_latents(x[:300]), model.voice_latents(x))  # no more than 30 s
+    pieces = [x[:20], x[20:40], x[40:44]]
+    torch.testing.assert_close(model.voice_latents(pieces), model.voice_latents(x[:44]))
+    model.config.heard_seconds = 2.0
+    torch.testing.assert_close(model.voice_latents(x), first)
+    model.config.heard_seconds = 0.0
+    assert (model.voice_latents(x[:300]) - model.voice_latents(x)).abs().max() > 1e-4
+    model.config.heard_seconds = 30.0
     assert (model.voice_latents(x[:280]) - model.voice_latents(x)).abs().max() > 1e-3
     padded = torch.cat([x[:20], torch.full((20, 6), -3.0)])
     torch.testing.assert_close(model.voice_latents(padded), first)
@@ -774,7 +781,7 @@ def test_the_vocoder_speaks_in_the_timbre_of_the_reference(spoken):
     assert rate == voice.sample_rate == 24000 and voice.vocoder and voice.codec.name == "xtts"
     heard, timbre = voice.listen(spoken / "3.wav")
     recording = read_audio(spoken / "3.wav", 22050)[None]
-    features = voice.codec.reference(recording)[0]
+    features = [voice.codec.reference(recording, padded=False)[0]]
     assert torch.equal(heard, voice.model.voice_latents(features)[0]) and timbre.shape == (16,)
     key = voice.prompt((heard, timbre), "")
     assert key["latents"] is True and key["voice"] is heard
@@ -784,6 +791,78 @@ def test_the_vocoder_speaks_in_the_timbre_of_the_reference(spoken):
     expected = voice.codec.vocode(latents[None], voice.codec.timbre(recording))[0]
     assert len(wav) == len(expected) == int(len(codes) * 4 * 24000 / 22050) * 256
     assert np.abs(wav - expected.clamp(-1, 1).numpy()).max() < 1e-3 and np.abs(wav).max() > 0.01
+
+
+def authors_voice(voice, paths, max_ref_length, gpt_cond_len, gpt_cond_chunk_len):
+    """Latents and timbre of recordings, step by step as in get_conditioning_latents of XTTS' authors."""
+    audios, embeddings, styles = [], [], []
+    for path in paths:
+        audios.append(read_audio(path, 22050)[None, : round(22050 * max_ref_length)])
+        embeddings.append(voice.codec.timbre(audios[-1]))
+    audio = torch.cat(audios, 1)[:, : round(22050 * gpt_cond_len)]
+    for i in range(0, audio.shape[1], round(22050 * gpt_cond_chunk_len)):
+        chunk = audio[:, i : i + round(22050 * gpt_cond_chunk_len)]
+        if chunk.shape[1] >= 22050 * 0.33:
+            styles.append(voice.model.conditioning(voice.codec.mel(chunk, 2048).mT))
+    return torch.stack(styles).mean(0)[0], torch.stack(embeddings).mean(0)[0], len(styles)
+
+
+@torch.no_grad()
+def test_several_recordings_are_heard_as_the_authors_hear_them(spoken):
+    """Each is cut, all are joined, cut again and read in chunks, of which the last may be too short; the timbre is the
+    mean of the recordings'. The script takes the settings as keys."""
+    voice, paths = Voice.from_checkpoint(spoken / "out/best.pt", "cpu"), [spoken / f"{i}.wav" for i in (0, 2, 3)]
+    config = voice.model.config
+    for keys, n in ((dict(recording_seconds=30.0, heard_seconds=30.0, chunk_seconds=4.0), 1),
+                    (dict(recording_seconds=0.7, heard_seconds=1.5, chunk_seconds=0.4), 3),
+                    (dict(recording_seconds=0.5, heard_seconds=30.0, chunk_seconds=0.6), 2)):  # fmt: skip
+        vars(config).update(keys)
+        latents, timbre, count = authors_voice(voice, paths, *keys.values())
+        heard, sound = voice.listen(paths)
+        assert count == n and torch.equal(heard, latents) and torch.equal(sound, timbre)
+    flags = ["--ckpt", f"{spoken}/out/best.pt", "--text=one two", "--device=cpu", "--cap_seconds=1"]
+    cli(sample, *flags, f"--reference={paths[0]},{paths[1]},{paths[2]}", f"--out_dir={spoken}/three",
+        *(f"--{key}={value}" for key, value in keys.items()))  # fmt: skip
+    wav, _ = soundfile.read(spoken / "three/000.wav", dtype="float32")
+    assert np.abs(wav - voice.say("one two", reference=paths, cap_seconds=1).clamp(-1, 1).numpy()).max() < 1e-3
+
+
+def test_a_saved_voice_is_heard_once(spoken, monkeypatch):
+    """Of a recording or of a speaker of the training data; with its timbre."""
+    monkeypatch.chdir(spoken)
+    flags = ["--ckpt", f"{spoken}/out/best.pt", "--device=cpu", "--cap_seconds=1"]
+    cli(sample, *flags, "--reference=3.wav", "--save_voice=three", "--text=one two", "--out_dir=first")
+    cli(sample, *flags, "--speaker=b", "--save_voice=b", "--text=one two", "--out_dir=second")
+    monkeypatch.setattr(Voice, "listen", None)
+    monkeypatch.setattr(XTTS, "voice_latents", None)
+    monkeypatch.setattr(sample, "contract_check", lambda *args, **side: {"max_difference": 0.0, "loss_at_shift": [],
+                                                                         "ln_v": 0.0})  # fmt: skip
+    for name, folder in (("three", "first"), ("b", "second")):
+        cli(sample, *flags, f"--voice={name}", "--text=one two", f"--out_dir={name}")
+        assert (spoken / name / "000.wav").read_bytes() == (spoken / folder / "000.wav").read_bytes()
+
+
+@torch.no_grad()
+def test_speed(spoken):
+    """The states are interpolated before the vocoder, as its authors do it; pieces have the length of the whole."""
+    voice = Voice.from_checkpoint(spoken / "out/best.pt", "cpu")
+    how = dict(reference=spoken / "3.wav", temperature=0, cap_seconds=1.0)
+    voice.model.code_head.bias.data[32:] = -1e4  # it never stops
+    states = torch.stack(list(voice.frames("one two", **how)))
+    timbre = voice.timbre[None]
+    plain = voice.say("one two", **how)
+    torch.testing.assert_close(plain, voice.codec.vocode(states[None], timbre)[0])
+    for speed in (2.0, 0.8):
+        slow = torch.nn.functional.interpolate(states.T[None], scale_factor=1 / speed, mode="linear").mT
+        wav = voice.say("one two", **how, speed=speed)
+        torch.testing.assert_close(wav, voice.codec.vocode(slow, timbre)[0])
+        assert abs(len(wav) / len(plain) - 1 / speed) < 0.05
+        pieces = list(voice.stream("one two", **how, speed=speed))
+        assert len(pieces) > 1 and abs(sum(map(len, pieces)) - len(wav)) <= 2 * 24000 * 1024 / 22050 / speed
+    cli(sample, "--ckpt", f"{spoken}/out/best.pt", "--text=one two", "--device=cpu", f"--reference={spoken}/3.wav",
+        "--temperature=0", "--cap_seconds=1", "--speed=2", f"--out_dir={spoken}/fast")  # fmt: skip
+    assert 0 < soundfile.info(spoken / "fast/000.wav").frames < 0.6 * len(plain)
+    assert len(voice.decode([states[0]])) > 0  # not even a single state vanishes
 
 
 def test_each_speaker_has_a_timbre_of_its_own(spoken):
