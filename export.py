@@ -43,7 +43,7 @@ from model import LLAMA3_ROPE, PRESETS, TAPS, transformer_config
 from parts.affine import GROUP, quantise
 from parts.files import whole
 from parts.tensors import read_metadata, read_weights, reason, write_safetensors
-from parts.text import Tokenizer, fast_tokenizer, wording
+from parts.text import Tokenizer, around, fast_tokenizer, wording
 
 
 @dataclass
@@ -220,6 +220,9 @@ def csm_transformers(source):
     if codec:
         config["codec_config"] = mimi_config(codec)
         tensors |= {f"codec_model.{key}": tensor for key, tensor in codec.items()}
+    elif source.codec is not None and source.codec.name != "mimi":
+        source.notes.append(f"its codec is {source.codec.name}, which transformers does not know: there it generates "
+                            "codes, which the codec_model that transformers initialises cannot decode")  # fmt: skip
     else:
         source.notes.append("it holds no codec_model, which transformers initialises at random: replace it by "
                             "MimiModel.from_pretrained('kyutai/mimi')")  # fmt: skip
@@ -383,7 +386,9 @@ def csm_mlx(source, bits=0):
                 parts = quantise(tensors.pop(key), bits)
                 tensors |= dict(zip((key, f"{stem}.scales", f"{stem}.biases"), parts, strict=True))
     files = tokenizer_files(source)
-    if files and "text_tokenizer" not in config:
+    if files and "text_tokenizer" not in config and c.text_vocab_size not in AUDIO_IDS:  # it brings that of Llama
+        spec = json.loads(files["tokenizer.json"])
+        files["tokenizer.json"] = json.dumps({**spec, "post_processor": around(source.tokenizer)}, ensure_ascii=False)
         config["text_tokenizer"] = os.path.abspath(source.folder)
         source.notes.append("text_tokenizer in its config.json is this folder: change it to the name that you publish "
                             "it under")  # fmt: skip

@@ -257,11 +257,12 @@ def recognise(path, device="cpu"):
 def dequantised(tensors, given, path):
     """The tensors with those that mlx has quantised as floating-point numbers, under the names of the unquantised."""
     stems = [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]
-    group = (given.get("quantization") or given.get("quantization_config") or {}).get("group_size", GROUP)
+    settings = given.get("quantization") or given.get("quantization_config") or {}
     for stem in stems:
         try:
+            own = settings.get(f"model.{stem}", settings)  # a layer may have settings of its own
             parts = [tensors.pop(f"{stem}.{part}") for part in ("weight", "scales", "biases")]
-            tensors[f"{stem}.weight"] = dequantise(*parts, group)
+            tensors[f"{stem}.weight"] = dequantise(*parts, own.get("group_size", GROUP))
         except KeyError as error:
             raise ValueError(f"{path} lacks {error.args[0]}: only affine quantisation is known") from None
         except UNBUILT as error:

@@ -210,25 +210,31 @@ def fast_tokenizer(tokenizer):
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": i, "content": name, "special": kind != 4, **plain}
              for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind in (2, 3, 4)]  # 4: symbols
-    first, last = ([names[i]] if i >= 0 else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
-    single = [*first, "A", *last]
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"Sequence" if word == "A" else "SpecialToken": {"id": word, "type_id": 0}} for word in single],
-        "pair": [{"Sequence": {"id": word, "type_id": 0}} for word in "AB"],
-        "special_tokens": {word: {"id": word, "ids": [vocab[word]], "tokens": [word]} for word in first + last},
-    }
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
     spec = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": space,
-        "pre_tokenizer": None, "post_processor": template,
+        "pre_tokenizer": None, "post_processor": around(tokenizer),
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {"type": "BPE", "dropout": None, "unk_token": names[tokenizer.unk_id], "byte_fallback": True,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
                   "ignore_merges": False, "vocab": vocab, "merges": merges},
     }  # fmt: skip
     return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def around(tokenizer):
+    """The post_processor of a tokenizer.json that puts a tokenizer's begin and end, where it has them, around a text.
+    """
+    first, last = ([tokenizer.piece(i)] if i >= 0 else [] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    ids = dict(zip(first + last, [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i >= 0], strict=True))
+    words = [*first, "A", *last]
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence" if word == "A" else "SpecialToken": {"id": word, "type_id": 0}} for word in words],
+        "pair": [{"Sequence": {"id": word, "type_id": 0}} for word in "AB"],
+        "special_tokens": {word: {"id": word, "ids": [i], "tokens": [word]} for word, i in ids.items()},
+    }
 
 
 def protobuf(message):

@@ -1,8 +1,11 @@
-"""parts/affine.py: against mlx, and by itself."""
+"""parts/affine.py: against mlx, against what it wrote, and by itself."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from parts.affine import BITS, dequantise, pack, quantise, unpack
 
@@ -30,6 +33,14 @@ def test_equals_mlx(bits, group):
         assert np.array_equal(a.numpy(), np.array(b))
     read = mx.dequantize(*(mx.array(part.numpy()) for part in ours), group_size=group, bits=bits)
     torch.testing.assert_close(dequantise(*ours, group), torch.from_numpy(np.array(read)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_equals_what_mlx_wrote(bits):
+    golden = load_file(Path(__file__).parent / "golden" / "mlx_affine.safetensors")
+    parts = [golden[f"{bits}.{part}"] for part in ("words", "scales", "biases")]
+    assert all(torch.equal(a, b) for a, b in zip(quantise(golden["x"], bits), parts, strict=True))
+    torch.testing.assert_close(dequantise(*parts), golden[f"{bits}.dequantised"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", BITS)

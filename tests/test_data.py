@@ -1062,7 +1062,7 @@ def test_a_tokenizer_json_of_a_tokenizer_trained_here():
         assert fast.decode(ids, skip_special_tokens=False) == text
     with pytest.raises(ValueError, match="it is no BPE without normalisation"):
         out = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), model_writer=out, vocab_size=40,
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(words), model_writer=out, vocab_size=30,
                                                  minloglevel=2)  # fmt: skip
         fast_tokenizer(SentencePiece(out.getvalue()))
 

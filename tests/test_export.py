@@ -219,6 +219,23 @@ def test_mlx_reads_it(bits, tmp_path):
         assert np.allclose(np.array(layer(x)), expected.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_the_tokenizer_that_mlx_audio_is_told(kind, tmp_path):
+    """The folder's own, which puts the marks around a text: mlx-audio asks for no more."""
+    import tokenizers
+
+    tokenizer = own_tokenizer() if kind == "own" else bpe(300, "<|begin_of_text|>", "<|end_of_text|>")
+    model = wide()
+    model.config.text_bos, model.config.text_eos = tokenizer.bos_id, tokenizer.eos_id
+    notes = export(model, tmp_path, "mlx", tokenizer=tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["text_tokenizer"] == str(tmp_path) and any("text_tokenizer" in note for note in notes)
+    ids = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("one two").ids
+    assert ids == [tokenizer.bos_id, *tokenizer.encode("one two"), tokenizer.eos_id]
+    export(model, tmp_path / "b", "mlx", tokenizer=tokenizer, given={"text_tokenizer": "its/own"})
+    assert json.loads((tmp_path / "b/config.json").read_text())["text_tokenizer"] == "its/own"
+
+
 def test_what_mlx_cannot_turn(tmp_path):
     with pytest.raises(ValueError, match="mlx-audio turns positions by rope_theta = 500000"):
         export(tiny(backbone=dict(rope_theta=1e4)), tmp_path, "mlx")
@@ -276,6 +293,7 @@ def test_transformers_reads_the_text_and_speaks(kind, codec, tmp_path):
     model = speaking(tokenizer, codec, rows=0 if kind != "free rows" else tokenizer.vocab_size + 2)
     notes = export(model, tmp_path, tokenizer=tokenizer, codec=codec, text_format="[{speaker}]{text}")
     assert ("no place for <|AUDIO|>" in " ".join(notes)) == (kind == "own")
+    assert any("not at the stop class of this model" in note for note in notes)
     theirs, report = CsmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     ids = tokenizer.encode("[a]one two three")
