@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, PerceiverBlock, facts
+from parts import lora
 from parts.affine import GROUP, dequantise
 from parts.tensors import (
     UNBUILT,
@@ -177,10 +178,23 @@ def published_names(model):
     of_family = [layout for layout in LAYOUTS if layout.arch == model.config.arch]
     names = {}
     for layout in sorted(of_family, key=lambda layout: layout.name != "transformers")[:1]:
-        for name in model.state_dict():
+        for name in lora.base_parameters(model):
             keys = layout.source(name, model.config)[0]
             names[name] = [*keys, *(twin for twin, key in layout.tied.items() if key in keys)]
     return names
+
+
+def peft_names(model):
+    """{published name: (our name, function that makes our tensor of it)} of a model's parameters in transformers'
+    layout, whose adapters peft makes, and the regular expression of what the layout leaves out. Raises ValueError for a
+    family that transformers does not have."""
+    for layout in LAYOUTS:
+        if layout.arch == model.config.arch and layout.name == "transformers":
+            names = {key: (name, layout.source(name, model.config)[1])
+                     for name, keys in published_names(model).items() for key in keys}  # fmt: skip
+            return names, layout.ignored
+    raise ValueError(f"transformers has no model of the family {model.config.arch!r}, so peft has no adapters for it "
+                     "(and XTTS keeps queries, keys and values in one matrix, ours apart)")  # fmt: skip
 
 
 def is_published(path):

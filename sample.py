@@ -45,7 +45,7 @@ from codec import load_codec
 from data import MODEL_META
 from layouts import is_published
 from model import contract_check, sampler
-from parts import configurator, lora
+from parts import configurator, lora, peft
 from parts.audio import read_audio
 from parts.files import NUMBER, need, whole
 from parts.metrics import lowest_loss, read_metrics
@@ -55,7 +55,7 @@ from parts.text import load_tokenizer, normalise, wording
 from parts.voices import load_voice
 from parts.voices import save_voice as write_voice
 from released import made_up, open_release
-from weights import WHOLE, load_checkpoint, load_model
+from weights import WHOLE, add_peft, load_checkpoint, load_model, peft_base
 
 # a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
 # these separated by commas; empty: best.pt in out_dir, so that a recipe alone is enough
@@ -81,7 +81,7 @@ cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three
 stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
-adapter = ""  # another LoRA checkpoint on the same base, to speak with instead of ckpt's
+adapter = ""  # another LoRA checkpoint, or folder of peft's, on the same base, to speak with instead of ckpt's
 
 SHARED = {
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
@@ -119,7 +119,8 @@ class Voice:
         self.take(tokenizer, meta, config, references, timbres, voices)
 
     def take(self, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
-        """Take over what belongs to a run of training, from the voice's own or from that of an adapter."""
+        """Take over what belongs to a run of training: the voice's own, or that of an adapter."""
+        self.own = tokenizer, meta, config, references, timbres, voices
         self.tokenizer = tokenizer
         self.meta = meta
         self.references = references
@@ -144,7 +145,7 @@ class Voice:
         codec, *own = read_run(checkpoint, codec_path)
         model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
         voice = cls(model, codec.to(device), *own)
-        voice.check(checkpoint)
+        voice.check(path, checkpoint)
         return voice
 
     @classmethod
@@ -156,23 +157,21 @@ class Voice:
         dtype = getattr(torch, dtype)
         model, codec, tokenizer, meta, voices = open_release(path, device, dtype, codec_path=codec_path, **given)
         voice = cls(model, codec.to(device), tokenizer, meta, voices=voices)
-        try:
-            voice.report = {**contract_check(model, **made_up(model)), "iter": None}
-        except UNBUILT as error:
-            raise ValueError(f"{path}: {reason(error)}") from None
+        voice.check(path)
         return voice
 
-    def check(self, checkpoint):
-        """Check the parts of a checkpoint, and the contract, whose result is `report`. Raises ValueError."""
+    def check(self, path, checkpoint=None):
+        """Check the parts of a checkpoint, and the contract, whose result is `report`: on the probe of the checkpoint,
+        without one on a made-up utterance. Raises ValueError."""
         try:
             self.check_parts()
-            probe = read_probe(checkpoint["probe"], self.model)
+            probe = read_probe(checkpoint["probe"], self.model) if checkpoint else made_up(self.model)
         except UNBUILT as error:
-            raise ValueError(f"{checkpoint.path} is damaged: {reason(error)}") from None
+            raise ValueError(f"{path} is damaged: {reason(error)}") from None
         try:
-            self.report = {**contract_check(self.model, **probe), "iter": checkpoint["iter"]}
+            self.report = {**contract_check(self.model, **probe), "iter": checkpoint and checkpoint["iter"]}
         except UNBUILT as error:
-            raise ValueError(f"{checkpoint.path}: {reason(error)}") from None
+            raise ValueError(f"{path}: {reason(error)}") from None
 
     def check_parts(self):
         """Raise ValueError where model, codec, tokenizer and the speakers' voices do not belong together."""
@@ -192,34 +191,42 @@ class Voice:
                 raise ValueError(f"{name} {words}")
 
     def adapt(self, path):
-        """Speak with the adapter of another LoRA checkpoint on the same base from now on, and with the settings,
-        tokenizer and speakers of its run.
+        """Speak with another adapter on the same base from now on: that of a LoRA checkpoint, with the settings,
+        tokenizer and speakers of its run, or one in a folder of peft's.
 
         Each file is read once; switching back costs nothing. Raises ValueError or FileNotFoundError.
         """
-        config = self.model.config
         new = path not in self.adapted
         if new:
-            checkpoint = load_checkpoint(path, needed=WHOLE)
-            name = f"adapter-{len(self.adapted)}"
-            if not checkpoint["base"]:
-                raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
-            codec, *own = read_run(checkpoint)
-            if codec.fingerprint() != self.codec.fingerprint():
-                raise ValueError(f"{path} speaks in the codes of another codec: give it as ckpt")
-            try:
-                known = {f.name for f in fields(config) if f.init} & checkpoint["model_config"].keys()
-                settings = replace(config, **{key: checkpoint["model_config"][key] for key in known})
-                lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
-            except UNBUILT as error:
-                raise ValueError(f"{path}, an adapter on {checkpoint['base']}: {reason(error)}") from None
-            self.adapted[path] = name, vars(settings), own
+            checkpoint = None if peft.is_adapter(path) else load_checkpoint(path, needed=WHOLE)
+            self.adapted[path] = self.read_adapter(path, checkpoint)
         name, settings, own = self.adapted[path]
         lora.use_adapter(self.model, name)
-        vars(config).update(settings)  # the same object, to which the model's layout belongs
+        vars(self.model.config).update(settings)  # the same object, to which the model's layout belongs
         self.take(*own)
         if new:
-            self.check(checkpoint)
+            self.check(path, checkpoint)
+
+    def read_adapter(self, path, checkpoint):
+        """Add the adapter of a checkpoint, None: in a folder of peft's. Returns its name in the model, the fields of
+        the model's config with it, and the arguments of `take`. Raises ValueError or FileNotFoundError."""
+        config = self.model.config
+        name = f"adapter-{len(self.adapted)}"
+        if checkpoint is None:
+            add_peft(self.model, path, name)
+            return name, dict(vars(config)), self.own
+        if not checkpoint["base"]:
+            raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
+        codec, *own = read_run(checkpoint)
+        if codec.fingerprint() != self.codec.fingerprint():
+            raise ValueError(f"{path} speaks in the codes of another codec: give it as ckpt")
+        try:
+            known = {f.name for f in fields(config) if f.init} & checkpoint["model_config"].keys()
+            settings = replace(config, **{key: checkpoint["model_config"][key] for key in known})
+            lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
+        except UNBUILT as error:
+            raise ValueError(f"{path}, an adapter on {checkpoint['base']}: {reason(error)}") from None
+        return name, vars(settings), own
 
     def text_ids(self, text, speaker=""):
         """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty or has characters
@@ -617,8 +624,13 @@ def speak(voice, line, path, stream, **how):
 
 
 def open_voice(cfg, path):
-    """The voice of the checkpoint or of the published weights at `path`. Raises ValueError or OSError."""
+    """The voice of a checkpoint, of published weights, or of an adapter of peft's on either. Raises ValueError or
+    OSError."""
     how = cfg.device, cfg.codec_path, cfg.dtype
+    if peft.is_adapter(path):
+        voice = open_voice(cfg, peft_base(path, cfg.base))
+        voice.adapt(path)
+        return voice
     if not is_published(path):
         return Voice.from_checkpoint(path, *how, base=cfg.base)
     # a recipe may say where codec and tokenizer are, but the text_format is that of its own model

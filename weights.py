@@ -21,9 +21,9 @@ import torch
 
 from codec import load_codec
 from export import export
-from layouts import assemble, find, is_published, known_fields, load, new_rows, published_names, start
+from layouts import assemble, find, is_published, known_fields, load, new_rows, peft_names, published_names, start
 from model import ARCHS, build, contradiction
-from parts import configurator, lora
+from parts import configurator, lora, peft
 from parts.files import need, whole
 from parts.folder import kept_checkpoints
 from parts.tensors import UNBUILT, need_tensors, read_weights, reason, undamaged, unpickle, what_is, why_unread
@@ -34,7 +34,7 @@ command = ""  # what to do: export, inspect
 ckpt = ""  # to what: a checkpoint of train.py's, or published weights
 base = ""  # of an adapter: the weights it was trained on, or their folder; empty: where they were then, or near by
 out_dir = ""  # export: folder to write into
-layout = ""  # export: how, see export.py; empty: the first that the family has
+layout = ""  # export: how, see export.py, or peft: the adapter alone; empty: the first that the family has
 dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # export: of the weights; empty: as they are in ckpt
 
 
@@ -188,12 +188,32 @@ def load_base(adapter, base, device="cpu", **changes):
     return load_model(checkpoint, device, **changes)
 
 
+def peft_base(folder, given=""):
+    """The path of the base of an adapter of peft's, see find_base. Raises FileNotFoundError, ValueError."""
+    recorded = peft.read_settings(folder).get("base_model_name_or_path") or ""
+    if not given and not recorded:
+        raise ValueError(f"{folder} is an adapter that names no base: name it by --base")
+    return find_base(os.path.join(folder, peft.CONFIG), recorded, given)
+
+
+def add_peft(model, folder, name="default"):
+    """Add an adapter of peft's to its base. It is active from now on. Raises FileNotFoundError, ValueError."""
+    try:
+        lora.load_adapter(model, peft.read(folder, *peft_names(model)), name)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
 def from_pretrained(path, device="cpu", dtype=torch.float32, base="", **changes):
-    """The model of a checkpoint, or of a published file or folder, in eval mode.
+    """The model of a checkpoint, of a published file or folder, or of a folder with an adapter of peft's; in eval mode.
 
     base: of an adapter, see find_base. changes: fields of its config to set; None leaves them. Raises
     FileNotFoundError, and ValueError for a file that is damaged, unknown or does not fit.
     """
+    if peft.is_adapter(path):
+        model = load_base(path, peft_base(path, base), device, **changes)
+        add_peft(model, path)
+        return model.to(dtype=dtype).eval()
     if is_published(path):
         return load(path, device, dtype, **changes)
     return load_model(load_checkpoint(path), device, dtype, base, **changes)
@@ -274,10 +294,12 @@ def starting_point(cfg, codec, meta, say=print):
 
 
 def trained_weights(path, cfg, given, codec, meta, say, resume=False):
-    """The model of a checkpoint or of published weights, and the checkpoint if it is ours, else None.
+    """The model of a checkpoint, of published weights or of peft's, and the checkpoint if it is ours, else None.
 
     given: {key: value} of the user's keys; of these the model takes the free ones. Raises as starting_point does.
     """
+    if not resume and peft.is_adapter(path):
+        return from_peft(path, cfg, given, codec, meta, say)
     free = {key: value for key, value in given.items() if key in family_keys("free")}
     if not resume and is_published(path):
         return start(path, cfg.arch, meta, free, say, grown=not cfg.lora_rank), None
@@ -297,6 +319,24 @@ def trained_weights(path, cfg, given, codec, meta, say, resume=False):
         raise ValueError(f"{path}: no model has the config in it: {reason(error)}") from None
     load_weights(model, state, path)
     return model, checkpoint
+
+
+def from_peft(folder, cfg, given, codec, meta, say):
+    """`trained_weights` of a folder with an adapter of peft's. In place of a checkpoint come the fields that one of the
+    adapter would have."""
+    base = peft_base(folder, cfg.base)
+    model, checkpoint = trained_weights(base, cfg, given, codec, meta, say)
+    add_peft(model, folder)
+    its = peft.read_settings(folder)
+    keys = {
+        "lora_rank": its["r"], "lora_alpha": float(its["lora_alpha"]), "lora_rs": bool(its.get("use_rslora")),
+        "lora_dropout": float(its.get("lora_dropout") or 0), "lora_targets": its.get("target_modules"),
+        "lora_also": its.get("modules_to_save") or [],
+    }  # fmt: skip
+    origin = checkpoint["origin"] if checkpoint else os.path.abspath(base)
+    found = Checkpoint(arch=cfg.arch, config=keys, base=base, origin=origin)
+    fix_keys(found, folder, cfg, given, resume=False)
+    return model, found
 
 
 def check_match(checkpoint, path, codec, meta, cfg):
@@ -404,6 +444,20 @@ def source_of(path, dtype=None, base=""):
                        file=file, dtype=dtype, notes=notes)  # fmt: skip
 
 
+def export_adapter(path, folder, base=""):
+    """Write the adapter of a checkpoint as peft does. Returns a note. Raises OSError, and ValueError for a checkpoint
+    without an adapter, or what peft cannot express."""
+    checkpoint = {} if is_published(path) else load_checkpoint(path)
+    if not checkpoint.get("base"):
+        raise ValueError(f"{path} holds no adapter: layout = 'peft' is for those")
+    model = load_model(checkpoint, base=base)
+    base = checkpoint["base"]
+    published = is_published(base)
+    peft.write(folder, lora.adapter_state(model), peft_names(model)[0], base if published else None)
+    whole = "" if published else f" (which weights.py export writes from {base})"
+    return f"{folder} is written: peft adds it to its base in transformers' layout{whole}"
+
+
 def at_hand(notes, read, *given):
     """What `read` returns; where a file of it is missing or unknown, None and a note that says so."""
     try:
@@ -503,6 +557,8 @@ def main(cfg):
                          "--out_dir=hub/x; or what to look at: python weights.py inspect out/x/best.pt")  # fmt: skip
     if cfg.command == "inspect":
         return print(*describe(cfg.ckpt), sep="\n")
+    if cfg.layout == "peft":
+        return print(export_adapter(cfg.ckpt, cfg.out_dir, cfg.base))
     model, known = source_of(cfg.ckpt, getattr(torch, cfg.dtype, None), cfg.base)
     for note in export(model, cfg.out_dir, cfg.layout, **known):
         print(f"note: {note}")

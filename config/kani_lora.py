@@ -7,7 +7,8 @@
 The weights and the tokenizer come from nineninesix/kani-tts-450m-0.2-pt, the codec from
 nvidia/nemo-nano-codec-22khz-0.6kbps-12.5fps. Numbers marked "README" stand in the README of the authors'
 KaniTTS-Finetune-pipeline, as "recommended" or in its first example, those marked "experiments" in its
-config/experiments.yaml. Their heavier variant there: rank and alpha 32, all linear layers ("_proj"), 2e-5, one epoch.
+config/experiments.yaml. Their heavier variant there: rank and alpha 32, all linear layers ("all-linear"), 2e-5, one
+epoch.
 """
 
 # prepare.py

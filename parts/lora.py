@@ -10,8 +10,8 @@ The weights W of the base are frozen; two thin matrices beside each chosen one a
   2023)
 - A starts random and B at zero: a new adapter changes nothing
 - the parameters of the base keep their names; `q_proj.weight` gets `q_proj.lora_<name>.a` and `.b` beside it
-- an adapter may have whole parameters of its own, such as a head, and rows of its own behind those of a table, such as
-  the embeddings of new text ids; the base's parameters stay as they are
+- an adapter may also have a whole parameter of its own, such as a head, or rows of its own behind those of a table,
+  such as the embeddings of new text ids: a `Table` then gives the module its parameter, and the base's stays as it is
 - several adapters share one base; one at a time is active, and switching copies nothing
 - an adapter is saved alone, with the fingerprint of its base, and can be merged into the base's weights
 

@@ -12,7 +12,7 @@ Layers have two names: ours, and the published ones, under which transformers an
 
 import re
 
-NAME = r"[\w.]+"
+NAME = r"\w+(\.\w+)*"
 
 
 def choose_layers(layers, targets, published):

@@ -67,7 +67,7 @@ PUBLISHED = {
     (["attn"], [0, 1]), (["mlp.up_proj", "layers.0"], [0, 1, 2]), (["q_proj"], [0, 3]),  # parts of our names
     (["q"], [0]), (["w1", "o_proj"], [2]), (["h.0.self_attn.q", "w1"], [0, 2]), ("q,w1", [0, 2]), ("w1", [2]),
     (["[qu]p?_proj"], [0, 2, 3]), (["q$", "mlp"], None), (["_proj$", "mlp"], [0, 1, 2, 3]), (["0.*weight"], [0, 1]),
-    (r"h\.\d\.w.", [2]), ("all-linear", [0, 1, 2, 3]),
+    (["."], range(5)), (r"h\.\d\.w.", [2]), ("all-linear", [0, 1, 2, 3]),
     (["norm"], None), (["q", "norm"], None), ("h.*", None), (["proj"], None), (["("], None), ("(", None), ([], None),
     ("", None), ([7], None),
 ])  # fmt: skip

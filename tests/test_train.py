@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, TINY, exact, run, same, write_tokens
 
+import sample
 import train
 import weights
 from data import Batches, TokenFiles
@@ -130,6 +131,34 @@ def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
     assert [heard(voice), second] == alone and voice.draw["temperature"] == 0.9
     with pytest.raises(ValueError, match="holds no adapter, but a whole model"):
         voice.adapt(base)
+
+
+def test_an_adapter_goes_through_peft(tokens, base, tmp_path, capsys):
+    """Out of a run, into others and into sample.py; its base is named by --base."""
+    run(tokens, tmp_path / "a", f"--init_from={base}", *LORA, "--lora_also=['lm_head']", "--max_iters=4")
+    ckpt, folder = str(tmp_path / "a/last.pt"), str(tmp_path / "peft")
+    flags = ["export", f"--ckpt={ckpt}", f"--out_dir={folder}", "--layout=peft"]
+    weights.main(configurator.configure(weights.__file__, flags, ["command"]))
+    start = [f"--init_from={folder}", f"--base={base}", "--max_iters=1", "--learning_rate=0.0"]
+    further, _ = run(tokens, tmp_path / "b", *start, "--lora_rank=2")
+    same(further["model"]["weights"], load_checkpoint(ckpt)["model"]["weights"])
+    assert (further["base"], further["config"]["lora_rs"], further["config"]["lora_also"]) == (base, True, ["lm_head"])
+    resume = ["--init_from=resume", "--max_iters=2", "--learning_rate=0.0"]
+    same(run(tokens, tmp_path / "b", *resume)[0]["model"], further["model"])
+    merged, _ = run(tokens, tmp_path / "c", *start)
+    expected = load_model(load_checkpoint(ckpt))
+    lora.merge(expected)
+    for name, p in expected.state_dict().items():
+        torch.testing.assert_close(merged["model"][name], p)
+    with pytest.raises(ValueError, match="--lora_rank: lora_rank = 7, but .*peft was trained with 2"):
+        run(tokens, tmp_path / "d", *start, "--lora_rank=7")
+    said = ["--text=one two", "--temperature=0", "--cap_seconds=3", "--device=cpu"]
+    wavs = []
+    for i, words in enumerate(([f"--ckpt={ckpt}"], [f"--ckpt={folder}", f"--base={base}"],
+                               [f"--ckpt={base}", f"--adapter={folder}"], [f"--ckpt={base}"])):  # fmt: skip
+        sample.main(configurator.configure(sample.__file__, [*said, *words, f"--out_dir={tmp_path}/said{i}"]))
+        wavs.append((tmp_path / f"said{i}/000.wav").read_bytes())
+    assert wavs[0] == wavs[1] == wavs[2] != wavs[3]
 
 
 @pytest.mark.parametrize("flags, message", [
