@@ -58,6 +58,7 @@ class Codec(nn.Module):
 
     options: the arguments of the constructor; the state dict holds the tables
     fitted: False until fit(wavs, seed), for a codec that has to be fitted
+    tuned_parts: prefixes of the tensors that fit(wavs, seed, epochs) fine-tunes, for a codec that can be fine-tuned
     residual: the first codebooks alone are a coarser code
     streams: decode_stream(pieces of codes) yields pieces of wav
     reference: None, or reference(wav (B, N)) -> (B, T * R, M), features from which a model reads a voice; padded=False:
@@ -67,6 +68,7 @@ class Codec(nn.Module):
 
     name = None
     fitted = True
+    tuned_parts = ()
     residual = True
     streams = False
     reference = timbre = vocode = None
@@ -501,6 +503,7 @@ class UpsampleConv(Conv):
     """Nearest-neighbour upsampling by two, then a convolution."""
 
     def forward(self, x, state):
+        state.lengths = None if state.lengths is None else 2 * state.lengths
         return super().forward(x.repeat_interleave(2, dim=2), state)
 
 
@@ -757,7 +760,8 @@ class NeuralCodec(Codec):
         self.n_codebooks = n_codebooks
         self.codebook_size = codebook_size
         self.path = ""  # the file or folder of the weights
-        self.weights_digest = ""  # their fingerprint
+        self.weights_digest = ""  # their fingerprint, with that of the tensors that were fine-tuned since
+        self.tuned = False
 
     @property
     def streams(self):
@@ -905,9 +909,21 @@ class NeuralCodec(Codec):
         return self.weights_digest or super().fingerprint()
 
     def pack(self):
-        """The path and fingerprint of the weights, as a plain dict: the weights stay where they are."""
+        """The path and fingerprint of the weights, as a plain dict: the weights stay where they are. Tensors that were
+        fine-tuned are in it."""
         known = {"weights": self.path, "fingerprint": self.fingerprint()}
-        return {"name": self.name, "options": dict(self.options), **known}
+        tables = {name: table.detach().cpu().clone() for name, table in self.tuned_tensors().items()}
+        return {"name": self.name, "options": dict(self.options), **known, **({"tables": tables} if self.tuned else {})}
+
+    def tuned_tensors(self):
+        """The tensors that fine-tuning changes, by name."""
+        return {name: x for name, x in self.state_dict().items() if name.startswith(self.tuned_parts)}
+
+    def become_tuned(self):
+        """Note that the tensors were fine-tuned, in the fingerprint too."""
+        self.tuned = True
+        own = self.digest(self.tuned_tensors())
+        self.weights_digest = hashlib.sha256(f"{self.weights_digest} {own}".encode()).hexdigest()[:16]
 
     @classmethod
     def unpack(cls, pack, where):
@@ -921,6 +937,11 @@ class NeuralCodec(Codec):
         except FileNotFoundError as error:
             gone = f"{pack['weights']} is gone, and in " if pack["weights"] else ""
             raise FileNotFoundError(f"{where}: {gone}{error}") from None
+        if "tables" in pack:
+            need(pack, {"tables": dict}, where)
+            need_tensors(pack["tables"], codec.tuned_tensors(), f"{where}, tables of {cls.name}")
+            codec.load_state_dict(pack["tables"], strict=False, assign=True)
+            codec.requires_grad_(False).become_tuned()
         if pack["fingerprint"] not in (UNKNOWN, codec.fingerprint()):
             raise ValueError(f"{codec.path}: not the weights that the codes of {where} were made with")
         return codec
@@ -1386,6 +1407,7 @@ class XTTS(NeuralCodec):
     speaker    a recording -> its voice
 
     The system speaks with `vocode`. Codes alone give mel bands, and `decode` makes a waveform of these by Griffin-Lim.
+    `fit` adapts encoder, codebook and decoder to other recordings.
     """
 
     name = "xtts"
@@ -1395,6 +1417,9 @@ class XTTS(NeuralCodec):
     encoder_context = 16
     decoder_context = 16
     reference_shape = (4, 80)
+    tuned_parts = ("encoder.", "quantizer.", "decoder.")
+    fit_piece = 256  # mel frames, 3 s
+    fit_batch = 32  # pieces
     vocoder_rate = 24000
     names = (
         (r"^(xtts\.)?hifigan_decoder\.waveform_decoder\.", "vocoder."),
@@ -1448,6 +1473,81 @@ class XTTS(NeuralCodec):
         filters = self.filters1024 if n_fft == 1024 else self.filters2048
         bands = filters.T @ power(wav, n_fft, 256, self.window, lengths)
         return bands.clamp(min=1e-5).log() / self.mel_stats[:, None]
+
+    def fit(self, wavs, seed=0, epochs=5, learning_rate=5e-6, say=print):
+        """Fine-tune encoder, codebook and decoder on recordings, an iterable of (N,). Returns the codec.
+
+        As guides for new languages do it (train_dvae_xtts.py of XTTSv2-Finetuning-for-New-Languages): Adam, gradients
+        clipped to a norm of 0.5, the squared error of the mel bands plus that between encoder and codebook, whose
+        entries follow the means of the vectors that they code. Batches are smaller than there (512 recordings), so that
+        there are more steps. say(line): is told the errors. Raises ValueError without recordings.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            pieces = [piece for wav in wavs for piece in self.mel_pieces(wav.to(self.mel_stats.device))]
+        if not pieces:
+            raise ValueError("the codec xtts was given no recordings to be fitted on")
+        trained = [*self.encoder.parameters(), *self.decoder.parameters()]
+        for p in trained:
+            p.data = p.data.clone()  # the file may be mapped into memory
+            p.requires_grad = True
+        optimizer = torch.optim.Adam(trained, learning_rate)
+        means = None
+        for epoch in range(epochs + 1):  # the first one only measures
+            errors = torch.zeros(2)
+            for chosen in torch.randperm(len(pieces), generator=generator).split(self.fit_batch):
+                with torch.set_grad_enabled(epoch > 0):
+                    recon, commitment, vectors, codes = self.losses([pieces[i] for i in chosen])
+                errors += len(chosen) / len(pieces) * torch.stack([recon, commitment]).detach().cpu()
+                if epoch:
+                    (recon + commitment).backward()
+                    nn.utils.clip_grad_norm_(trained, 0.5)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                means = self.follow(means, vectors, codes, self.fit_batch / len(pieces), move=epoch > 0)
+            when = f"in epoch {epoch}" if epoch else "as published"
+            say(f"{self.name} {when}: error of the mel bands {errors[0]:.4f}, of the codebook {errors[1]:.4f}")
+        self.requires_grad_(False).become_tuned()
+        return self
+
+    def mel_pieces(self, wav):
+        """The mel bands of wav (N,) as the encoder reads them, in pieces (l, 80) of whole frames."""
+        mel = self.mel(wav[None], 1024)[0].T
+        return [piece for piece in mel[: len(mel) // 4 * 4].split(self.fit_piece) if len(piece)]
+
+    def losses(self, pieces):
+        """Mean squared errors of the mel bands and of the codebook, vectors (n, D) that were coded, and codes (n,)."""
+        mel = nn.utils.rnn.pad_sequence(pieces, batch_first=True)  # (B, L, 80)
+        state = StreamState()
+        state.lengths = lengths = torch.tensor([len(piece) for piece in pieces], device=mel.device)
+        x = self.encoder(mel.mT, state)  # (B, D, T)
+        with torch.no_grad():
+            codes = self.quantizer.encode(x)
+            quantised = self.quantizer.decode(codes)
+        bands = self.decoder(x + (quantised - x).detach(), state).mT  # the gradient passes the codebook by
+        heard = torch.arange(mel.shape[1], device=mel.device) < lengths[:, None]
+        coded = heard[:, ::4]
+        vectors = x.mT[coded]
+        recon = (bands - mel)[heard].square().mean()
+        return recon, (quantised.mT[coded] - vectors).square().mean(), vectors.detach(), codes[:, 0][coded]
+
+    @torch.no_grad()
+    def follow(self, means, vectors, codes, share, move):
+        """Add vectors (n, D) of the entries `codes` (n,) to the running means of the codebook's entries, and `move` the
+        codebook there. means: sizes (V, 1) and sums (V, D), None at first. Without `move` they are counted, where the
+        batch is this share of all. An entry without vectors stays."""
+        codebook = self.quantizer.codebooks[0]
+        if means is None:
+            sizes = torch.ones(len(codebook), 1, device=codebook.device)
+            means = sizes, codebook.clone()
+        hits = nn.functional.one_hot(codes, len(codebook)).to(vectors)
+        new = hits.sum(0)[:, None], hits.T @ vectors
+        if not move:
+            return means[0] + share * new[0], means[1] + share * new[0] * codebook
+        sizes, sums = (0.99 * old + 0.01 * x for old, x in zip(means, new, strict=True))
+        self.quantizer.codebooks = torch.where(sizes > 1e-5, sums / sizes, codebook)[None]
+        self.quantizer.measure()
+        return sizes, sums
 
     @torch.no_grad()
     def reference(self, wav, padded=True):

@@ -62,6 +62,7 @@ codec = "mel"  # name of the codec: mel, or a published one such as mimi, encode
 codec_path = ""  # its tables or weights; empty: fit it on the training split (mel), or search the hub's cache folder
 codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codebook_size": 256, "frame_rate": 12.5}
 fit_seconds: "float > 0" = 3600.0  # seconds of audio to fit the codec on
+fit_epochs: "0 <= int <= 1000" = 0  # xtts: epochs of fine-tuning the codec on these, such as 5; 0: as published
 references = False  # also write features of the recordings, for models that take a voice from a recording (XTTS)
 # text
 tokenizer = ""  # a sentencepiece .model, a tokenizer.json or XTTS's vocab.json; empty: train one on the training split
@@ -425,6 +426,8 @@ def check_codec(utterances, cfg, codec, missing):
     coded = next((u.source for u in utterances if u.codes), None)
     if coded and cfg.references:
         raise ValueError(f"references = True: {coded} has codes, and no recordings to take a voice from")
+    if coded and cfg.fit_epochs:
+        raise ValueError(f"fit_epochs = {cfg.fit_epochs}: {coded} has codes, which the fine-tuned codec did not make")
     if coded and not codec.fitted:
         raise ValueError(f"{coded} has codes: which {cfg.codec} made them? Name its tables with codec_path")
     if missing and any(not u.codes and not u.reason for u in utterances):
@@ -442,7 +445,7 @@ def encode_device(codec, name):
 
 
 def fit_codec(codec, cfg, train, pool):
-    """Fit a codec that needs it on `fit_seconds` of the training split."""
+    """Fit a codec that needs it, or fine-tune it for fit_epochs, on `fit_seconds` of the training split."""
     seconds = 0.0
     chosen = {}
     for u in sorted(train, key=lambda u: fraction(f"{cfg.seed} {u.id}")):  # drawn from everywhere in the set
@@ -451,7 +454,11 @@ def fit_codec(codec, cfg, train, pool):
             seconds += u.seconds
     chosen |= {u.id: u for u in load([u for u in train if u.id in chosen])}  # loaded in the order of the sources
     wavs = in_order(f"fitting {cfg.codec}", pool, read, list(chosen.values()), codec.sample_rate)
-    codec.fit(map(torch.from_numpy, wavs), seed=cfg.seed)
+    more = {}
+    if cfg.fit_epochs:
+        codec.to(encode_device(codec, cfg.device))
+        more["epochs"] = cfg.fit_epochs
+    codec.fit(map(torch.from_numpy, wavs), seed=cfg.seed, **more)
 
 
 def read(utterances, sample_rate):
@@ -565,7 +572,9 @@ def check(cfg, folder, codec):
 def idle_keys(cfg, codec):
     """{key: why} of the keys that have no effect with this codec and these settings."""
     idle = {}
-    if codec.fitted:
+    if not codec.tuned_parts:
+        idle["fit_epochs"] = f"the codec {codec.name} cannot be fine-tuned"
+    if codec.fitted and not cfg.fit_epochs:
         idle["fit_seconds"] = f"the codec {codec.name} is not fitted here"
     if not list(codec.parameters()):
         idle["batch_seconds"] = f"the codec {codec.name} encodes without batches"
@@ -650,7 +659,7 @@ def main(cfg):
             findings = report(utterances)
             print(show(findings), *tell_split(utterances, cfg, listed), sep="\n")
             used, train, val = divide(utterances, cfg, listed)
-            if not codec.fitted:
+            if cfg.fit_epochs or not codec.fitted:
                 fit_codec(codec, cfg, train, pool)
             write(cfg, out, pool, used, val, tokenizer, codec, findings)
     finally:

@@ -17,6 +17,7 @@ sources = "amharic/metadata.csv"
 data_dir = "data/amharic/tokens"
 codec = "xtts"  # one codebook of 1,024 at 21.5 frames/s
 codec_path = "weights/xtts-v2"
+fit_epochs = 0  # new languages: 5, as an option, and not needed with 20 hours; the codec then is 0.2 GB of a checkpoint
 references = True  # XTTS reads the voice from a recording
 tokenizer = "weights/xtts-v2/vocab.json"
 extend_vocab = 2000  # pieces for the new language; the letters of its script are about 500 of them

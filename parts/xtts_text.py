@@ -122,7 +122,8 @@ def numbers(text, language):
     mark, point = (",", r"\.") if rules.thousands == "," else (".", ",")
     grouped = rf"\b\d{{1,3}}(?:{mark}\d{{3}})*(?:{point}\d+)?\b"
     text = re.sub(grouped, lambda m: m[0].replace(rules.thousands, ""), text)
-    text = amounts(text, language)
+    lakhs = r"(?<=[0-9]),(?=[0-9]{2,3}(?![0-9]))"  # 1,25,000 in Hindi, which num2words does not know
+    text = re.sub(lakhs, "", text) if language == "hi" else amounts(text, language)
     if rules.decimals:
         text = re.sub(r"(?<![0-9])[0-9]+[.,][0-9]+", lambda m: say(m[0].replace(",", "."), language), text)
     if rules.ordinal:
@@ -135,7 +136,7 @@ def say(number, language, **how):
     if language == "hi":
         words = partial(package("indic_numtowords", "a number in Hindi").num2words, lang="hi")
         whole, point, rest = number.partition(".")
-        return " ".join([words(whole), *["दशमलव"] * len(point), *map(words, rest)])
+        return " ".join([words(whole.lstrip("0") or "0"), *["दशमलव"] * len(point), *map(words, rest)])
     words = partial(package("num2words", "a number").num2words, lang=language)
     try:
         return words(float(number) if "." in number else int(number), **how)
@@ -149,7 +150,7 @@ def amounts(text, language):
     two points, ends it: the signs of this and the following currencies stay, as with the authors."""
     for sign, currency in CURRENCIES.items():
         found = rf"\{sign}[0-9.,]*[0-9]|(?<![0-9.,])[0-9.,]*[0-9]\{sign}"
-        if re.search(found, text) and language != "hi":
+        if re.search(found, text):
             num2words = package("num2words", "a number").num2words
             words = partial(num2words, to="currency", currency=currency, lang=language)
             try:

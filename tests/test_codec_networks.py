@@ -1,5 +1,6 @@
 """codec.py: the published codecs against transformers and golden vectors; pieces, streams, batches and weights."""
 
+import copy
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from helpers import noise
+from helpers import noise, voice
 from safetensors.torch import load_file, save_file
 from ties import check_same, ties
 
@@ -429,6 +430,96 @@ def test_xtts_codes_sound_at_their_own_time(loaded, monkeypatch):
     wav = codec.decode(torch.zeros(1, 1, 10, dtype=torch.int64))[0]
     centre = (wav.square() * torch.arange(len(wav))).sum() / wav.square().sum()
     assert wav.shape == (40 * 256,) and abs(centre - 21.5 * 256) < 40
+
+
+# -----------------------------------------------------------------------------
+# fine-tuning
+
+
+def tuned(folder, wavs, **options):
+    codec = load_codec("xtts", folder)
+    return codec.fit(wavs, **{"epochs": 2, "say": lambda line: None, **options})
+
+
+def errors(codec, wavs):
+    """Mean squared errors of the mel bands and of the codebook."""
+    with torch.no_grad():
+        return [float(x) for x in codec.losses([piece for wav in wavs for piece in codec.mel_pieces(wav)])[:2]]
+
+
+def test_fine_tuning_helps_with_other_recordings_of_the_new_kind(published, loaded):
+    """A codec that has learnt voices is fine-tuned on noise, and is better with noise that it has not heard."""
+    codec = load_codec("xtts", published["xtts"])
+    for p in [*codec.encoder.parameters(), *codec.decoder.parameters()]:
+        p.data = p.data / 2  # the random weights are too wide to learn from
+    codec.fit([voice(1 + 0.3 * i, seed=i, rate=22050) for i in range(6)], 0, 30, 2e-3, say=lambda line: None)
+    kind = [speech(22050 + 7000 * i, seed=i) for i in range(8)]
+    before = errors(codec, kind[6:])
+    as_before = {name: x.clone() for name, x in codec.state_dict().items()}
+    said = []
+    slowly = errors(copy.deepcopy(codec).fit(kind[:6], say=lambda line: None), kind[6:])  # at the guide's rate
+    after = errors(codec.fit(kind[:6], epochs=8, learning_rate=5e-4, say=said.append), kind[6:])
+    assert after[0] < 0.85 * before[0] and after[1] < before[1]
+    assert after[0] < slowly[0] < before[0]
+    assert len(said) == 9 and said[0].startswith("xtts as published: error of the mel bands ")
+    for name, x in codec.state_dict().items():
+        changed = not torch.equal(x, as_before[name])
+        assert changed == name.startswith(("encoder.", "decoder.", "quantizer.")), name
+    assert not any(p.requires_grad for p in codec.parameters())
+
+
+def test_a_fine_tuned_codec_is_kept_in_its_file(published, loaded, tmp_path):
+    wav = voice(1.0, seed=3, rate=22050)
+    codec, again = (tuned(published["xtts"], [wav], epochs=1) for _ in range(2))
+    other = tuned(published["xtts"], [wav], epochs=2)
+    assert codec.fingerprint() == again.fingerprint()
+    assert len({x.fingerprint() for x in (codec, other, loaded["xtts"])}) == 3
+    codec.save(tmp_path)
+    for path in (tmp_path, codec.pack()):
+        kept = load_codec("xtts", path)
+        assert kept.fingerprint() == codec.fingerprint() and kept.pack().keys() == codec.pack().keys()
+        assert torch.equal(kept.encode(wav[None]), codec.encode(wav[None]))
+    pack = codec.pack()
+    pack["tables"]["decoder.0.bias"] = pack["tables"]["decoder.0.bias"] + 1
+    with pytest.raises(ValueError, match="not the weights that the codes of the pack were made with"):
+        load_codec("xtts", pack)
+    del pack["tables"]["decoder.0.bias"]
+    with pytest.raises(ValueError, match="tables of xtts lacks decoder.0.bias"):
+        load_codec("xtts", pack)
+    with pytest.raises(ValueError, match="was given no recordings"):
+        tuned(published["xtts"], [])
+
+
+def test_the_losses_of_a_batch_are_those_of_its_pieces(loaded):
+    """As the authors' DVAE has them: the squared error of the mel bands, and that of the entry next to each vector."""
+    codec = loaded["xtts"]
+    pieces = [codec.mel_pieces(voice(seconds, seed=i, rate=22050))[0] for i, seconds in enumerate((0.4, 1.3, 0.9))]
+    assert all(len(piece) % 4 == 0 for piece in pieces)
+    found = codec.losses(pieces)
+    recon, commitment, vectors = [], [], []
+    for piece in pieces:
+        x = codec.encoder(piece.T[None], StreamState())
+        near = codec.quantizer.decode(codec.quantizer.encode(x))
+        recon.append((codec.decoder(near, StreamState())[0].T - piece).square())
+        commitment.append((near - x).square().mean(1)[0])
+        vectors.append(x[0].T)
+    for ours, expected in zip(found, (torch.cat(recon).mean(), torch.cat(commitment).mean(), torch.cat(vectors))):  # noqa: B905
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[3], codec.quantizer.encode(torch.cat(vectors).T[None])[0, 0])
+
+
+def test_the_codebook_follows_what_it_codes(published):
+    codec = load_codec("xtts", published["xtts"])
+    before = codec.quantizer.codebooks[0].clone()
+    vectors, codes = before[[3, 3, 5]] + 1, torch.tensor([3, 3, 5])
+    means = codec.follow(None, vectors, codes, 0.5, move=False)
+    assert torch.equal(codec.quantizer.codebooks[0], before) and means[0][[3, 5, 7], 0].tolist() == [2.0, 1.5, 1.0]
+    for _ in range(3000):
+        means = codec.follow(means, vectors, codes, 0.5, move=True)
+    moved = (codec.quantizer.codebooks[0] - before).abs().amax(1)
+    torch.testing.assert_close(codec.quantizer.codebooks[0, [3, 5]], before[[3, 5]] + 1, rtol=0, atol=1e-3)
+    assert (moved > 1e-3).nonzero()[:, 0].tolist() == [3, 5]  # an entry without vectors stays
+    assert torch.equal(codec.quantizer.encode(before[[3]].T[None] + 1).flatten(), torch.tensor([3]))
 
 
 # -----------------------------------------------------------------------------

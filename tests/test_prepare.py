@@ -678,6 +678,7 @@ BAD = {
     "codec option without end": (["--codec_args={'frame_rate': 1e999}"], "must be finite"),
     "batches of a codec without": (["--batch_seconds=9"], "batch_seconds = 9.0 has no effect: the codec mel encodes"),
     "fit of a published codec": (["--codec=xtts", "--codec_args={}", "--fit_seconds=9"], "codec xtts is not fitted"),
+    "fine-tuning of another codec": (["--fit_epochs=9"], "fit_epochs = 9 has no effect: the codec mel cannot be"),
     "two vocabularies": (["--tokenizer=prose.csv", "--vocab_size=9"], "vocab_size = 9 has no effect: tokenizer = "),
     "two ways to split": (["--heldout=prose.csv", "--val_fraction=0.3"], "val_fraction = 0.3 has no effect: heldout"),
     "key of train.py": (["--max_iters=9"], "--max_iters: max_iters is a key of train.py and has no effect here"),

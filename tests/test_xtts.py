@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -22,6 +23,7 @@ import prepare
 import sample
 import train
 import weights
+from codec import load_codec
 from data import Batches, TokenFiles
 from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
 from parts import configurator, lora
@@ -770,6 +772,25 @@ def spoken(tmp_path_factory):
         "--max_iters=2", "--eval_interval=1", "--eval_samples=1", "--reference_seconds=[0.2,0.5]", "--device=cpu",
         "--max_tokens=200", "--warmup_iters=0", "--learning_rate=1e-5")  # fmt: skip
     return place
+
+
+def test_a_fine_tuned_codec_goes_from_the_recordings_to_speech(spoken, tmp_path, capsys):
+    flags = [f"--sources={spoken}", "--codec=xtts", f"--codec_path={spoken}/xtts-v2", "--text_format=[en]{text}",
+             f"--tokenizer={spoken}/xtts-v2/vocab.json", "--references=True", "--workers=1", "--val_fraction=0.2",
+             "--device=cpu"]  # fmt: skip
+    cli(prepare, *flags, f"--data_dir={tmp_path}/tokens", "--fit_epochs=2", "--fit_seconds=4")
+    assert re.search(r"xtts as published: error .*\nxtts in epoch 1: .*\nxtts in epoch 2: ", capsys.readouterr().out)
+    before, after = (load_codec("xtts", f"{place}/tokens") for place in (spoken, tmp_path))
+    meta = TokenFiles(f"{tmp_path}/tokens", "train").meta
+    assert before.fingerprint() != after.fingerprint() == meta["codec"]["fingerprint"]
+    cli(train, "--arch=xtts", f"--init_from={spoken}/xtts-v2", f"--data_dir={tmp_path}/tokens",
+        f"--out_dir={tmp_path}/out", "--max_iters=1", "--eval_samples=0", "--reference_seconds=[0.2,0.5]",
+        "--device=cpu", "--max_tokens=200", "--warmup_iters=0")  # fmt: skip
+    voice = Voice.from_checkpoint(tmp_path / "out/best.pt", "cpu")
+    assert voice.codec.fingerprint() == after.fingerprint() and len(voice.say("one", cap_seconds=1)) > 0
+    with pytest.raises(ValueError, match="are of two codecs"):
+        cli(train, "--arch=xtts", f"--init_from={tmp_path}/out/best.pt", f"--data_dir={spoken}/tokens",
+            f"--out_dir={tmp_path}/other")  # fmt: skip
 
 
 def test_the_vocoder_speaks_in_the_timbre_of_the_reference(spoken):
