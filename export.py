@@ -151,25 +151,34 @@ def type_name(tensors):
     return str(max(sizes, key=sizes.get)).removeprefix("torch.")
 
 
-def tokenizer_files(source, **config):
-    """tokenizer.json and tokenizer_config.json for transformers. config: further keys of the latter."""
+def tokenizer_json(source):
+    """The bytes of a tokenizer.json, None where it is unknown, which a note says."""
     if source.tokenizer is None:
         source.notes.append("no tokenizer is known: put its tokenizer.json and tokenizer_config.json there")
+        return None
+    try:
+        return fast_tokenizer(source.tokenizer)
+    except ValueError as error:
+        source.notes.append(str(error))
+        return None
+
+
+def tokenizer_files(source, model, **config):
+    """tokenizer.json with the content `model`, and what transformers reads beside it; {} for None. config: further keys
+    of tokenizer_config.json. What lies beside the same tokenizer.json where the model came from is copied."""
+    if model is None:
         return {}
-    beside = Path(source.file).parent if source.file else None
-    model = fast_tokenizer(source.tokenizer)
-    files = {"tokenizer.json": model}
-    if beside and (beside / "tokenizer.json").exists() and (beside / "tokenizer.json").read_bytes() == model:
-        names = ("tokenizer_config.json", "special_tokens_map.json")
-        files |= {name: (beside / name).read_bytes() for name in names if (beside / name).exists()}
     c = source.model.config
-    pieces = source.tokenizer.piece
-    marks = {"bos_token": pieces(c.text_bos), "eos_token": pieces(c.text_eos)}
+    marks = {"bos_token": source.tokenizer.piece(c.text_bos), "eos_token": source.tokenizer.piece(c.text_eos)}
     marks["pad_token"] = marks["eos_token"] or marks["bos_token"]
-    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-             "model_max_length": c.backbone.max_positions, **marks, **config}  # fmt: skip
-    files.setdefault("tokenizer_config.json", {key: value for key, value in usual.items() if value is not None})
-    return files
+    made = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_max_length": c.backbone.max_positions, **marks, **config}  # fmt: skip
+    files = {"tokenizer_config.json": {key: value for key, value in made.items() if value is not None}}
+    beside = Path(source.file).parent
+    if source.file and (beside / "tokenizer.json").exists() and (beside / "tokenizer.json").read_bytes() == model:
+        names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+        files |= {name: (beside / name).read_bytes() for name in names if (beside / name).exists()}
+    return {"tokenizer.json": model, **files}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +239,7 @@ def csm_transformers(source):
     if c.stop == "class":
         source.notes.append("transformers' generate stops at a frame of zeros, not at the stop class of this model: it "
                             "speaks on to max_new_tokens")  # fmt: skip
-    files = tokenizer_files(source, processor_class="CsmProcessor")
-    if files:
-        files |= csm_processor(source, config, files)
+    files = csm_processor(source, config)
     draw = {"do_sample": True, "temperature": model.draw["temperature"], "top_k": model.draw["top_k"],
             "suppress_tokens": list(range(c.codebook_size, c.audio_vocab_size))}  # fmt: skip
     steps = {"depth_decoder_min_new_tokens": c.n_codebooks - 1, "depth_decoder_max_new_tokens": c.n_codebooks - 1}
@@ -242,40 +249,56 @@ def csm_transformers(source):
     return {**files, "model.safetensors": safetensors(tensors)}
 
 
-def csm_processor(source, config, files):
-    """What AutoProcessor reads. The names of the frame's and the stop frame's text ids go into the tokenizer, and the
-    ids into config: those that the tokenizer has, else free rows of the text embedding, else its last two special
-    tokens, which lose their names."""
+def csm_processor(source, config):
+    """Tokenizer, and what AutoProcessor reads beside it. config gets the text ids of a frame and the stop frame."""
     c = source.model.config
-    spec = json.loads(files["tokenizer.json"])
-    ids = source.tokenizer.vocab_size
-    named = {token["content"]: token for token in spec["added_tokens"]}
-    if not set(AUDIO_TOKENS) <= set(named):
-        spare = [token for token in spec["added_tokens"] if token["id"] not in (c.text_bos, c.text_eos)]
-        if c.text_vocab_size in AUDIO_IDS:
-            spare = [token for token in spare if token["id"] in AUDIO_IDS[c.text_vocab_size]]
-        elif c.text_vocab_size >= ids + 2:
-            plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            spare = [{"id": ids + i, **plain} for i in range(2)]
-            spec["added_tokens"] += spare
-        if len(spare) < 2 or not all(token["special"] for token in spare[-2:]):
-            source.notes.append("its tokenizer has no place for <|AUDIO|>: AutoProcessor takes text, but no recordings")
-            return {"processor_config.json": {"processor_class": "CsmProcessor", "feature_extractor": features(c)}}
-        for token, name in zip(spare[-2:], AUDIO_TOKENS, strict=True):
-            spec["model"]["vocab"].pop(token.get("content"), None)
-            token["content"] = name
-        named = {token["content"]: token for token in spec["added_tokens"]}
-        files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False)
-    audio, end = (named[name]["id"] for name in AUDIO_TOKENS)
-    config |= {"audio_token_id": audio, "audio_eos_token_id": end, "pad_token_id": audio}
-    if isinstance(files["tokenizer_config.json"], dict):
-        files["tokenizer_config.json"]["pad_token"] = AUDIO_TOKENS[0]
+    model = tokenizer_json(source)
+    if model is None:
+        return {}
+    model, ids = audio_tokens(source, model)
+    names = {"processor_class": "CsmProcessor"}
+    processor = {"processor_config.json": {**names, "feature_extractor": features(c)}}
+    if not ids:
+        source.notes.append("its tokenizer has no place for <|AUDIO|>: AutoProcessor takes text, but no recordings")
+        return {**processor, **tokenizer_files(source, model, **names)}
+    config |= {"audio_token_id": ids[0], "audio_eos_token_id": ids[1], "pad_token_id": ids[0]}
     bos, eos = (source.tokenizer.piece(mark) or "" for mark in (c.text_bos, c.text_eos))
-    said = wording(source.text_format or "[{speaker}]{text}", "{{ message['role'] }}", "{{ item['text'] }}")
+    text = (f"{{{{ {word} }}}}" for word in ("message['role']", "item['text']", "message['language']"))
+    said = wording(source.text_format or "[{speaker}]{text}", *text)
     template = ("{% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'text' %}"
                 f"{bos}{said}{eos}{{% else %}}{''.join(AUDIO_TOKENS)}{{% endif %}}{{% endfor %}}{{% endfor %}}")
-    return {"chat_template.jinja": template, "preprocessor_config.json": features(c),
-            "processor_config.json": {"processor_class": "CsmProcessor", "feature_extractor": features(c)}}  # fmt: skip
+    made = {"chat_template.jinja": template, "preprocessor_config.json": features(c), **processor}
+    return {**made, **tokenizer_files(source, model, pad_token=AUDIO_TOKENS[0], **names)}
+
+
+def audio_tokens(source, model):
+    """A tokenizer.json in which AUDIO_TOKENS are names of special tokens, and their ids; where it has no place for
+    them, `model` as it is, and None.
+
+    They are those that have these names, or that the published config.json or Llama's vocabulary give; else free rows
+    of the text embedding; else its last two special tokens, which lose their names.
+    """
+    c = source.model.config
+    spec = json.loads(model)
+    named = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if set(AUDIO_TOKENS) <= named.keys():
+        return model, [named[name] for name in AUDIO_TOKENS]
+    free = {token["id"]: token for token in spec["added_tokens"]
+            if token["special"] and token["id"] not in (c.text_bos, c.text_eos)}  # fmt: skip
+    given = (source.given.get("audio_token_id"), source.given.get("audio_eos_token_id"))
+    ids = next((ids for ids in (given, AUDIO_IDS.get(c.text_vocab_size, ())) if ids and set(ids) <= free.keys()), None)
+    if not ids and c.text_vocab_size >= source.tokenizer.vocab_size + 2:
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        ids = [source.tokenizer.vocab_size + i for i in range(2)]
+        free = {i: {"id": i, "content": "", **plain} for i in ids}
+        spec["added_tokens"] += free.values()
+    ids = ids or list(free)[-2:]
+    if len(ids) < 2:
+        return model, None
+    for i, name in zip(ids, AUDIO_TOKENS, strict=True):
+        spec["model"]["vocab"].pop(free[i]["content"], None)
+        free[i]["content"] = name
+    return json.dumps(spec, ensure_ascii=False).encode(), list(ids)
 
 
 def features(c):
@@ -343,7 +366,8 @@ def mimi_config(tensors):
 def csm_original(source, pickle=False):
     """The layout of the authors, with torchtune's names."""
     tensors = published(CSM_ORIGINAL, source)
-    files = {"config.json": {**own_config(source), "dtype": type_name(tensors)}, **tokenizer_files(source)}
+    config = {**own_config(source), "dtype": type_name(tensors)}
+    files = {"config.json": config, **tokenizer_files(source, tokenizer_json(source))}
     if pickle:
         return {**files, "ckpt.pt": pickled({"model_state": tensors})}
     return {**files, "model.safetensors": safetensors(tensors)}
@@ -386,17 +410,18 @@ def csm_mlx(source, bits=0):
                 stem = key.removesuffix(".weight")
                 parts = quantise(tensors.pop(key), bits)
                 tensors |= dict(zip((key, f"{stem}.scales", f"{stem}.biases"), parts, strict=True))
-    files = tokenizer_files(source)
-    if files and "text_tokenizer" not in config and c.text_vocab_size not in AUDIO_IDS:  # it brings that of Llama
-        spec = json.loads(files["tokenizer.json"])
-        files["tokenizer.json"] = json.dumps({**spec, "post_processor": around(source.tokenizer)}, ensure_ascii=False)
+    tokenizer = tokenizer_json(source)
+    if tokenizer and "text_tokenizer" not in config and c.text_vocab_size not in AUDIO_IDS:  # it brings that of Llama
+        spec = {**json.loads(tokenizer), "post_processor": around(source.tokenizer)}
+        tokenizer = json.dumps(spec, ensure_ascii=False).encode()
         config["text_tokenizer"] = os.path.abspath(source.folder)
         source.notes.append("text_tokenizer in its config.json is this folder: change it to the name that you publish "
                             "it under")  # fmt: skip
     if c.stop == "class":
         source.notes.append("mlx-audio stops at a frame of zeros, not at the stop class of this model: it speaks on to "
                             "max_audio_length_ms")  # fmt: skip
-    return {**files, "config.json": config, "model.safetensors": safetensors(tensors, format="mlx")}
+    return {**tokenizer_files(source, tokenizer), "config.json": config,
+            "model.safetensors": safetensors(tensors, format="mlx")}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,7 +457,8 @@ def kani_transformers(source):
     draw = {key: model.draw[key] for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
     generation = {"do_sample": True, **draw, "max_new_tokens": 1200, "bos_token_id": config["bos_token_id"],
                   "eos_token_id": [c.end_of_speech, c.end_of_ai], "pad_token_id": config["pad_token_id"]}  # fmt: skip
-    return {**tokenizer_files(source), "config.json": config, "generation_config.json": generation,
+    files = tokenizer_files(source, tokenizer_json(source))
+    return {**files, "config.json": config, "generation_config.json": generation,
             "model.safetensors": safetensors(tensors)}  # fmt: skip
 
 

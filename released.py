@@ -19,7 +19,7 @@ import torch
 from codec import CODECS, PUBLISHED, load_codec
 from layouts import assemble, find, outer_fields, read_sizes, recognise
 from model import facts
-from parts.tensors import fault, read_pickle
+from parts.tensors import fault, is_index, read_json, read_pickle
 from parts.text import open_tokenizer
 
 
@@ -117,8 +117,8 @@ def find_tokenizer(path, file, release):
 def find_codec(name, path, file, inside):
     """The codec of that name at `path`; without a path that of the weights `file`.
 
-    It may be in the file itself (`inside`), in its folder, in a folder called as the codec, in that one or beside it,
-    or in the hub's cache folder. Raises FileNotFoundError, which says how to fetch it, and ValueError.
+    It may be in the file itself (`inside`), in shards beside it, in its folder, in a folder called as the codec, in that
+    one or beside it, or in the hub's cache folder. Raises FileNotFoundError, which says how to fetch it, and ValueError.
     """
     if path or name not in PUBLISHED:
         codec = load_codec(name, path or None)
@@ -128,7 +128,8 @@ def find_codec(name, path, file, inside):
     folder = os.path.dirname(file) or "."
     source = CODECS[name].source()
     names = name, source.split()[0].split("/")[1]
-    places = [file] * inside + [folder] + [os.path.join(folder, *up, n) for up in ((), ("..",)) for n in names]
+    places = [file] * inside + shards_with_codec(folder) + [folder]
+    places += [os.path.join(folder, *up, n) for up in ((), ("..",)) for n in names]
     for place in places:
         try:
             files = CODECS[name].find(place, source)
@@ -141,6 +142,12 @@ def find_codec(name, path, file, inside):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} speaks in codes of the codec {name}: {error}, or name it by "
                                 "--codec_path") from None  # fmt: skip
+
+
+def shards_with_codec(folder):
+    """The indexes of shards in a folder that hold a codec too: CSM-1B lies there twice, once with its codec."""
+    indexes = sorted(os.path.join(folder, name) for name in os.listdir(folder) if is_index(name))
+    return [path for path in indexes if any(key.startswith("codec_model.") for key in read_json(path)["weight_map"])]
 
 
 def read_voices(path, model, codec):

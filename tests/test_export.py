@@ -326,6 +326,39 @@ def test_transformers_reads_the_text_and_speaks(kind, codec, tmp_path):
     assert set(ids[len(prompt) : -len(expected)]) == {audio, end} and ids[-len(expected) - 1] == end
 
 
+def test_a_folder_like_that_of_csm_1b(codec, tmp_path):
+    """It holds the model twice: by its authors' names, and with tokenizer and codec for transformers, in shards."""
+    marks = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|a|>", "<|b|>", "<|c|>")
+    tokenizer = bpe(300, *marks)
+    ids = [tokenizer.vocab[mark] for mark in marks[2:4]]
+    model = speaking(tokenizer, codec, stop="zeros")
+    folder = tmp_path / "csm-1b"
+    export(model, folder, tokenizer=tokenizer, codec=codec)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    export(model, folder, "original", tokenizer=tokenizer)
+    names, halves = {}, (dict(list(tensors.items())[:99]), dict(list(tensors.items())[99:]))
+    for i, half in enumerate(halves):
+        names |= dict.fromkeys(half, f"transformers-0000{i + 1}-of-00002.safetensors")
+        with open(folder / f"transformers-0000{i + 1}-of-00002.safetensors", "wb") as file:
+            write_safetensors(file, half)
+    (folder / "transformers.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"audio_token_id": ids[0], "audio_eos_token_id": ids[1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("of the authors")
+    (folder / "tokenizer.json").write_bytes(tokenizer.model)
+    again, known = source_of(folder)
+    assert known["file"].endswith("model.safetensors") and known["codec"].path.endswith("index.json")
+    export(again, tmp_path / "out", **known)
+    same_state(load_file(tmp_path / "out/model.safetensors"), tensors)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert [config["audio_token_id"], config["audio_eos_token_id"]] == ids
+    export(again, tmp_path / "b", "original", **known)
+    assert (tmp_path / "b/chat_template.jinja").read_text() == "of the authors"  # beside the same tokenizer.json
+    assert (tmp_path / "b/tokenizer.json").read_bytes() == tokenizer.model
+
+
 @pytest.mark.parametrize("layout", ["transformers", "moshi", "inside"])
 def test_the_codec_goes_along(layout, codec, tmp_path):
     """Bit by bit where its file has transformers' names, else as tables that give the same codes."""
