@@ -117,8 +117,9 @@ def find_tokenizer(path, file, release):
 def find_codec(name, path, file, inside):
     """The codec of that name at `path`; without a path that of the weights `file`.
 
-    It may be in the file itself (`inside`), in shards beside it, in its folder, in a folder called as the codec, in that
-    one or beside it, or in the hub's cache folder. Raises FileNotFoundError, which says how to fetch it, and ValueError.
+    It may be in the file itself (`inside`), in shards beside it, in its folder, in a folder called as the codec, in
+    that one or beside it, or in the hub's cache folder. Raises FileNotFoundError, which says how to fetch it, and
+    ValueError.
     """
     if path or name not in PUBLISHED:
         codec = load_codec(name, path or None)
