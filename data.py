@@ -511,6 +511,7 @@ class Batches:
     shuffle: bool = True  # False: one fixed order, sorted by length, without prompts (for evaluation)
     max_rows: int = 2**31  # rows of an utterance with its prompt: the positions of the model
     reference: tuple | None = None  # fewest and most frames of the stretch that is the reference
+    prompt_frames: tuple | None = None  # fewest and most to which a prompt is cut or repeated; None: whole prompts
 
     BUCKET = 1.04  # lengths within 4% share a bucket, so about 2% of the rows are padding
 
@@ -534,13 +535,17 @@ class Batches:
                                  f"{words}: raise {key}, or leave it out with prepare.py's max_seconds")
 
     def _lengths(self, prompts=None):
-        """Rows of every utterance (n,), with those of its prompt where `prompts` (n,) gives it one; -1: no prompt."""
+        """Rows of every utterance (n,), with those of its prompt where `prompts` (n,) gives it one; -1: no prompt. With
+        prompt_frames a prompt counts as long as it may become."""
         text = np.asarray(self.files.index[:, TEXT_LENGTH])
         frames = np.asarray(self.files.index[:, FRAMES])
         if prompts is None:
             return self.length(text, frames)
         has = prompts >= 0
-        return self.length(text, frames, np.where(has, text[prompts], 0), np.where(has, frames[prompts], 0))
+        before = frames[prompts]
+        if self.prompt_frames:
+            before = np.where(before > 0, self.prompt_frames[1], 0)
+        return self.length(text, frames, np.where(has, text[prompts], 0), np.where(has, before, 0))
 
     def _prompts(self, rng):
         """For each utterance another one of its speaker, or -1: (n,). One that is too long for max_rows is left out."""
@@ -624,7 +629,7 @@ class Batches:
 
     def _arrays(self, utterances, prompts=None, epoch=0):
         pairs = list(zip(utterances, [-1] * len(utterances) if prompts is None else prompts, strict=True))
-        rows = [self._rows(i, p) for i, p in pairs]
+        rows = [self._rows(i, p, epoch) for i, p in pairs]
         S = max(len(segment) for _, segment in rows)
         tokens = np.zeros((len(rows), S, rows[0][0].shape[1]), np.int64)
         segment = np.zeros((len(rows), S), np.int64)
@@ -640,10 +645,16 @@ class Batches:
             segment[j, np.flatnonzero(segment[j] == AUDIO)[covered]] = PROMPT
         return [tokens, segment, np.stack(references)]
 
-    def _rows(self, i, p):
+    def _rows(self, i, p, epoch):
         """Rows (S, C) and segment (S,) of utterance i with prompt p, -1 for none."""
-        prompt = (self.files.text(p), self.files.codes(p)) if p >= 0 else None
-        return self.layout(self.files.text(i), self.files.codes(i), prompt)
+        if p < 0:
+            return self.layout(self.files.text(i), self.files.codes(i))
+        codes = self.files.codes(p)
+        if self.prompt_frames and len(codes):
+            least, most = self.prompt_frames
+            n = np.random.default_rng((self.seed, epoch, i, 2)).integers(least, most + 1)
+            codes = np.resize(codes, (n, codes.shape[1]))  # cuts or repeats
+        return self.layout(self.files.text(i), self.files.codes(i), (self.files.text(p), codes))
 
     def _stretch(self, i, p, epoch):
         """The reference (R, M) of utterance i with prompt p (-1: none), and the slice of i's own frames in it: at most

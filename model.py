@@ -579,6 +579,7 @@ class Family(nn.Module):
     now = None
     reference = False  # the voice comes from the features of a recording
     transcript = False  # a voice prompt needs its text
+    fits_prompts = False  # a voice prompt is cut or repeated until it has one of the usual lengths
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
     text_tables = ()  # names of the parameters with a row for each text id, where a tokenizer may bring more ids
     front_end = "plain"  # what its authors do to a text before a tokenizer reads it, see parts/frontend.py
@@ -1565,6 +1566,8 @@ class VallE(Family):
     masked; in each round it fills in all masked frames and masks the least certain again, fewer in every round. In mode
     ar row s predicts the frame of row s + 1. Mode ar+nar shares all weights between the two.
     """
+
+    fits_prompts = True
 
     RESCALE = 0.75  # share of the guided logits' spread that is set back to what it was
     ASKED = 4  # in training, one of this many utterances trains the length

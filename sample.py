@@ -86,6 +86,7 @@ adapter = ""  # another LoRA checkpoint, or folder of peft's, on the same base, 
 SHARED = {
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
     "weights.py": ["base"],
+    "train.py": ["reference_seconds"],
     "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop",
                  "recording_seconds", "heard_seconds", "chunk_seconds"],
 }  # fmt: skip
@@ -127,6 +128,7 @@ class Voice:
         self.timbres = timbres
         self.voices = voices or {}
         self.trained_with = {key: value for key, value in (config or {}).items() if value is not None}
+        self.reference_seconds = self.trained_with.get("reference_seconds", [3.0, 6.0])
         self.prompted = self.trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
 
     @property
@@ -305,7 +307,8 @@ class Voice:
         """What `generate` takes beside the text.
 
         reference: path of a recording, a list of such, or what `listen` returned for them; reference_text: the
-        transcript, or a list of them. Without both: {}. With them: {"prompt": [(ids, codes (T, K))]}. A model that
+        transcript, or a list of them. Without both: {}. With them: {"prompt": [(ids, codes (T, K))]}; for a model that
+        fits prompts one prompt of all, cut or repeated to one of the `reference_seconds`, from and to. A model that
         reads the voice from a recording takes {"voice": latents (L, D)}, by default that of the speaker; with a vocoder
         also {"latents": True, "timbre": (E,)}. Raises ValueError where one is missing or cannot be read.
         """
@@ -323,6 +326,11 @@ class Voice:
             raise ValueError(f"reference_text has {len(texts)} transcripts for {len(reference)} recordings: give one "
                              "for each, with | between them")  # fmt: skip
         ids = [self.text_ids(text, speaker) for text in texts] or [np.zeros(0, int)] * len(reference)
+        if self.model.fits_prompts:
+            ids, codes = np.concatenate(ids), np.concatenate(reference)
+            least, most = (max(1, round(x * self.codec.frame_rate)) for x in self.reference_seconds)
+            fitted = np.resize(codes, (min(max(len(codes), least), most), codes.shape[1]))  # cuts or repeats
+            return {"prompt": [(ids, fitted)]}
         return {"prompt": list(zip(ids, reference, strict=True))}
 
     def utterance(self, text, speaker="", reference=None, reference_text=""):
@@ -479,6 +487,11 @@ def need_logits(logits):
         raise ValueError(DIVERGED)
 
 
+def is_stretch(x):
+    """Whether x is two lengths in seconds, from and to."""
+    return isinstance(x, list) and len(x) == 2 and all(type(y) in NUMBER for y in x) and 0 < x[0] <= x[1] <= 3600
+
+
 def read_run(checkpoint, codec_path=""):
     """The codec of a checkpoint, or the one at codec_path, and the arguments of Voice.take. Raises ValueError."""
     path = checkpoint.path
@@ -486,7 +499,8 @@ def read_run(checkpoint, codec_path=""):
     meta = checkpoint["meta"]
     try:
         need(meta, MODEL_META, "meta")
-        need(checkpoint["config"], {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")}, "config")
+        wanted = {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")} | {"reference_seconds?": is_stretch}
+        need(checkpoint["config"], wanted, "config")
         codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
     except ValueError as error:
@@ -650,6 +664,10 @@ def get_ready(cfg, path, lines, out_dir):
     for key in {*SHARED["model.py"]} & cfg.given.keys() & vars(voice.model.config).keys():
         setattr(voice.model.config, key, getattr(cfg, key))
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
+    if "reference_seconds" in cfg.given:
+        if not is_stretch(cfg.reference_seconds):
+            raise ValueError(f"reference_seconds = {cfg.reference_seconds!r:.60}: give the shortest and the longest")
+        voice.reference_seconds = cfg.reference_seconds
     reference, texts = heard_voice(cfg, voice, partial(print, file=messages))
     prompt = voice.prompt(reference, texts, cfg.speaker)
     for i, line in enumerate(lines, 1):
@@ -779,6 +797,8 @@ def idle_keys(cfg, voice):
             idle[key] = f"arch = {c.arch!r} has no such key"
         elif known[key] not in (None, c.mode, mode):
             idle[key] = f"{which} does not use it"
+    if not voice.model.fits_prompts:
+        idle["reference_seconds"] = f"arch = {c.arch!r} takes a reference as long as it is"
     if not voice.vocoder:
         idle["speed"] = "only the vocoder of XTTS-v2 changes it"
     if c.arch == "csm" and c.stop != "zeros":

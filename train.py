@@ -98,7 +98,8 @@ max_tokens: "int >= 1" = 8192  # largest micro-batch in rows, padding included
 max_batch: "int >= 1" = 64  # largest micro-batch in utterances
 gradient_accumulation_steps: "1 <= int <= 1000000" = 1  # micro-batches per step, summed over all ranks
 voice_prompt: "0 <= float <= 1" = 0.0  # share of utterances with another one of the same speaker before them (cloning)
-reference_seconds: "0 < list[float] <= 3600" = [3.0, 6.0]  # xtts: length of the reference recording, from and to
+# xtts: length of the reference recording, from and to; valle: to which a voice prompt is cut or repeated
+reference_seconds: "0 < list[float] <= 3600" = [3.0, 6.0]
 loader_workers: "0 <= int <= 256" = 0  # processes that read batches; 0: read between steps
 # optimizer
 max_iters: "int >= 0" = 2000  # steps; 0: evaluate and save the weights as they are
@@ -172,7 +173,7 @@ def idle_keys(cfg):
     for name, f in own.items():
         if f.metadata.get("mode") not in (None, cfg.mode, *cfg.mode.split("+")):
             idle[name] = f"mode = {cfg.mode!r} does not use it"
-    if not family.reference:
+    if not family.reference and not family.fits_prompts:
         idle["reference_seconds"] = f"arch = {cfg.arch!r} reads no voice off a recording"
     if not cfg.lora_rank:
         idle |= {key: "lora_rank = 0" for key in vars(cfg) if key.startswith("lora_") and key != "lora_rank"}
@@ -512,9 +513,12 @@ def train(run, received):
 def make_batches(cfg, model, files, val_files, rank=0, world=1):
     """The batches of the training split, and those of the val split or None if it is empty."""
     limits = {"max_rows": model.max_rows}
+    frame_rate = files.meta["codec"]["frame_rate"]
+    stretch = [max(1, round(x * frame_rate)) for x in cfg.reference_seconds]
     if model.reference:
-        frame_rate = files.meta["codec"]["frame_rate"]
-        limits["reference"] = [max(1, round(x * frame_rate)) for x in cfg.reference_seconds]
+        limits["reference"] = stretch
+    if model.fits_prompts:
+        limits["prompt_frames"] = stretch
     rows = model.layout, model.length, cfg.max_tokens, cfg.max_batch
     batches = Batches(files, *rows, cfg.seed, rank, world, cfg.loader_workers, cfg.voice_prompt, **limits)
     return batches, Batches(val_files, *rows, shuffle=False, **limits) if len(val_files) else None

@@ -3,8 +3,8 @@
     save_voice("anna", heard, ["what she says"], made_for, "CC BY 4.0, Anna")    voices/anna.pt
     heard, texts, note = load_voice("anna", made_for)
 
-A file holds tensors and texts alone; reading it runs no code. It says for which family and codec it was made. Latents fit
-the weights that made them and those that continue from these, which a file does not know.
+A file holds tensors and texts alone; reading it runs no code. It says for which family and codec it was made. Latents
+fit the weights that made them and those that continue from these, which a file does not know.
 """
 
 import os

@@ -389,7 +389,8 @@ def test_a_valle_says_what_the_original_says(valle, recording, tmp_path, monkeyp
     decode, said = Voice.decode, []
     monkeypatch.setattr(Voice, "decode", lambda self, frames: said.append(torch.stack(frames)) or decode(self, frames))
     flags = [f"--ckpt={folder}", f"--text={letters}", "--codec=mel", f"--codec_path={folder}/mel", "--temperature=0",
-             "--rounds=6", "--top_sigma=0", f"--reference={recording}", f"--out_dir={tmp_path}"]  # fmt: skip
+             "--rounds=6", "--top_sigma=0", f"--reference={recording}", f"--out_dir={tmp_path}",
+             "--reference_seconds=[0.01, 99]"]  # fmt: skip
     speak(*flags, "--device=cpu")
     expected = more["demask.0.result"]
     assert torch.equal(said[0], expected.where(expected < 21, 0)) and (tmp_path / "000.wav").exists()

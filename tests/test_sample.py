@@ -598,6 +598,7 @@ def refused(out_dir, *argv):
         (["--text=one", "--repetition_penalty=2"], "repetition_penalty = 2.0 has no effect: arch = 'csm' does not use"),
         (["--text=one", "--repetition_decay=2"], "repetition_decay = 2.0 has no effect: arch = 'csm' does not use it"),
         (["--text=one", "--whole_frames=True"], "whole_frames = True has no effect: arch = 'csm' has no such key"),
+        (["--text=one", "--reference_seconds=[1,2]"], "has no effect: arch = 'csm' takes a reference as long as it is"),
         (["--text=one", "--speed=2"], "speed = 2.0 has no effect: only the vocoder of XTTS-v2 changes it"),
         (["--text=one", "--heard_seconds=9"], "heard_seconds = 9.0 has no effect: arch = 'csm' has no such key"),
         (["--text=one", "--loose_stop"], "loose_stop = True has no effect: the model has a class to stop with"),

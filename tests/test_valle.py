@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, VALLE_STACK, batch_of, command, exact, gradients, same, spoken_by, utterance
@@ -876,8 +877,15 @@ def test_it_learns_and_speaks(tokens, tmp_path, mode, steps):
     assert (np.mean(right, 0) > 0.65).all()  # by chance 0.33 and 0.06
     wav = voice.say("one", temperature=0.0)
     assert len(wav) == 4 * voice.codec.sample_rate / voice.codec.frame_rate and voice.stopped
+    voice.reference_seconds = [0.1, 0.2]
     ((ids, codes),) = voice.prompt([files.codes(3)], "")["prompt"]  # nobody asks what is said in it
-    assert len(ids) == 0 and np.array_equal(codes, files.codes(3))
+    rate = voice.codec.frame_rate
+    assert len(ids) == 0 and np.array_equal(codes, files.codes(3)[: round(0.2 * rate)])
+    voice.reference_seconds = [1.0, 2.0]  # repeated until it is as long; several are one after the other
+    both = np.concatenate([files.codes(3), files.codes(4)])
+    ((_, codes),) = voice.prompt([files.codes(3), files.codes(4)], "")["prompt"]
+    assert np.array_equal(codes, np.concatenate([both] * 9)[: len(codes)])
+    assert len(codes) == min(max(len(both), round(rate)), round(2 * rate))
     assert len(voice.say("one", temperature=0.0, reference=[codes])) > 0
     with pytest.raises(ValueError, match="give both"):
         voice.say("one", reference_text="two")
@@ -939,9 +947,62 @@ def test_length_and_batches_agree(tokens):
     for mode in (*MODES, "ar+nar"):
         model = models.build("valle", files.meta, {"mode": mode, "backbone": VALLE_STACK, "guidance": None})
         assert model.config.guidance == 1.0
-        batches = Batches(files, model.layout, model.length, 200, 8, voice_prompt=0.7, max_rows=model.max_rows)
-        for batch in itertools.islice(batches, 6):
-            assert batch[1].numel() <= 200 and (batch[1] == AUDIO).any(1).all()
+        for fitted in (None, (3, 20)):
+            batches = Batches(files, model.layout, model.length, 200, 8, voice_prompt=0.7, max_rows=model.max_rows,
+                              prompt_frames=fitted)  # fmt: skip
+            lengths = set()
+            for tokens_, segment in itertools.islice(batches, 6):
+                assert segment.numel() <= 200 and (segment == AUDIO).any(1).all() and len(tokens_) == len(segment)
+                lengths |= set((segment == PROMPT).sum(1).tolist())
+            assert fitted is None or lengths <= {0, *range(3, 21)} and len(lengths) > 5
+
+
+def test_prompts_are_cut_or_repeated_in_training(tokens):
+    files = TokenFiles(tokens, "train")
+    model = models.build("valle", files.meta, {"backbone": VALLE_STACK})
+    options = dict(voice_prompt=1.0, max_rows=model.max_rows, seed=3)
+    batches = Batches(files, model.layout, model.length, 400, 8, prompt_frames=(2, 30), **options)
+    plan, prompts = batches.plan(1)
+    heard = []
+    for batch in plan:
+        tokens_, segment = batches.read(batch, prompts[batch], 1)
+        for row, kinds, p in zip(tokens_, segment, prompts[batch], strict=True):
+            prompt = row[kinds == PROMPT, :-1].numpy()
+            if p < 0:  # nobody prompts itself
+                assert not len(prompt)
+                continue
+            heard.append((len(files.codes(p)), len(prompt)))
+            assert np.array_equal(prompt, np.concatenate([files.codes(p)] * 30)[: len(prompt)])
+    assert any(was > now for was, now in heard) and any(was < now for was, now in heard)
+    assert {now for _, now in heard} <= set(range(2, 31)) and len({now for _, now in heard}) > 8
+    again = batches.read(plan[0], prompts[plan[0]], 1)
+    assert all(map(torch.equal, again, batches.read(plan[0], prompts[plan[0]], 1)))
+    assert not torch.equal(again[0], batches.read(plan[0], prompts[plan[0]], 2)[0][..., : again[0].shape[1], :])
+
+
+def test_a_reference_of_another_length(tokens, tmp_path, capsys):
+    """The script takes the length as a key; other families refuse it."""
+    run(tokens, tmp_path, "--arch=valle", "--max_iters=1", "--voice_prompt=1.0", "--reference_seconds=[0.5,1.0]")
+    voice = Voice.from_checkpoint(tmp_path / "last.pt", "cpu")
+    assert voice.reference_seconds == [0.5, 1.0]
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(1200), 4000)
+    seen, layout = [], models.VallEConfig.layout
+    flags = ["--ckpt", f"{tmp_path}/last.pt", "--text=one", "--device=cpu", f"--out_dir={tmp_path}"]
+    flags += [f"--reference={tmp_path}/a.wav", "--cap_seconds=0.5"]
+
+    def watched(self, text, codes=None, prompt=None, **more):
+        seen.append(len(prompt[0][1]))
+        return layout(self, text, codes, prompt, **more)
+
+    for keys, seconds in (([], 0.5), (["--reference_seconds=[2,3]"], 2.0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "contract_check", lambda *a, **k: dict(max_difference=0.0, loss_at_shift=[], ln_v=0.0))
+            patch.setattr(models.VallEConfig, "layout", watched)
+            sample.main(configurator.configure(sample.__file__, flags + keys))
+        assert set(seen) == {round(seconds * voice.codec.frame_rate)}
+        seen.clear()
+    with pytest.raises(ValueError, match=r"reference_seconds = \[2\]: give the shortest and the longest"):
+        sample.main(configurator.configure(sample.__file__, [*flags, "--reference_seconds=[2]"]))
 
 
 def test_rounds_and_guidance_are_refused_elsewhere():
