@@ -9,6 +9,9 @@
   that an old language or old voices stay in memory while new ones are learnt (replay).
 - The model's `layout` makes the rows of an utterance; this file only pads and stacks them.
 
+- A token folder may hold a reference for each utterance, from which a model takes the voice: features of the recording,
+  a number of rows for each frame, or one speaker vector.
+
 Letters in shapes: B batch, S rows (padded length), C columns, K codebooks, T frames, n text ids, R rows and M numbers
 in a row of a reference, E size of a timbre.
 """
@@ -56,13 +59,14 @@ MODEL_META = {
     "codec": {
         "name": str, "fingerprint": str, "sample_rate": RATE, "frame_rate": RATE, "n_codebooks": SIZE,
         "codebook_size": SIZE,
-        "reference?": {"rows_per_frame": SIZE, "silence": lambda x: type(x) is list and x and all(map(LEVEL, x))},
+        "reference?": {"rows_per_frame": COUNT, "silence": lambda x: type(x) is list and x and all(map(LEVEL, x))},
     },
     "tokenizer": {"kind": str, "sha256": str, "vocab_size": SIZE, "bos_id": int, "eos_id": int,
                   "file": lambda x: x in ("tokenizer.model", "tokenizer.json")},
     "text_format": str, "lowercase": bool, "splits": {"train": COUNTS},
     "speakers": lambda x: type(x) is list and x and all(isinstance(name, str) for name in x),
 }  # fmt: skip
+REFERENCE_TYPE = {"recording": np.float16, "vector": np.float32}
 META = {**MODEL_META, "text_dtype": lambda x: x in ("uint16", "uint32"), "splits": dict.fromkeys(SPLITS, COUNTS)}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,19 +83,20 @@ class TokenWriter:
 
     Leaving the block without `finish` (an error, Ctrl-C) removes the partial folder. A kill leaves it, and the next run
     replaces it. text_dtype: uint16, or uint32 where the vocabulary needs it; it may be set until the first `add`.
-    references: whether each utterance brings the features of its recording too, a fixed number of rows for each frame.
-    Raises ValueError for codes or ids that do not fit their type and for a folder that another run writes, and OSError,
-    which names the file, where the disk is full or fails.
+    references: "recording" where each utterance brings the features of its recording too, a fixed number of rows for
+    each frame; "vector" where it brings its speaker vector. Raises ValueError for codes or ids that do not fit their
+    type and for a folder that another run writes, and OSError, which names the file, where the disk is full or fails.
     """
 
-    def __init__(self, folder, text_dtype=np.uint16, references=False):
+    def __init__(self, folder, text_dtype=np.uint16, references=""):
         self.folder = str(folder).rstrip("/")
         self.partial = partial_name(self.folder)
         self.text_dtype = text_dtype
+        self.reference_type = REFERENCE_TYPE[references] if references else None
         self.n_codebooks = None
         self.index = {split: [] for split in SPLITS}
         self.ends = {split: [0, 0] for split in SPLITS}  # text ids and frames written so far
-        kinds = ["text.bin", "codes.bin", "ids.txt"] + ["reference.bin"] * references
+        kinds = ["text.bin", "codes.bin", "ids.txt"] + ["reference.bin"] * bool(references)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.partial))
             empty(self.partial)
@@ -112,7 +117,8 @@ class TokenWriter:
         self.lock.close()
 
     def add(self, split, name, text, codes, speaker=0, reference=None):
-        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K), `reference` (R, M) features."""
+        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K), `reference` (R, M) features,
+        or (1, M) a speaker vector."""
         codes = np.asarray(codes)
         if codes.ndim != 2 or self.n_codebooks not in (None, codes.shape[1]):
             expected = f"(frames, {self.n_codebooks or 'K'})"
@@ -123,7 +129,7 @@ class TokenWriter:
         content = [pack(text, self.text_dtype, f"utterance {name}: text ids"),
                    pack(codes, np.uint16, f"utterance {name}: codes"), f"{name}\n".encode()]  # fmt: skip
         if len(self.out[split]) > len(content):
-            content.append(np.asarray(reference, np.float16).tobytes())
+            content.append(np.asarray(reference, self.reference_type).tobytes())
         for file, piece in zip(self.out[split], content, strict=True):
             with naming(file.name):  # a full disk shows here, as soon as the buffer of the file is full
                 file.write(piece)
@@ -238,9 +244,11 @@ class TokenFiles:
             self._check_index(n_text, n_frames)
             self._text = open_array(path + ".text.bin", self.meta["text_dtype"], (n_text,))
             self._codes = open_array(path + ".codes.bin", "uint16", (n_frames, self.meta["codec"]["n_codebooks"]))
-            if reference := self.meta["codec"].get("reference"):
-                shape = (n_frames, reference["rows_per_frame"], len(reference["silence"]))
-                self._reference = open_array(path + ".reference.bin", "float16", shape)
+            if kind := reference_kind(self.meta):
+                reference = self.meta["codec"]["reference"]
+                shape = (n_frames, reference["rows_per_frame"]) if kind == "recording" else (n, 1)
+                shape = *shape, len(reference["silence"])
+                self._reference = open_array(path + ".reference.bin", REFERENCE_TYPE[kind], shape)
         except (OSError, ValueError, EOFError, AttributeError, OverflowError, tokenize.TokenError) as error:
             raise self._damaged(error) from None
 
@@ -293,10 +301,12 @@ class TokenFiles:
         return piece
 
     def reference(self, i, first=0, last=None):
-        """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i. Raises ValueError
-        where they are damaged."""
+        """Features (rows, M) float32 of frames first .. last - 1 of the recording of utterance i; or its speaker vector
+        (1, M), whatever the frames. Raises ValueError where they are damaged."""
         start, n = self.index[i, FIRST_FRAME : FIRST_FRAME + 2]
         last = n if last is None else min(last, n)
+        if reference_kind(self.meta) == "vector":
+            start, first, last = i, 0, 1
         frames = self._reference[start + first : start + last]
         if len(frames) != max(0, last - first):
             raise self._damaged(f"in its utterance {i}, from 0 on")
@@ -324,6 +334,13 @@ class TokenFiles:
         """The id of utterance i. It reads the list of ids from its start: for messages, not for loops."""
         with open(os.path.join(self.folder, f"{self.split}.ids.txt"), encoding="utf-8", newline="\n") as file:
             return next(itertools.islice(file, i, None)).rstrip("\n")
+
+
+def reference_kind(meta):
+    """What the references of a token folder are: "recording", features of it; "vector", a row for each utterance
+    (rows_per_frame = 0); "" where it has none."""
+    reference = meta["codec"].get("reference")
+    return "" if not reference else "recording" if reference["rows_per_frame"] else "vector"
 
 
 class Mixture:
@@ -440,14 +457,17 @@ def part_names(files):
 
 
 def silence(meta, frames):
-    """The features (R, M) of so many silent frames, as the codec of a token folder's meta.json writes them."""
+    """The features (R, M) of so many silent frames, as the codec of a token folder's meta.json writes them; of speaker
+    vectors a row of zeros."""
     reference = meta["codec"]["reference"]
-    return np.tile(np.asarray(reference["silence"], np.float32), (frames * reference["rows_per_frame"], 1))
+    rows = frames * reference["rows_per_frame"] or 1
+    return np.tile(np.asarray(reference["silence"], np.float32), (rows, 1))
 
 
 def speaker_reference(files, speaker, frames, without=-1):
     """A reference (R, M) of a speaker: the start of the first recording that has so many frames, or else of the longest
-    one, padded with silence. without: an utterance to avoid where the speaker has another."""
+    one, padded with silence; with 0 frames the vector of the first one. without: an utterance to avoid where the
+    speaker has another."""
     theirs = np.flatnonzero(files.index[:, SPEAKER] == speaker)
     if len(theirs) > 1:
         theirs = theirs[theirs != without]
@@ -491,7 +511,7 @@ class Batches:
 
     A model that hears a voice in a recording gets a third tensor, reference (B, R, M) float32: features of a stretch of
     the prompt's recording or, without a prompt, of the utterance itself. The frames of that stretch are then PROMPT, no
-    targets, as in XTTS.
+    targets, as in XTTS. A model that takes a speaker vector gets that (B, 1, M): the stretch has no frames.
 
     `state()` after a batch, given to `restore` of a new object, continues with exactly the next batch, also in the
     middle of an epoch and with loader workers. Raises ValueError for an empty split and for an utterance longer than
@@ -510,7 +530,7 @@ class Batches:
     voice_prompt: float = 0.0  # share of the utterances that get another one of their speaker as a prompt
     shuffle: bool = True  # False: one fixed order, sorted by length, without prompts (for evaluation)
     max_rows: int = 2**31  # rows of an utterance with its prompt: the positions of the model
-    reference: tuple | None = None  # fewest and most frames of the stretch that is the reference
+    reference: tuple | None = None  # fewest and most frames of the stretch that is the reference; 0, 0: a vector
     prompt_frames: tuple | None = None  # fewest and most to which a prompt is cut or repeated; None: whole prompts
 
     BUCKET = 1.04  # lengths within 4% share a bucket, so about 2% of the rows are padding
@@ -519,7 +539,7 @@ class Batches:
         self.epoch = 0
         self.batch = 0  # the next batch of the global list
         files = self.files
-        if self.reference and not files.meta["codec"].get("reference"):
+        if self.reference and self.reference[1] and reference_kind(files.meta) != "recording":
             raise ValueError(f"{files.folder} has no features of recordings to take a voice from: make it again with "
                              "prepare.py --references=True")
         if not len(files):

@@ -7,7 +7,7 @@
 | csm | transformers | CsmForConditionalGeneration, AutoProcessor |
 | csm | original, original-pickle | Sesame's and Marvis' own code: model.safetensors, or ckpt.pt with `model_state` |
 | csm | mlx, mlx-8bit, mlx-4bit | mlx-audio |
-| kani | transformers | AutoModelForCausalLM |
+| kani | transformers | AutoModelForCausalLM; a KaniTTS-2, one with an audio_step: the package kani-tts-2 |
 | xtts | original | coqui's TTS: model.pth, config.json, vocab.json, dvae.pth, mel_stats.pth |
 | valle | original | vall_e: fp32.sft |
 | csm, kani | peft | peft: the adapter alone |
@@ -432,11 +432,15 @@ KANI_TOKENS = ("text_vocab_size", "n_codebooks", "codebook_size", "text_bos", "t
 
 
 def kani_config(c):
-    """config.json for transformers' Lfm2ForCausalLM. The meaning of our tokens stands under "parlando"."""
+    """config.json for transformers' Lfm2ForCausalLM, or for KaniTTS2ForCausalLM of the package kani-tts-2. The meaning
+    of our tokens stands under "parlando"."""
     s = c.backbone
-    known = {key: getattr(s, key) for key in (*LFM2_SIZES, "layers", "dropout", "recompute")}
+    known = {key: getattr(s, key) for key in (*LFM2_SIZES, "layers", "dropout", "recompute", "rotation_speed")}
     if transformer_config({**known, "qk_norm": True}) != s or not s.rope_theta:
         raise ValueError("transformers' LFM2 has the layers of the released models, this model has others")
+    if not c.audio_step and (s.rotation_speed or c.speaker_size):
+        raise ValueError("KaniTTS-1 has neither learned rotation speeds nor speaker vectors, and KaniTTS-2 has an "
+                         "audio_step: this model is neither")  # fmt: skip
     return {
         "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": c.vocab_size,
         **{theirs: getattr(s, ours) for ours, theirs in LFM2_SIZES.items()},
@@ -444,16 +448,29 @@ def kani_config(c):
         "full_attn_idxs": [i for i, letter in enumerate(s.layers) if letter == "a"],
         "block_auto_adjust_ff_dim": False, "conv_L_cache": TAPS, "conv_bias": False, "tie_word_embeddings": True,
         "bos_token_id": c.human, "eos_token_id": c.end_of_speech, "pad_token_id": c.first_special + 6,
-        "parlando": {key: getattr(c, key) for key in KANI_TOKENS},
+        "parlando": {key: getattr(c, key) for key in KANI_TOKENS}, **(kani2_config(c) if c.audio_step else {}),
+    }  # fmt: skip
+
+
+def kani2_config(c):
+    """What config.json of a KaniTTS-2 has beside that of a KaniTTS-1, or in its place."""
+    slow, fast = c.backbone.rotation_speed or (0.1, 2.0)
+    return {
+        "architectures": ["KaniTTS2ForCausalLM"], "audio_tokens_start": c.first_code,
+        "tokens_per_frame": c.n_codebooks, "audio_step": c.audio_step, "alpha_min": slow, "alpha_max": fast,
+        "use_learnable_rope": c.backbone.rotation_speed is not None, "speaker_emb_dim": c.speaker_size or 128,
     }  # fmt: skip
 
 
 def kani_transformers(source):
-    """A folder for AutoModelForCausalLM. The embedding, which is the head too, stands in it once."""
+    """A folder for AutoModelForCausalLM, or for the package kani-tts-2. The embedding, which is the head too, stands in
+    it once."""
     model = source.model
     c = model.config
     tensors = published(KANI_LFM2, source)
     config = {**kani_config(c), "dtype": type_name(tensors)}
+    if languages := source.given.get("language_settings"):  # the tags that its authors list
+        config["language_settings"] = languages
     draw = {key: model.draw[key] for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
     generation = {"do_sample": True, **draw, "max_new_tokens": 1200, "bos_token_id": config["bos_token_id"],
                   "eos_token_id": [c.end_of_speech, c.end_of_ai], "pad_token_id": config["pad_token_id"]}  # fmt: skip

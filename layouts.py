@@ -20,7 +20,7 @@ from operator import attrgetter
 import torch
 from torch.overrides import TorchFunctionMode
 
-from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, PerceiverBlock, facts
+from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, KaniConfig, PerceiverBlock, facts
 from parts import lora
 from parts.affine import GROUP, dequantise
 from parts.tensors import (
@@ -120,9 +120,12 @@ def start(path, arch, meta, habits, say=print, grown=True):
     if (c.n_codebooks, c.codebook_size) != (K, V):
         raise ValueError(f"{path} speaks in {c.n_codebooks} codebooks of {c.codebook_size}, the data in {K} of {V}: "
                          "prepare them with the codec of these weights")  # fmt: skip
-    if model.reference and own.get("reference_bands", c.reference_bands) != c.reference_bands:
+    if model.reference == "recording" and own.get("reference_bands", c.reference_bands) != c.reference_bands:
         raise ValueError(f"{path} reads {c.reference_bands} features of a recording, the data have "
                          f"{own['reference_bands']}: prepare them with the codec of these weights")  # fmt: skip
+    if model.reference == "vector" and own.get("speaker_size", c.speaker_size) != c.speaker_size:
+        raise ValueError(f"{path} takes speaker vectors of {c.speaker_size} numbers, those of the data have "
+                         f"{own['speaker_size']}: make them with the encoder of these weights")  # fmt: skip
     more = most - c.text_vocab_size
     if more < 0 if model.text_tables else more > 0:
         raise ValueError(f"{path} knows {c.text_vocab_size} text ids, the data have {most}: prepare them with the "
@@ -491,9 +494,12 @@ CSM_TRANSFORMERS = Layout(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kani: an Lfm2ForCausalLM of transformers
+# Kani: an Lfm2ForCausalLM of transformers. KaniTTS-2: a KaniTTS2ForCausalLM of the package kani-tts-2, the same with
+# tensors for the learned rotation speeds and for the speaker's vector
 
 LFM2 = {
+    r"^backbone\.layers\.(\d+)\.attn\.speed": r"model.learnable_rope_layers.\1.alpha_weight",
+    "^speaker_projection": "model.speaker_emb_projection",
     "^embedding$": "model.embed_tokens.weight", r"^backbone\.norm": "model.embedding_norm", "^backbone": "model",
     "attn_norm": "operator_norm", "mlp_norm": "ffn_norm", r"\.attn\.taps": ".conv.conv.weight",
     r"\.attn\.(in|out)_proj": r".conv.\1_proj", r"\.attn\.o_proj": ".self_attn.out_proj",
@@ -508,10 +514,10 @@ def kani_lfm2(name, config):
 
 def kani_sizes(shapes, given):
     """Fields of KaniConfig. Kinds of layers come from the keys and widths from the shapes, for which the names in
-    config.json changed over time. Text ids and codes are those of the released models unless config.json says so."""
-    if second := {"audio_step", "tokens_per_frame"} & given.keys():
-        raise ValueError(f"config.json has {min(second)}: these are weights of KaniTTS-2, where all tokens of a frame "
-                         "share one position; here each has its own, as in KaniTTS-1")  # fmt: skip
+    config.json changed over time. Text ids and codes are those of the released models unless config.json says so.
+
+    The keys tell a KaniTTS-2 too: its authors' training code writes nothing of it into config.json. What that lacks is
+    as in the released ones."""
 
     def rows(name):
         return shapes[translate(name, LFM2)][0]
@@ -520,17 +526,37 @@ def kani_sizes(shapes, given):
     layers = "".join("a" if kinds.get(str(i)) == "self_attn" else "c" for i in range(len(kinds)))
     attn = f"backbone.layers.{max(0, layers.find('a'))}.attn"
     head_dim = rows(f"{attn}.q_norm.weight")
+    slow = given.get("alpha_min", 0.1)
     return {
         "text_vocab_size": 64400, "n_codebooks": 4, "codebook_size": 4032, "text_bos": 1, "text_eos": 2,
-        "vocab_size": rows("embedding"), **given.get("parlando", {}),
+        "vocab_size": rows("embedding"), **kani2_sizes(shapes, given), **given.get("parlando", {}),
         "backbone": dict(
             n_layer=len(layers), layers=layers, d_model=rows("backbone.norm.weight"), head_dim=head_dim, qk_norm=True,
             n_head=rows(f"{attn}.q_proj.weight") // head_dim, n_kv_head=rows(f"{attn}.k_proj.weight") // head_dim,
             d_ff=rows("backbone.layers.0.mlp.up_proj.weight"), norm_eps=given.get("norm_eps", 1e-5),
             max_positions=given.get("max_position_embeddings", 128_000),
+            rotation_speed=(slow, given.get("alpha_max", 2.0)) if learns_speeds(shapes) else None,
             **{"rope_theta": given.get("rope_theta") or given.get("theta") or 1e6, **llama_rope(given)},
         ),
     }  # fmt: skip
+
+
+def learns_speeds(shapes):
+    return any(key.startswith("model.learnable_rope_layers.") for key in shapes)
+
+
+def kani2_sizes(shapes, given):
+    """Fields of KaniConfig that only a KaniTTS-2 has, or tells in words of its own; {} for a KaniTTS-1."""
+    speaker = shapes.get("model.speaker_emb_projection.weight")
+    if not (speaker or learns_speeds(shapes) or {"audio_step", "tokens_per_frame"} & given.keys()):
+        return {}
+    sizes = {"audio_step": given.get("audio_step", 1.0), "speaker_size": speaker[1] if speaker else 0}
+    if "tokens_per_frame" in given:
+        sizes["n_codebooks"] = given["tokens_per_frame"]
+    if first := given.get("audio_tokens_start"):
+        codes = (shapes["model.embed_tokens.weight"][0] - first) // given.get("tokens_per_frame", 4)
+        sizes |= {"text_vocab_size": first - KaniConfig.CODES - 1, "codebook_size": min(codes, 4032)}
+    return sizes
 
 
 KANI_LFM2 = Layout(

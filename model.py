@@ -4,8 +4,8 @@ All families share one transformer. A family adds how the K codebooks of a frame
 
     CSM    Sesame CSM, Marvis TTS: a backbone predicts codebook 0 of the next frame, a small depth decoder runs along
            the codebook axis for the other K - 1. The depth decoder trains on a random fraction of the frames.
-    Kani   KaniTTS: text and codes are one vocabulary, a frame is K tokens in a row, and one head, tied to the
-           embedding, predicts the next token.
+    Kani   KaniTTS and KaniTTS-2: text and codes are one vocabulary, a frame is K tokens in a row, and one head, tied
+           to the embedding, predicts the next token.
     XTTS   the GPT of XTTS-v2: K = 1. Latents of a recording of the voice come before text and codes.
     VallE  VALL-E v2: all K codebooks at once from one hidden state; either frame by frame, or all frames in a few
            rounds of demasking.
@@ -78,6 +78,7 @@ class TransformerConfig:
     feed_forward: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # geglu: VALL-E, gelu: GPT-2
     bias: bool = False  # biases throughout, and LayerNorm for RMSNorm (GPT-2)
     qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are rotated
+    rotation_speed: "tuple | None > 0" = None  # each attention layer learns its speed between these two; None: 1
     final_norm: bool = True
     dropout: "0 <= float < 1" = 0.0  # on the output of attention and feed-forward layer
     recompute: bool = False  # gradient checkpointing of each block
@@ -87,12 +88,14 @@ LLAMA3_ROPE = (32.0, 1.0, 4.0, 8192)
 LFM2 = dict(rope_theta=1_000_000.0, qk_norm=True)
 GPT2 = dict(rope_theta=0.0, feed_forward="gelu", bias=True)
 VALLE = dict(rope_theta=10_000.0, feed_forward="geglu", final_norm=False, norm_eps=1e-6)
+LFM2_350M = dict(n_layer=16, n_head=16, n_kv_head=8, d_model=1024, d_ff=4608, layers="ccaccaccacacacac", **LFM2)
 PRESETS = {
     "llama-1B": dict(n_layer=16, n_head=32, n_kv_head=8, d_model=2048, d_ff=8192, rope_scaling=LLAMA3_ROPE),
     "llama-250M": dict(n_layer=6, n_head=12, n_kv_head=3, d_model=1536, d_ff=8192, rope_scaling=LLAMA3_ROPE),
     "llama-100M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=8192, rope_scaling=LLAMA3_ROPE),
     "llama-60M": dict(n_layer=4, n_head=8, n_kv_head=2, d_model=1024, d_ff=4096, rope_scaling=LLAMA3_ROPE),
-    "lfm2-350M": dict(n_layer=16, n_head=16, n_kv_head=8, d_model=1024, d_ff=4608, layers="ccaccaccacacacac", **LFM2),
+    "lfm2-350M": LFM2_350M,
+    "lfm2-kani2": dict(rotation_speed=(0.1, 2.0), **LFM2_350M),
     "gpt2-xtts": dict(n_layer=30, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **GPT2),
     "valle-60M": dict(n_layer=12, n_head=8, n_kv_head=8, d_model=512, d_ff=2048, **VALLE),
     "valle-400M": dict(n_layer=24, n_head=16, n_kv_head=16, d_model=1024, d_ff=4096, **VALLE),
@@ -126,6 +129,11 @@ def transformer_config(given, dropout=None, recompute=None, **overrides):
     c.rope_scaling = c.rope_scaling and tuple(c.rope_scaling)
     if c.rope_scaling and len(c.rope_scaling) != 4:
         raise ValueError(f"rope_scaling = {c.rope_scaling!r:.60} must have 4 numbers, as {LLAMA3_ROPE}")
+    c.rotation_speed = c.rotation_speed and tuple(c.rotation_speed)
+    if c.rotation_speed and (len(c.rotation_speed) != 2 or c.rotation_speed[0] > c.rotation_speed[1]):
+        raise ValueError(f"rotation_speed = {c.rotation_speed!r:.60} must be the slowest and the fastest: (0.1, 2.0)")
+    if c.rotation_speed and not c.rope_theta:
+        raise ValueError(f"rotation_speed = {c.rotation_speed} needs rotary positions, not rope_theta = 0")
     c.layers = c.layers or "a" * c.n_layer
     if len(c.layers) != c.n_layer or set(c.layers) - set("ac"):
         raise ValueError(f"layers = {c.layers!r:.60} must have one letter, a or c, for each of {c.n_layer} layers")
@@ -135,21 +143,27 @@ def transformer_config(given, dropout=None, recompute=None, **overrides):
     return c
 
 
-def rope_table(c):
-    """Cosines and sines (2, max_positions, head_dim / 2) of rotary positions (Su et al. 2021), with llama 3's scaling.
+def rope_angles(c, positions):
+    """Angles (..., head_dim / 2) float32 of rotary positions (...) (Su et al. 2021), with llama 3's scaling. A position
+    may be a fraction.
 
     Wavelengths beyond the original context are stretched by `factor`, those well inside it stay, between them the two
     are blended (Llama 3.1).
     """
     # in float32, as the released models were trained: exact angles differ from these by 3e-4 at position 2047
-    frequency = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    even = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequency = 1 / c.rope_theta ** (even / c.head_dim)
     if c.rope_scaling:
         factor, low, high, original = c.rope_scaling
-        turns = original * frequency / (2 * math.pi)  # full rotations within the original context
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        rounds = original * frequency / (2 * math.pi)  # full rotations within the original context
+        blend = ((rounds - low) / (high - low)).clamp(0, 1)
         frequency = (1 - blend) * frequency / factor + blend * frequency
-    angle = torch.outer(torch.arange(c.max_positions, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()])
+    return positions.float()[..., None] * frequency
+
+
+def turns(angles):
+    """The cosines and sines (2, ...) of angles (...)."""
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, table):
@@ -289,7 +303,11 @@ def norm(c):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or with a mask."""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or with a mask.
+
+    rope: cosines and sines (2, [B,] S, 1, head_dim / 2); angles ([B,] S, 1, head_dim / 2) where the layer learns the
+    speed at which it turns (KaniTTS-2).
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -300,12 +318,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.bias)
         self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
+        self.speeds = c.rotation_speed
+        if c.rotation_speed:
+            self.speed = nn.Parameter(torch.empty(()))  # between the two speeds by its sigmoid
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0):
         S = x.shape[1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # (B, S, H, head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
+        if self.speeds:
+            slow, fast = self.speeds
+            rope = turns(rope * (slow + (fast - slow) * self.speed.sigmoid()))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # views, and so is y below: nothing is copied
@@ -376,8 +400,8 @@ class Transformer(nn.Module):
     """Transformer over embeddings: x (B, S, D) -> (B, S, D), final norm included.
 
     Causal, or with a boolean mask (S, S) or (B, 1, S, S): true where a row sees another. Positions count from 0, or are
-    given as positions (B, S). With a cache the rows continue those already in it. Raises ValueError beyond
-    `max_positions`.
+    given as positions (B, S), whole numbers or fractions. With a cache the rows continue those already in it. Raises
+    ValueError for more than `max_positions` rows.
     """
 
     def __init__(self, config):
@@ -385,7 +409,10 @@ class Transformer(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
         self.norm = norm(config) if config.final_norm else nn.Identity()
-        self.register_buffer("rope", rope_table(config) if config.rope_theta else None, persistent=False)
+        table = None
+        if config.rope_theta and not config.rotation_speed:
+            table = turns(rope_angles(config, torch.arange(config.max_positions)))
+        self.register_buffer("rope", table, persistent=False)
 
     def cache(self, batch, length):
         weight = self.layers[0].attn_norm.weight
@@ -396,9 +423,7 @@ class Transformer(nn.Module):
         end = start + x.shape[1]
         if end > self.config.max_positions:
             raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
-        rope = self.rope
-        if rope is not None:  # (2, [B,] S, 1, head_dim / 2)
-            rope = (rope[:, start:end] if positions is None else rope[:, positions]).unsqueeze(-2)
+        rope = self.rotation(start, end, positions, x.device) if self.config.rope_theta else None
         for i, block in enumerate(self.layers):
             if self.config.recompute and self.training:  # training has no cache
                 x = recompute(block, x, rope, mask)
@@ -408,15 +433,29 @@ class Transformer(nn.Module):
             cache.used = end
         return self.norm(x)
 
+    def rotation(self, start, end, positions, device):
+        """`rope` as Attention takes it, for rows start .. end - 1 or for positions ([B,] S)."""
+        if self.config.rotation_speed:
+            positions = torch.arange(start, end, device=device) if positions is None else positions
+            rope = rope_angles(self.config, positions)
+        elif positions is None:
+            rope = self.rope[:, start:end]
+        elif positions.is_floating_point():
+            rope = turns(rope_angles(self.config, positions))
+        else:
+            rope = self.rope[:, positions]
+        return rope.unsqueeze(-2)
+
 
 def init_weights(model):
     """Every initialisation: standard deviation 0.02, output layers scaled down by depth (GPT-2), norms 1, biases 0.
 
-    Heads are so small that the loss starts at ln V. A short convolution keeps the variance of its input.
+    Heads are so small that the loss starts at ln V. A short convolution keeps the variance of its input. A learned
+    speed starts half way between the slowest and the fastest.
     """
     for name, p in model.named_parameters():
-        if p.ndim == 1:
-            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        if p.ndim < 2:
+            nn.init.constant_(p, 0.0 if name.endswith(("bias", "speed")) else 1.0)
         elif name.endswith("taps"):
             nn.init.normal_(p, std=TAPS**-0.5)
         else:
@@ -566,9 +605,10 @@ class Family(nn.Module):
         codes of this codebook, the oldest first) -> class` picks a code; see `sampler`. Raises ValueError where text
         and prompt leave no position for a frame.
 
-    A family with `reference` also takes features (B, R, M) of recordings of the voice: `reference` is the last argument
-    of forward and teacher_forced_logits, and a keyword of generate. voice_latents(reference (R, M)) -> (1, L, D) is
-    all that it hears of a recording, and generate takes that as well: voice=(L, D).
+    A model with `reference` also takes what says the voice, `reference` (B, R, M): the last argument of forward and
+    teacher_forced_logits, and a keyword of generate. "recording": features of a recording; "vector": a speaker
+    encoder's vector as a single row, which may be missing. voice_latents(reference (R, M)) -> (1, L, D) is all that it
+    takes from that, and generate takes those as well: voice=(L, D).
 
     In training the batch lies on the host, and forward picks its rows there: the length of a selection depends on its
     values, so on a GPU each nonzero() would make the host wait. Row numbers and targets then follow by `to_device`.
@@ -577,7 +617,8 @@ class Family(nn.Module):
     causal = True  # frames are made one after the other
     modes = (None,)  # in which the model can work: `now` is one of them for a while, or None: as the config says
     now = None
-    reference = False  # the voice comes from the features of a recording
+    reference = ""  # what says the voice beside the text: "recording", "vector", or nothing
+    reference_weights = "(?!)"  # regular expression: parameters that only a vector trains
     transcript = False  # a voice prompt needs its text
     fits_prompts = False  # a voice prompt is cut or repeated until it has one of the usual lengths
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
@@ -890,10 +931,14 @@ class KaniConfig(FamilyConfig):
 
     One vocabulary: text ids, then special tokens (start and end of speech, of the human's turn and of the AI's), then
     the codes, codebook after codebook. With 64,400 text ids these are the ids of the released models.
+
+    KaniTTS-2 has an `audio_step`, speaker vectors, and in its backbone a `rotation_speed`.
     """
 
     first_special: "int >= 0" = 0  # the first of the special tokens; 0: text_vocab_size + 1, as in the released models
     vocab_size: "int >= 0" = 0  # rows of the embedding; 0: as many as tokens
+    speaker_size: "0 <= int <= 100000" = 0  # numbers of a speaker's vector; 0: the model takes none
+    audio_step: "0 <= float <= 1000" = fixed(0.0)  # positions from frame to frame, all of its tokens at one; 0: apart
     loss_on: Literal["all", "audio", "codebook"] = free("all", judges=True)  # codebook: against its own codebook
     drop_repeats: bool = free(False, judges=True)  # leave out frames equal to the one before; it loses timing
     arch: str = field(default="kani", init=False)
@@ -949,10 +994,14 @@ class Kani(Family):
     """KaniTTS (nineninesix 2025): a language model, LFM2 in the released ones, to which codes are words like any other.
 
     The row of a token predicts the next one. Its state scores the rows of the embedding, which is the head as well.
+
+    KaniTTS-2 (nineninesix 2026) makes one row of a speaker's vector and puts it behind the first token, whatever the
+    layout. No loss falls on that row; it predicts the second token in place of the first.
     """
 
     transcript = True
     front_end = "none"
+    reference_weights = r"^speaker_projection\."
     # top_k, which its authors do not name, is the default of transformers
     draw = dict(temperature=0.6, top_k=50, top_p=0.95, min_p=0.0, repetition_penalty=1.1, repetition_decay=0.0)
 
@@ -961,14 +1010,46 @@ class Kani(Family):
         # no nn.Embedding, whose gradient could be sparse: as a head it has one everywhere
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.backbone.d_model))
         self.backbone = Transformer(config.backbone)
+        if config.speaker_size:
+            self.reference = "vector"
+            self.speaker_projection = nn.Linear(config.speaker_size, config.backbone.d_model, bias=False)
         barred = torch.zeros(config.n_codebooks, config.codebook_size + 1)
         barred[1:, -1] = -math.inf  # speech ends between frames only
         self.register_buffer("barred", barred, persistent=False)
         init_weights(self)
 
+    @property
+    def max_rows(self):
+        return self.config.backbone.max_positions - (self.config.speaker_size > 0)
+
     def embed(self, tokens):
         """tokens (B, S, 1) -> (B, S, D)."""
         return F.embedding(self.to_device(tokens[..., 0]), self.embedding)
+
+    def voice_latents(self, reference):
+        """The row (B, 1, D) of speakers' vectors (B, 1, E), or that (1, 1, D) of one (1, E)."""
+        vectors = self.to_device(reference).to(self.embedding.dtype)
+        return self.speaker_projection(vectors if vectors.ndim == 3 else vectors[None])
+
+    def places(self, tokens):
+        """Positions (B, S) of tokens (B, S, 1), on their device; None where they count themselves. A position counts
+        what came before: 1 for a text id or mark, `audio_step` for a whole frame."""
+        c = self.config
+        if not c.audio_step:
+            return None
+        code = (tokens[..., 0] >= c.first_code).long()
+        frames = (code.cumsum(1) - code) // c.n_codebooks
+        return (1 - code).cumsum(1) - (1 - code) + frames * c.audio_step
+
+    def states(self, x, places, voice=None, cache=None):
+        """Final states (B, S, D) of rows x (B, S, D): that of row s predicts row s + 1. places (B, S): their positions,
+        or None; voice (B, 1, D): the row behind the first one."""
+        if voice is not None:
+            x = torch.cat([x[:, :1], voice.to(x.dtype), x[:, 1:]], 1)
+            if places is not None:
+                places = torch.cat([places[:, :1], places + 1], 1)
+        hidden = self.backbone(x, cache, positions=places)
+        return hidden if voice is None else hidden[:, 1:]
 
     def heads(self):
         """Rows of the embedding (K, V + 1, D): each codebook's V codes, and behind them end of speech."""
@@ -977,7 +1058,7 @@ class Kani(Family):
         codes = self.embedding[c.first_code : c.first_code + K * c.codebook_size].unflatten(0, (K, -1))
         return torch.cat([codes, self.embedding[c.end_of_speech].expand(K, 1, -1)], 1)
 
-    def forward(self, tokens, segment):
+    def forward(self, tokens, segment, reference=None):
         """See Family. The loss is a mean over tokens; `loss_on` chooses them:
 
             all       every one but the first, text included, against the whole vocabulary, as its authors train; of a
@@ -992,7 +1073,10 @@ class Kani(Family):
         token = tokens.flatten()
         spoken = segment == AUDIO
         codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: no code
-        hidden = self.backbone(self.blanked(self.embed(tokens), spoken)).flatten(0, 1)
+        places = self.places(tokens)
+        places = None if places is None else self.to_device(places)
+        voice = None if reference is None else self.voice_latents(reference)
+        hidden = self.states(self.blanked(self.embed(tokens), spoken), places, voice).flatten(0, 1)
 
         codebook[token == c.end_of_speech] = 0
         spoken = spoken.flatten()
@@ -1040,17 +1124,18 @@ class Kani(Family):
         losses = loss * counts
         return losses.sum() / counts.sum().clamp(min=1), losses.detach(), correct, counts
 
-    def teacher_forced_logits(self, text, codes):
+    def teacher_forced_logits(self, text, codes, reference=None):
         """See Family. (T + 1, K, V + 1): the last class is end of speech."""
         T, K = codes.shape
         tokens, segment = self.rows(text, codes, every=True)
         first = int((segment[0] == AUDIO).long().argmax())
-        hidden = self.backbone(self.embed(tokens))[0, first - 1 : first + T * K]
+        voice = None if reference is None else self.voice_latents(reference)
+        hidden = self.states(self.embed(tokens), self.places(tokens), voice)[0, first - 1 : first + T * K]
         state = F.pad(hidden, (0, 0, 0, K - 1)).unflatten(0, (T + 1, K))
         return torch.einsum("tkd,kvd->tkv", state, self.heads()) + self.barred
 
     @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference=None, voice=None):
         """See Family. Allowed are the codes of the next codebook, and before a frame end of speech: whatever is chosen
         can be decoded, and no other class is scored."""
         c = self.config
@@ -1058,13 +1143,23 @@ class Kani(Family):
         tokens, _ = self.rows(text, None, prompt)
         taken = tokens.shape[1]
         max_frames = self.frames_left(taken, max_frames, rows_per_frame=K)
-        cache = self.backbone.cache(1, taken + max_frames * K)
+        if voice is not None:
+            voice = voice[None]
+        elif reference is not None:
+            voice = self.voice_latents(reference)
+        cache = self.backbone.cache(1, taken + (voice is not None) + max_frames * K)
         heads = self.heads()
         frames = torch.zeros(max_frames, K, dtype=torch.long, device=heads.device)
         x = self.embed(tokens)
+        places = self.places(F.pad(tokens, (0, 0, 0, max_frames * K), value=c.first_code))  # with those of all frames
+        new = slice(0, taken)  # rows that are not in the cache
         for t in range(max_frames):
             for k in range(K):
-                state = self.backbone(x, cache)[0, -1]
+                state = self.states(x, None if places is None else places[:, new], voice, cache)[0, -1]
+                new = slice(new.stop, new.stop + 1)
+                if voice is not None:  # it is in the cache now, and moves the rows behind it
+                    places = None if places is None else places + 1
+                    voice = None
                 code = choose((heads[k] if k == 0 else heads[k, :-1]) @ state, seen=frames[:t, k])
                 if k == 0 and code == c.codebook_size:
                     return True
@@ -1222,7 +1317,7 @@ class XTTS(Family):
     The authors' length_penalty is no setting here: it weighs the beams of a beam search, and they speak with one beam.
     """
 
-    reference = True
+    reference = "recording"
     text_tables = ("text_embedding.weight", "text_head.weight", "text_head.bias")
     front_end = "xtts"
     draw = dict(temperature=0.75, top_k=50, top_p=0.85, min_p=0.0, repetition_penalty=5.0, repetition_decay=0.0)
@@ -1921,8 +2016,10 @@ def facts(meta):
         n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
     )  # fmt: skip
     if reference := codec.get("reference"):
-        rate = codec["frame_rate"] * reference["rows_per_frame"]
-        known |= dict(reference_bands=len(reference["silence"]), reference_rate=rate)
+        size = len(reference["silence"])
+        rows = reference["rows_per_frame"]
+        bands = dict(reference_bands=size, reference_rate=codec["frame_rate"] * rows)
+        known |= bands if rows else {"speaker_size": size}
     return known
 
 

@@ -16,10 +16,10 @@ Audio and transcripts -> token files, the folder that train.py reads.
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
+from collections import Counter
 from functools import lru_cache
 
 import numpy as np
@@ -34,7 +34,7 @@ from parts.files import locked, partial_name
 from parts.report import judge, report, show, show_cost
 from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 from parts.tables import EXTENSIONS
-from parts.tensors import pick_device
+from parts.tensors import pick_device, read_vector
 from parts.text import (
     HuggingFace,
     SentencePiece,
@@ -64,6 +64,9 @@ codec_args: dict = {}  # options of the codec, such as {"n_codebooks": 8, "codeb
 fit_seconds: "float > 0" = 3600.0  # seconds of audio to fit the codec on
 fit_epochs: "0 <= int <= 1000" = 0  # xtts: epochs of fine-tuning the codec on these, such as 5; 0: as published
 references = False  # also write features of the recordings, for models that take a voice from a recording (XTTS)
+# folder with the vector of each speaker, {speaker}.npy or .pt, for models that take a voice so (KaniTTS-2); empty: the
+# column speaker_emb of a table with codes, if it has one
+speaker_vectors = ""
 # text
 tokenizer = ""  # a sentencepiece .model, a tokenizer.json or XTTS's vocab.json; empty: train one on the training split
 extend_vocab: "0 <= int <= 1000000" = 0  # pieces to add to a tokenizer.json for a script that it does not know
@@ -221,6 +224,38 @@ def look_over(utterances, cfg, pool, tokenizer, codec):
         proofread(utterances, cfg, tokenizer)
     check_each([u for u in utterances if u.codes], check_codes, codec, vars(cfg))
     check_in_pool(utterances, lambda u: not u.codes and u.row < 0, "finding files", pool, find, chunk=256)
+
+
+def set_vectors(utterances, cfg):
+    """Give the utterances the vectors of their speakers in `speaker_vectors`; without it they keep those that their
+    sources hold. Where some have one, all need one, of the same size. Returns that size, 0 without vectors. Raises
+    ValueError for a speaker without a file."""
+    if cfg.speaker_vectors or cfg.references:
+        speakers = {u.speaker for u in utterances if cfg.speaker_vectors and not u.reason}
+        known = {name: speaker_vector(cfg.speaker_vectors, name) for name in sorted(speakers)}
+        for u in utterances:
+            u.vector = known.get(u.speaker)
+    sizes = Counter(len(u.vector) for u in utterances if u.vector is not None)
+    if not sizes:
+        return 0
+    size = sizes.most_common(1)[0][0]
+    check_each(utterances, check_vector, size)
+    return size
+
+
+def speaker_vector(folder, speaker):
+    """The vector (E,) of a speaker, from the file of that name in a folder."""
+    for path in (os.path.join(folder, f"{speaker}.{kind}") for kind in ("npy", "pt")):
+        if os.path.isfile(path):
+            return read_vector(path)
+    raise ValueError(f"speaker_vectors = {folder!r:.200} has neither {speaker:.60}.npy nor {speaker:.60}.pt")
+
+
+def check_vector(u, size):
+    """Raise Unfit for an utterance without a speaker vector of this size."""
+    if u.vector is None or len(u.vector) != size:
+        found = "none" if u.vector is None else f"{len(u.vector)} numbers"
+        raise Unfit("bad speaker vector", f"{found}, and others have {size} numbers")
 
 
 def check_id(u, seen):
@@ -555,6 +590,9 @@ def check(cfg, folder, codec):
     if list(token_folders(cfg.data_dir).values()) != [1]:
         raise ValueError(f"data_dir = {cfg.data_dir!r:.150} names several folders or weights, as train.py can: prepare "
                          "one folder at a time")  # fmt: skip
+    if cfg.references and cfg.speaker_vectors:
+        raise ValueError(f"references = True and speaker_vectors = {cfg.speaker_vectors!r:.60}: a model takes the "
+                         "voice from a recording or from a vector, choose one")  # fmt: skip
     if cfg.references and not codec.reference:
         raise ValueError(f"references = True: the codec {codec.name} has no features to take a voice from")
     if cfg.extend_vocab and not cfg.tokenizer:
@@ -601,7 +639,7 @@ def read_utterances(cfg):
     return utterances
 
 
-def write(cfg, out, pool, used, val, tokenizer, codec, findings):
+def write(cfg, out, pool, used, val, tokenizer, codec, findings, vector_size):
     """Encode everything into the token folder `out`, in the order of the metadata."""
     speakers = list(findings["speakers"])  # the one with the most hours first
     out.text_dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -610,7 +648,7 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings):
     out.file("codec.pt", packed.getvalue())
     out.file(tokenizer.file, tokenizer.model)
     codes = get_codes(cfg, pool, used, codec, out.partial)
-    voices = itertools.repeat((None, None), len(used))
+    voices = [(None if u.vector is None else u.vector[None], None) for u in used]
     if cfg.references:
         voices = in_order("listening to the voices", pool, features, used, codec.name, out.partial)
     timbres = [[] for _ in speakers]
@@ -625,14 +663,17 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings):
     rows = sum(out.ends["train"])
     findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
     out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())
-    out.finish(describe(cfg, codec, tokenizer, speakers))
+    out.finish(describe(cfg, codec, tokenizer, speakers, vector_size))
 
 
-def describe(cfg, codec, tokenizer, speakers):
+def describe(cfg, codec, tokenizer, speakers, vector_size):
     """The fields of meta.json that say how the token files were made."""
+    sizes = codec.sizes(cfg.references)
+    if vector_size:
+        sizes["reference"] = {"rows_per_frame": 0, "silence": [0.0] * vector_size}
     of_place = ("data_dir", "overwrite", "workers", "max_tokens")  # keys that change nothing in the files
     return {
-        "codec": {"fingerprint": codec.fingerprint(), "name": codec.name, **codec.sizes(cfg.references)},
+        "codec": {"fingerprint": codec.fingerprint(), "name": codec.name, **sizes},
         "tokenizer": tokenizer.describe(),
         "text_format": cfg.text_format,
         "language": cfg.language,
@@ -650,18 +691,19 @@ def main(cfg):
     given = read_tokenizer(cfg) if cfg.tokenizer else None
     utterances = read_utterances(cfg)
     check_codec(utterances, cfg, codec, missing)
+    vector_size = set_vectors(utterances, cfg)
     listed = read_heldout(cfg.heldout, utterances)
     problems = folder + ".report.json"
     pool = start_pool(cfg.workers)
     try:
-        with TokenWriter(folder, references=cfg.references) as out:
+        with TokenWriter(folder, references="recording" if cfg.references else "vector" * bool(vector_size)) as out:
             tokenizer = diagnose(utterances, cfg, pool, codec, given, listed, problems)
             findings = report(utterances)
             print(show(findings), *tell_split(utterances, cfg, listed), sep="\n")
             used, train, val = divide(utterances, cfg, listed)
             if cfg.fit_epochs or not codec.fitted:
                 fit_codec(codec, cfg, train, pool)
-            write(cfg, out, pool, used, val, tokenizer, codec, findings)
+            write(cfg, out, pool, used, val, tokenizer, codec, findings, vector_size)
     finally:
         pool.shutdown(cancel_futures=True)
     if os.path.exists(problems):

@@ -29,7 +29,7 @@ class Release:
 
     codec(n_codebooks, codebook_size) -> its name.
     tokenizer: the name of its file beside the weights; origin: where it comes from.
-    text_format: what the model reads of a text; named: likewise, where a speaker is named.
+    text_format: what the model reads of a text; named: likewise, where a speaker is named; tagged: a language.
     speaker, language: without another one.
     seconds: of speech for each text id, roughly, where no training data tell them.
     speakers: the name of a file of voices beside the weights.
@@ -40,6 +40,7 @@ class Release:
     origin: str = "the repository of the weights has it"
     text_format: str = "{text}"
     named: str = ""
+    tagged: str = ""
     speaker: str = ""
     language: str = ""
     lowercase: bool = False
@@ -57,7 +58,7 @@ def codec_of_valle(n_codebooks, codebook_size):
 RELEASES = {
     # the authors number speakers from 0
     "csm": Release(lambda K, V: "mimi", text_format="[{speaker}]{text}", speaker="0"),
-    "kani": Release(lambda K, V: "nanocodec", named="{speaker}: {text}"),
+    "kani": Release(lambda K, V: "nanocodec", named="{speaker}: {text}", tagged="{language}: {text}"),
     "xtts": Release(
         lambda K, V: "xtts", "vocab.json", text_format="[{language}]{text}", language="en", lowercase=True, seconds=0.2,
         speakers="speakers_xtts.pth",
@@ -89,7 +90,7 @@ def open_release(path, device="cpu", dtype=torch.float32, codec="", codec_path="
     if (codec.n_codebooks, codec.codebook_size) != (K, V):
         raise ValueError(f"{file} speaks in {K} codebooks of {V}, the codec {codec.name} in {codec.n_codebooks} of "
                          f"{codec.codebook_size}: name that of these weights by --codec and --codec_path")  # fmt: skip
-    usual = (release.named if speaker else "") or release.text_format
+    usual = (release.named if speaker else "") or (release.tagged if language else "") or release.text_format
     frames = round(1000 * release.seconds * codec.frame_rate)
     meta = {
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint(),
@@ -177,5 +178,6 @@ def made_up(model):
     codes = rng.integers(0, c.codebook_size, (8, c.n_codebooks))
     utterance = {"text": rng.integers(0, c.text_vocab_size, 8), "codes": codes}
     if model.reference:
-        utterance["reference"] = torch.from_numpy(rng.standard_normal((100, c.reference_bands)))
+        shape = (100, c.reference_bands) if model.reference == "recording" else (1, c.speaker_size)
+        utterance["reference"] = torch.from_numpy(rng.standard_normal(shape))
     return utterance

@@ -50,7 +50,7 @@ from parts.audio import read_audio
 from parts.files import NUMBER, need, whole
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
-from parts.tensors import UNBUILT, fault, pick_device, reason
+from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
 from parts.text import load_tokenizer, normalise, wording
 from parts.voices import load_voice
 from parts.voices import save_voice as write_voice
@@ -64,8 +64,11 @@ text = ""  # the text to speak
 file = ""  # or a text file, one utterance per line
 out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; "-": raw 16-bit mono samples to stdout
 speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
-reference = ""  # recording of a voice to clone, several with commas between them, or a pattern such as "me/*.wav"
-reference_text = ""  # its transcript, word for word; those of several with | between them; XTTS and VALL-E need none
+# recording of a voice to clone, several with commas between them, or a pattern such as "me/*.wav"; KaniTTS-2: a speaker
+# vector, .npy or .pt, in place of each
+reference = ""
+# its transcript, word for word; those of several with | between them; XTTS, VALL-E and KaniTTS-2 need none
+reference_text = ""
 voice = ""  # a saved voice in place of a reference: its file, or its name in voices/
 save_voice = ""  # save the voice of the reference, or of the speaker, to speak with as `voice`; needs no text
 voice_note = ""  # licence or origin of that voice; it is shown wherever the voice speaks
@@ -259,10 +262,22 @@ class Voice:
             raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to clone a voice from")
         return wav
 
+    def read_speaker(self, path):
+        """The speaker vector (E,) in a file. Raises ValueError for a recording, and for one of another size."""
+        vector = read_vector(path)
+        if len(vector) != (size := self.model.config.speaker_size):
+            raise ValueError(f"{path} holds {len(vector)} numbers, the model takes speaker vectors of {size}")
+        return vector
+
     @torch.no_grad()
     def listen(self, paths):
         """What the model needs of a recording, or of several of one voice: their codes [(T, K)]; or, for a model that
-        reads the voice from them, the voice: its latents (L, D) and the timbre (E,) for a vocoder, None without one."""
+        reads the voice from them, the voice: its latents (L, D) and the timbre (E,) for a vocoder, None without one.
+        For a model that takes a speaker vector each file holds one; of several it takes the mean, as its authors."""
+        if self.model.reference == "vector":
+            files = [paths] if isinstance(paths, str | os.PathLike) else paths
+            vector = np.mean([self.read_speaker(path) for path in files], 0)
+            return self.model.voice_latents(torch.from_numpy(vector)[None])[0], None
         wavs = [self.read(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
         if not self.model.reference:
             return [self.codec.encode(wav)[0].T.cpu().numpy() for wav in wavs]
@@ -310,10 +325,13 @@ class Voice:
         transcript, or a list of them. Without both: {}. With them: {"prompt": [(ids, codes (T, K))]}; for a model that
         fits prompts one prompt of all, cut or repeated to one of the `reference_seconds`, from and to. A model that
         reads the voice from a recording takes {"voice": latents (L, D)}, by default that of the speaker; with a vocoder
-        also {"latents": True, "timbre": (E,)}. Raises ValueError where one is missing or cannot be read.
+        also {"latents": True, "timbre": (E,)}. A model that takes a speaker vector may know none, and speaks without.
+        Raises ValueError where one is missing or cannot be read.
         """
         if isinstance(reference, str | os.PathLike) or reference and isinstance(reference[0], str | os.PathLike):
             reference = self.listen(reference)
+        if self.model.reference == "vector" and reference is None and self.references is None:
+            return {}
         if self.model.reference:
             latents, timbre = self.own_voice(speaker) if reference is None else reference
             return {"voice": latents, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
@@ -523,7 +541,7 @@ def read_probe(probe, model):
         raise ValueError("its probe is no utterance")
     if text.max(initial=0) >= c.text_vocab_size or codes.max() >= c.codebook_size:
         raise ValueError("its probe has text ids or codes that the model lacks")
-    if not model.reference:
+    if not model.reference or (model.reference == "vector" and "reference" not in probe):
         return {"text": text, "codes": codes}
     reference = probe.get("reference")
     if words := fault(reference):
@@ -807,7 +825,7 @@ def idle_keys(cfg, voice):
         idle["reference_text"] = "no reference is given"
     if not cfg.save_voice:
         idle["voice_note"] = "no voice is saved (save_voice)"
-    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or cfg.voice or not voice.model.reference):
+    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or cfg.voice or voice.references is None):
         idle["speaker"] = f"text_format = {voice.meta['text_format']!r} does not name one"
     return idle
 

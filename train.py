@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes
-from data import Batches, fingerprint, open_tokens, speaker_reference, speaker_timbres, token_folders
+from data import Batches, fingerprint, open_tokens, reference_kind, speaker_reference, speaker_timbres, token_folders
 from evaluate import evaluate
 from model import ARCHS, build, contract_check
 from parts import budget, configurator, lora, schedule
@@ -65,7 +65,7 @@ from parts.segment import PAD
 from parts.tensors import pick_device, reason
 from parts.text import wording
 from sample import DRAWS, Voice, slow_type
-from weights import family_keys, load_weights, prepare_weights, save_checkpoint, starting_point
+from weights import family_keys, freeze_parameters, load_weights, prepare_weights, save_checkpoint, starting_point
 
 # from where to where
 # token folder, written by prepare.py, or several with weights: how often an epoch takes their utterances, as in
@@ -173,7 +173,7 @@ def idle_keys(cfg):
     for name, f in own.items():
         if f.metadata.get("mode") not in (None, cfg.mode, *cfg.mode.split("+")):
             idle[name] = f"mode = {cfg.mode!r} does not use it"
-    if not family.reference and not family.fits_prompts:
+    if family.reference != "recording" and not family.fits_prompts:
         idle["reference_seconds"] = f"arch = {cfg.arch!r} reads no voice off a recording"
     if not cfg.lora_rank:
         idle |= {key: "lora_rank = 0" for key in vars(cfg) if key.startswith("lora_") and key != "lora_rank"}
@@ -212,6 +212,7 @@ class Run:
         schedule.count_steps(cfg, self.epoch, self.say)
         configurator.refuse_idle(cfg, idle_keys(cfg), self.say)
         prepare_weights(model, len(self.files), cfg, checkpoint, self.say)
+        self.check_vectors(model)
         self.base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
         if not resume:
             check_out_dir(cfg.out_dir, self.base, cfg.overwrite)
@@ -235,6 +236,17 @@ class Run:
         if resume:
             self.go_on(checkpoint)
 
+    def check_vectors(self, model):
+        """Say where only one of model and data has speaker vectors. A model that has to do without leaves alone the
+        weights for them."""
+        kind = reference_kind(self.meta)
+        if model.reference == "vector" and kind != "vector":
+            freeze_parameters(model, [model.reference_weights])
+            self.say(f"{self.cfg.data_dir} has no speaker vectors: the model trains without, and keeps its weights for "
+                     "them as they are")  # fmt: skip
+        elif kind == "vector" and not model.reference:
+            self.say(f"the model takes no speaker vectors: those in {self.cfg.data_dir} are not used")
+
     def say(self, line):
         if self.rank == 0:
             tqdm.write(line)
@@ -251,7 +263,7 @@ class Run:
         shortest = int((frames + 10**9 * (frames < 8)).argmin())  # but long enough to tell the three shifts apart
         references = timbres = None
         self.probe = {"text": torch.from_numpy(files.text(shortest)), "codes": torch.from_numpy(files.codes(shortest))}
-        if self.model.reference:  # the checkpoint holds the voice of each speaker
+        if self.batches.reference:  # the checkpoint holds the voice of each speaker
             count = range(len(self.meta["speakers"]))
             size = self.batches.reference[1]
             references = torch.from_numpy(np.stack([speaker_reference(self.files, i, size) for i in count]))
@@ -306,7 +318,8 @@ class Run:
         for line in schedule.timetable(cfg, self.epoch):
             self.say(line)
         if targets < FEWEST_TARGETS:
-            advice = "lower reference_seconds, or raise voice_prompt" if model.reference else "set drop_repeats=False"
+            longest = (self.batches.reference or [0])[-1]
+            advice = "lower reference_seconds, or raise voice_prompt" if longest else "set drop_repeats=False"
             raise ValueError(f"only {targets:.0%} of the frames are targets, too few to learn to speak from: {advice}")
         report = contract_check(model, **{k: v.numpy() if k != "reference" else v for k, v in self.probe.items()})
         shifts = ", ".join(f"{x:.2f}" for x in report["loss_at_shift"])
@@ -401,6 +414,8 @@ class Run:
         }  # fmt: skip
         weights = lora.adapter_state if cfg.lora_rank else torch.nn.Module.state_dict
         references = self.voice.references
+        if references is not None and self.model.reference == "recording":
+            references = references.half()
         timbres = self.voice.timbres
         checkpoint = {
             "arch": cfg.arch, "model_config": asdict(self.model.config), "config": vars(cfg), "iter": self.step,
@@ -409,7 +424,7 @@ class Run:
             "origin": self.origin,  # the published weights that these descend from, for an export
             "codec": self.codec.pack(), "codec_fingerprint": self.codec.fingerprint(),
             "tokenizer": {"kind": self.tokenizer.kind, "model": self.tokenizer.model}, "probe": self.probe,
-            "references": None if references is None else references.half(), "timbres": timbres,
+            "references": references, "timbres": timbres,
         }  # fmt: skip
         for name in names if self.rank == 0 else ():
             save_checkpoint(self.path(name), {**checkpoint, "train": None if name == "best.pt" else state})
@@ -515,8 +530,10 @@ def make_batches(cfg, model, files, val_files, rank=0, world=1):
     limits = {"max_rows": model.max_rows}
     frame_rate = files.meta["codec"]["frame_rate"]
     stretch = [max(1, round(x * frame_rate)) for x in cfg.reference_seconds]
-    if model.reference:
+    if model.reference == "recording":
         limits["reference"] = stretch
+    elif model.reference and model.reference == reference_kind(files.meta):
+        limits["reference"] = [0, 0]
     if model.fits_prompts:
         limits["prompt_frames"] = stretch
     rows = model.layout, model.length, cfg.max_tokens, cfg.max_batch
@@ -539,7 +556,7 @@ def forgotten(cfg, checkpoint, model, data):
         lines.append(f"{cfg.data_dir} has other utterances than before, which are read from the first epoch on")
     keys = [f.name for f in fields(model.config) if f.metadata.get("judges")]
     keys = [key for key in keys if before.get(key, now[key]) != now[key]]
-    measured = ("eval_iters", "reference_seconds") if model.reference else ("eval_iters",)
+    measured = ("eval_iters", "reference_seconds") if model.reference == "recording" else ("eval_iters",)
     keys += [key for key in measured if old.get(key, getattr(cfg, key)) != getattr(cfg, key)]
     if keys:
         lines.append(f"{', '.join(keys)} changed, and with it what the held-out loss means")

@@ -34,9 +34,9 @@ def supposed_batch(cfg, codec, model):
     codes = np.arange(frames)[:, None].repeat(codec["n_codebooks"], 1) % 2  # neighbouring frames differ
     tokens, segment = model.layout(np.ones(USUAL_TEXT, np.int64), codes)
     batch = [torch.from_numpy(a)[None].repeat(count, *[1] * a.ndim) for a in (tokens, segment)]
-    if model.reference:
+    if model.reference and "reference" in codec:
         reference = codec["reference"]
-        longest = round(cfg.reference_seconds[1] * codec["frame_rate"]) * reference["rows_per_frame"]
+        longest = round(cfg.reference_seconds[1] * codec["frame_rate"]) * reference["rows_per_frame"] or 1
         batch.append(torch.zeros(count, longest, len(reference["silence"])))
     return batch, count * frames / codec["frame_rate"]
 

@@ -4,7 +4,7 @@
 - A table, also the .json of a shard, may name any audio file that this user may read, even outside its own folder:
   look through the tables of people whom you do not trust.
 
-Letters in shapes: K codebooks, T frames.
+Letters in shapes: K codebooks, T frames, E size of a speaker vector.
 """
 
 import glob
@@ -43,6 +43,7 @@ class Utterance:
     codes: tuple = ()  # where the source has codes: frames, codebooks, lowest and highest code
     row: int = -1  # in the source, where that holds the recording or the codes
     content: bytes | np.ndarray | None = None  # that recording, or codes (T, K), while they are worked on
+    vector: np.ndarray | None = None  # (E,) float32, a speaker encoder's
     reason: str = ""  # why it is not used; empty: it is used
     detail: str = ""
 
@@ -181,12 +182,13 @@ def read_row(row, n, place, problem, path, speaker, lowercase):
             return otherwise
 
     held = read(content, b"", row)
+    vector = read(read_vector, None, row)
     audio = read(as_text, "", row, "audio")
     text = read(as_text, "", row, "text")
     # Tables write a whole number as 1.0 where a field of its column is empty.
     speaker = speaker or normalise(re.sub(r"^(\d+)\.0$", r"\1", read(as_text, "", row, "speaker"))) or SOMEBODY
     name = utterance_id(audio, path) or (place if held is None else f"{os.path.basename(path).partition('.')[0]}/{n}")
-    u = Utterance(plain(name), path, plain(audio), normalise(text, lowercase), speaker)
+    u = Utterance(plain(name), path, plain(audio), normalise(text, lowercase), speaker, vector=vector)
     if held is not None:  # its start and end say where the recording was cut out of another
         u.row = n
         if not isinstance(held, bytes):
@@ -265,6 +267,19 @@ def read_codes(row):
         if frames and frames != str(codes.shape[1]):
             raise ValueError(f"{name} is {frames:.40}, but it has {codes.shape[1]} frames")
     return codes.T
+
+
+def read_vector(row):
+    """The speaker vector (E,) float32 that a row holds, or None. Raises ValueError where it is not finite numbers."""
+    name = next((name for name in COLUMNS["vector"] if row.get(name) is not None), None)
+    if name is None:
+        return None
+    numbers = row[name]
+    if not isinstance(numbers, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+        raise ValueError(f"{name} is not a list of finite numbers")
+    if not numbers:
+        raise ValueError(f"{name} is empty")
+    return np.array(numbers, np.float32)
 
 
 def cut(u, row):

@@ -6,7 +6,8 @@
 - Recordings inside a file: an audio column of `bytes` and `path`, as Hugging Face's datasets write it; a member .wav,
   .flac, .mp3, ... of a WebDataset shard, beside .json or .txt.
 - Codes inside a file: `audio_tokens`, codebooks x frames (Marvis TTS: preprocess_mimi.py, data.py); `nano_layer_1`,
-  `nano_layer_2`, ... and `encoded_len` (KaniTTS: dataset_processor.py).
+  `nano_layer_2`, ... and `encoded_len` (KaniTTS: dataset_processor.py), in KaniTTS-2 also a speaker vector
+  `speaker_emb`.
 """
 
 import codecs
@@ -37,6 +38,7 @@ COLUMNS = {  # names of columns, the preferred first
     "duration": ["duration"],
     "codes": ["audio_tokens", "nano_layer_1"],
     "frames": ["encoded_len", "audio_tokens_length"],
+    "vector": ["speaker_emb", "grouped_sp_emb"],
 }  # fmt: skip
 EXTENSIONS = ["wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "snd", "caf", "w64", "rf64"]
 ROW = 2**24  # bytes or characters: no text of a row needs more

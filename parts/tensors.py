@@ -117,6 +117,23 @@ def unpickle(file, device="cpu", inert=None):
             return torch.load(file, map_location=device, weights_only=True, mmap=mapped)
 
 
+def read_vector(path):
+    """The speaker vector (E,) float32 in a .npy file, or in one that torch.save wrote; it may be (1, E) there. Raises
+    FileNotFoundError, and ValueError, one line that names the file."""
+    kind = what_is(path)
+    if kind not in ("an array of numpy's", "a zip archive", "a pickle"):
+        raise ValueError(f"{path} is {kind}, not a speaker vector: give a .npy or .pt file with the numbers that the "
+                         "speaker encoder of these weights made")  # fmt: skip
+    try:
+        found = np.load(path, mmap_mode="r") if kind == "an array of numpy's" else unpickle(path).float().numpy()
+        vector = np.array(found.reshape(found.shape[-1]), np.float32)
+    except Exception:  # torch.load fails in many ways on files of other kinds
+        raise ValueError(f"{path} is damaged, or holds no speaker vector (E,) or (1, E)") from None
+    if not len(vector) or not np.isfinite(vector).all():
+        raise ValueError(f"{path} holds no speaker vector, or one with NaN or infinite numbers")
+    return vector
+
+
 def is_index(path):
     """Whether a path names the index of a model in several safetensors files."""
     return str(path).endswith(".safetensors.index.json")

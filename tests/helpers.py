@@ -41,7 +41,7 @@ def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n
     codec = load_codec("mel", n_codebooks=K, codebook_size=V, sample_rate=4000, n_mels=n_mels, dims=16)
     codec.fit([0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(noise))])
     sizes = codec.sizes(references)
-    with TokenWriter(folder, references=references) as w:
+    with TokenWriter(folder, references="recording" if references else "") as w:
         for i in range(n_train + n_val):
             spoken = rng.integers(0, len(words), rng.integers(1, 4))
             codes = (4 if K == 1 else 3) * np.repeat(spoken, 4)[:, None] + np.arange(K)

@@ -279,7 +279,7 @@ def test_meta_json_with_a_field_missing_or_of_another_kind(tmp_path):
     """Each is one line of at most 400 characters when the folder is opened; only names may be any text."""
     meta = {**META, "codec": {**META["codec"], "reference": {"rows_per_frame": 1, "silence": [0.0]}}}
     train = [(*u, np.zeros((len(u[2]), 1))) for u in utterances(2)]
-    folder = write(tmp_path / "x", train, meta=meta, references=True)
+    folder = write(tmp_path / "x", train, meta=meta, references="recording")
     content = json.loads((tmp_path / "x/meta.json").read_text())
     taken = set()
     for path in every_field(content):
@@ -330,7 +330,7 @@ def test_features_that_are_not_finite_are_noticed(tmp_path):
     meta = {**META, "codec": {**META["codec"], "reference": {"rows_per_frame": 2, "silence": [0.0, 0.0]}}}
     train = [(*u, np.ones((2 * len(u[2]), 2))) for u in utterances(2)]
     train[1][4][0] = np.nan
-    files = TokenFiles(write(tmp_path / "x", train, meta=meta, references=True), "train")
+    files = TokenFiles(write(tmp_path / "x", train, meta=meta, references="recording"), "train")
     assert files.reference(0).shape == (2 * len(train[0][2]), 2)
     with pytest.raises(ValueError, match="the reference of its utterance 1, from 0 on, is not finite"):
         files.reference(1)
@@ -841,7 +841,7 @@ def with_references(folder, n=12, r=2, M=5):
         marks = np.stack([np.full(len(frame), i), frame, row, np.full(len(frame), speaker), 0 * frame], 1)
         train.append((name, text, codes, speaker, marks))
     codec = {**META["codec"], "reference": {"rows_per_frame": r, "silence": [-1.0] * M}}
-    return write(folder, train, train[:4], {**META, "codec": codec}, references=True), train
+    return write(folder, train, train[:4], {**META, "codec": codec}, references="recording"), train
 
 
 def frames_layout(text, codes, prompt=None):
@@ -889,7 +889,7 @@ def test_short_clips_are_learnt_too(tmp_path):
     codes = [rng.integers(0, 99, (n, 1)) for n in (1, 2, 3, *rng.integers(14, 51, 40))]
     codec = {**META["codec"], "n_codebooks": 1, "reference": {"rows_per_frame": 2, "silence": [-1.0] * 5}}
     train = [(f"u{i}", [1, 2], c, 0, marks[: 2 * len(c)]) for i, c in enumerate(codes)]
-    files = TokenFiles(write(tmp_path / "t", train, meta={**META, "codec": codec}, references=True), "train")
+    files = TokenFiles(write(tmp_path / "t", train, meta={**META, "codec": codec}, references="recording"), "train")
     xtts = model.XTTSConfig(9, 99, "llama-60M", 1, 2)
     made = Batches(files, xtts.layout, xtts.length, 4000, 9, reference=(60, 120))
     stops = xtts.STOPS

@@ -28,6 +28,7 @@ VARIANTS = [
     ("kani", dict(K=1)), ("kani", dict(K=3, drop_repeats=True)),
     ("kani", dict(K=3, loss_on="codebook", backbone=dict(dropout=0.5))),
     ("kani", dict(K=3, loss_on="audio", first_special=33, vocab_size=120)),
+    ("kani", dict(K=3, audio_step=0.3, speaker_size=6, backbone=dict(rotation_speed=(0.1, 2.0)))),
     ("xtts", {}), ("xtts", dict(dropout=0.5, hide_text_stop=True)),
     ("valle-ar", {}), ("valle-ar", dict(text_bos=-1, text_eos=-1, backbone=dict(dropout=0.5))),
     ("valle-nar", {}), ("valle-nar", dict(segmented_mask=True, shared_heads=True)), ("valle-nar", dict(guidance=2.0)),
@@ -38,12 +39,13 @@ variants = pytest.mark.parametrize("family, options", VARIANTS, ids=lambda x: x 
 
 
 def utterance(model, n=7, T=12, seed=0):
-    """text ids (n,), codes (T, K), and {"reference": features (R, M)} for a family that reads the voice from them."""
+    """text ids (n,), codes (T, K), and {"reference": (R, M)} where the model takes a voice."""
     rng = np.random.default_rng(seed)
     c = model.config
     side = {}
     if model.reference:
-        side["reference"] = torch.from_numpy(rng.standard_normal((9, c.reference_bands))).float()
+        shape = (1, c.speaker_size) if model.reference == "vector" else (9, c.reference_bands)
+        side["reference"] = torch.from_numpy(rng.standard_normal(shape)).float()
     return rng.integers(3, 30, n), rng.integers(0, c.codebook_size, (T, c.n_codebooks)), side
 
 

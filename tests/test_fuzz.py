@@ -895,7 +895,8 @@ def sized(path):
     c, rng, side = model.config, np.random.default_rng(0), {}
     text, codes = np.array([5, 6, 7]), rng.integers(0, c.codebook_size, (4, c.n_codebooks))
     if model.reference:
-        side["reference"] = torch.from_numpy(rng.standard_normal((9, c.reference_bands))).float()
+        shape = (1, c.speaker_size) if model.reference == "vector" else (9, c.reference_bands)
+        side["reference"] = torch.from_numpy(rng.standard_normal(shape)).float()
     models.contract_check(model, text, codes, **side)
     return model.teacher_forced_logits(text, codes, **side).detach()
 

@@ -276,7 +276,7 @@ def test_golden_generation(original, golden):
 def test_golden_rotary(golden):
     for dim in (64, 128):
         c = models.transformer_config("llama-1B", head_dim=dim)
-        table = models.rope_table(c)[:, golden["rope.positions"], None]
+        table = models.turns(models.rope_angles(c, golden["rope.positions"]))[:, :, None]
         x, expected = (golden[f"rope{dim}.{end}"] for end in ("in", "out"))  # (1, S, H, dim)
         split = lambda t: t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # noqa: E731
         torch.testing.assert_close(models.rotate(split(x), table), split(expected), rtol=0, atol=1e-5)

@@ -536,18 +536,6 @@ def test_weights_that_are_not_finite_are_named(original, tmp_path, name, value):
         from_pretrained(write(tmp_path, weights, name=name))
 
 
-def test_weights_of_the_second_kani_are_refused(tmp_path):
-    stack = dict(n_layer=2, n_head=2, n_kv_head=1, d_model=16, d_ff=24, layers="ca", rope_theta=1e6, qk_norm=True)
-    model = models.Kani(models.KaniConfig(text_vocab_size=50, n_codebooks=3, codebook_size=16, backbone=stack))
-    export(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert from_pretrained(tmp_path).config.n_codebooks == 3
-    for word in ("audio_step", "tokens_per_frame"):
-        (tmp_path / "config.json").write_text(json.dumps({**config, word: 4}))
-        with pytest.raises(ValueError, match=f"config.json has {word}: these are weights of KaniTTS-2"):
-            from_pretrained(tmp_path)
-
-
 def test_the_package_safetensors_is_not_needed(original, tmp_path, monkeypatch):
     write(tmp_path, original)
     monkeypatch.setitem(sys.modules, "safetensors", None)
