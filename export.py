@@ -499,8 +499,21 @@ def xtts_original(source):
     return {
         "model.pth": pickled({"model": {**published(XTTS_V2, source), **kept}}),
         "config.json": xtts_config(c, source.given or XTTS_CONFIG), "vocab.json": fast_tokenizer(source.tokenizer),
-        **{name: (folder / name).read_bytes() for name in ("dvae.pth", "mel_stats.pth")},
+        "dvae.pth": pickled(dvae(source.codec)) if source.codec.tuned else (folder / "dvae.pth").read_bytes(),
+        "mel_stats.pth": (folder / "mel_stats.pth").read_bytes(),
     }  # fmt: skip
+
+
+def dvae(codec):
+    """The tensors of dvae.pth with those that were fine-tuned since it was read."""
+    raw = read_weights(Path(codec.path) / "dvae.pth")[0]
+    tuned = codec.tuned_tensors()
+    keys = rename({key: key for key in raw}, *codec.names)  # {our name: published name}
+    new = {key: tuned[name] for name, key in keys.items() if name in tuned}
+    new["codebook.embed"] = tuned["quantizer.codebooks"][0].T
+    if {"codebook.embed_avg", "codebook.cluster_size"} <= raw.keys():  # of which training would make the entries
+        new["codebook.embed_avg"] = new["codebook.embed"] * raw["codebook.cluster_size"]
+    return {**raw, **{key: x.to(raw[key].dtype) for key, x in new.items()}}
 
 
 # what XTTS-v2's config.json says beside the sizes of the GPT, for a model that does not descend from it

@@ -460,6 +460,10 @@ def xtts(tmp_path_factory):
     content = torch.load(folder / "model.pth")
     content["model"]["mel_stats"] = torch.full((80,), 2.0)
     torch.save(content, folder / "model.pth")
+    dvae = torch.load(folder / "dvae.pth")
+    for key in ("codebook.embed_avg", "codebook.cluster_size"):
+        dvae[key] = dvae[key][..., :32].clone()  # as many as codebook.embed has
+    torch.save(dvae, folder / "dvae.pth")
     return folder
 
 
@@ -494,7 +498,8 @@ def test_xtts_comes_out_as_it_went_in(xtts, tmp_path):
 def test_xtts_that_learned_more_words(xtts, tmp_path):
     """A checkpoint, whose GPT alone differs from what it descends from: in one tensor, and in rows of its own."""
     model, known = source_of(xtts)
-    larger = grow(model, XTTS_V2.tables, 45)
+    model.config.text_vocab_size = 45
+    larger = grow(model)
     larger.final_norm.bias.data += 1
     spec = json.loads(known["tokenizer"].model)
     spec["added_tokens"] += [{**spec["added_tokens"][0], "id": 40 + i, "content": f"[new{i}]"} for i in range(5)]
@@ -514,6 +519,24 @@ def test_xtts_that_learned_more_words(xtts, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["model_args"]["gpt_number_text_tokens"] == 45
     same_state(state_of(tmp_path / "out"), larger.state_dict())
+
+
+def test_a_codec_that_was_fine_tuned(xtts, tmp_path):
+    """Its dvae.pth holds the tensors of now, and all others bit for bit."""
+    model, known = source_of(xtts)
+    codec = known["codec"]
+    tuned = ("encoder.0.0.weight", "quantizer.codebooks", "decoder.4.0.bias")
+    codec.load_state_dict({name: codec.state_dict()[name] + 0.01 for name in tuned}, strict=False, assign=True)
+    codec.become_tuned()
+    export(model, tmp_path, **known)
+    before, after = (torch.load(folder / "dvae.pth") for folder in (xtts, tmp_path))
+    changed = {key for key, x in before.items() if not torch.equal(x, after[key])}
+    assert before.keys() == after.keys()
+    assert changed == {"encoder.0.0.weight", "codebook.embed", "codebook.embed_avg", "decoder.4.0.conv.bias"}
+    again = load_codec("xtts", tmp_path)
+    same_state(again.state_dict(), codec.state_dict())
+    wav = 0.1 * torch.randn(1, 9000)
+    assert torch.equal(again.encode(wav), codec.encode(wav))
 
 
 def test_what_xtts_needs(xtts, tmp_path):
