@@ -821,6 +821,8 @@ def idle_keys(cfg, voice):
         idle["speed"] = "only the vocoder of XTTS-v2 changes it"
     if c.arch == "csm" and c.stop != "zeros":
         idle["loose_stop"] = "the model has a class to stop with"
+    if not lora.adapters(voice.model):
+        idle["base"] = "the model is no adapter"
     if not cfg.reference:
         idle["reference_text"] = "no reference is given"
     if not cfg.save_voice:

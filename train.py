@@ -210,10 +210,12 @@ class Run:
         self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         self.epoch = steps_in_epoch(self.batches, cfg)
         schedule.count_steps(cfg, self.epoch, self.say)
-        configurator.refuse_idle(cfg, idle_keys(cfg), self.say)
+        adapted = checkpoint and checkpoint.get("base")
+        idle = {} if adapted else {"base": f"init_from = {cfg.init_from!r} is no adapter"}
+        configurator.refuse_idle(cfg, {**idle_keys(cfg), **idle}, self.say)
         prepare_weights(model, len(self.files), cfg, checkpoint, self.say)
         self.check_vectors(model)
-        self.base = checkpoint["base"] if checkpoint and checkpoint.get("base") else cfg.init_from
+        self.base = checkpoint["base"] if adapted else cfg.init_from
         if not resume:
             check_out_dir(cfg.out_dir, self.base, cfg.overwrite)
         published = None if cfg.init_from == "scratch" else os.path.abspath(cfg.init_from)

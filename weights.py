@@ -421,6 +421,11 @@ def source_of(path, dtype=None, base=""):
     does.
     """
     notes = []
+    if peft.is_adapter(path):
+        model, known = source_of(peft_base(path, base), dtype)
+        add_peft(model, path)
+        lora.merge(model)
+        return model, known
     if is_published(path):
         layout, tensors, given, file = find(path)
         model = assemble(layout, tensors, given, file, dtype=dtype)
@@ -479,7 +484,13 @@ def origin(checkpoint, notes):
 
 
 def describe(path):
-    """What a checkpoint, or a file or folder of published weights is: lines. Raises as from_pretrained does."""
+    """What a checkpoint, a file or folder of published weights, or one of peft's is: lines. Raises as from_pretrained
+    does."""
+    if peft.is_adapter(path):
+        its = peft.read_settings(path)
+        on, layers, also = (its.get(key) for key in ("base_model_name_or_path", "target_modules", "modules_to_save"))
+        return [f"{path}: an adapter of peft's, of rank {its['r']}, on {on or 'a base without a name'}",
+                f"layers: {layers!r:.200}; whole: {also!r:.200}"]  # fmt: skip
     if is_published(path):
         layout, tensors, given, file = find(path, "meta")
         model = assemble(layout, tensors, given, file, device="meta")

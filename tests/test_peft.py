@@ -168,6 +168,26 @@ def exported(request, tmp_path_factory):
     return arch, model, folder / "base", folder / "adapter"
 
 
+def frames(arch):
+    """Ids that transformers' model takes."""
+    return torch.randint(0, 16, (1, 9, 4) if arch == "csm" else (1, 9), generator=torch.Generator().manual_seed(0))
+
+
+def scores(arch, model, ids):
+    """Our logits of what follows each of them."""
+    if arch == "kani":
+        return model.backbone(model.embed(ids[..., None])) @ model.embedding.T
+    return model.backbone(model.embed(F.pad(ids, (0, 1)), torch.full(ids.shape[:2], AUDIO))) @ model.codebook0_head.T
+
+
+def in_transformers(arch, folder):
+    transformers = pytest.importorskip("transformers")
+    if arch == "kani":
+        return transformers.Lfm2ForCausalLM.from_pretrained(folder).eval()
+    config = transformers.CsmConfig.from_pretrained(folder, codec_config=TINY_MIMI)
+    return transformers.CsmForConditionalGeneration.from_pretrained(folder, config=config).eval()
+
+
 def test_out_and_in_again(exported):
     _, model, base, folder = exported
     for given in ("", str(base)):
@@ -182,22 +202,35 @@ def test_out_and_in_again(exported):
 
 def test_peft_computes_the_same(exported):
     package = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
     arch, model, base, folder = exported
-    ids = torch.randint(0, 16, (1, 9, 4) if arch == "csm" else (1, 9), generator=torch.Generator().manual_seed(0))
-    if arch == "csm":
-        config = transformers.CsmConfig.from_pretrained(base, codec_config=TINY_MIMI)
-        theirs = transformers.CsmForConditionalGeneration.from_pretrained(base, config=config)
-        rows = model.embed(F.pad(ids, (0, 1)), torch.full(ids.shape[:2], AUDIO))
-        ours = model.backbone(rows) @ model.codebook0_head.T
-    else:
-        theirs = transformers.Lfm2ForCausalLM.from_pretrained(base)
-        ours = model.backbone(model.embed(ids[..., None])) @ model.embedding.T
-    bare = theirs.eval()(ids).logits
-    theirs = package.PeftModel.from_pretrained(theirs, folder).eval()
-    logits = theirs(ids).logits
+    ids = frames(arch)
+    theirs = in_transformers(arch, base)
+    bare = theirs(ids).logits
+    logits = package.PeftModel.from_pretrained(theirs, folder).eval()(ids).logits
     assert (logits - bare).abs().max() > 0.1
-    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores(arch, model, ids), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_what_peft_saves_is_read(arch, tmp_path):
+    """Layers by name, and whole modules; where transformers ties two, peft has to train them as one."""
+    package = pytest.importorskip("peft")
+    model = MODELS[arch]().eval()
+    export(model, tmp_path / "base")
+    theirs = in_transformers(arch, tmp_path / "base")
+    also = ["lm_head", "embed_text_tokens"] if arch == "csm" else ["embed_tokens", "lm_head"]
+    config = package.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], modules_to_save=also,
+                                ensure_weight_tying=arch == "kani")  # fmt: skip
+    theirs = package.get_peft_model(theirs, config)
+    generator = torch.Generator().manual_seed(1)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = from_pretrained(tmp_path / "adapter", base=str(tmp_path / "base"))
+    ids = frames(arch)
+    torch.testing.assert_close(scores(arch, ours, ids), theirs.eval()(ids).logits, rtol=0, atol=1e-4)
+    assert (scores(arch, ours, ids) - scores(arch, model, ids)).abs().max() > 0.1
 
 
 # what a CSM of transformers has inside, as small as it goes

@@ -133,6 +133,24 @@ def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
         voice.adapt(base)
 
 
+def test_a_run_goes_on_where_its_base_has_moved(tokens, base, tmp_path):
+    moved = tmp_path / "moved/best.pt"
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "other").mkdir()
+    there = tmp_path / "other/x.pt"
+    there.write_bytes(Path(base).read_bytes())
+    run(tokens, tmp_path / "a", f"--init_from={there}", *LORA, "--max_iters=1")
+    os.rename(there, moved)
+    resume = ["--init_from=resume", *LORA, "--max_iters=2"]
+    message = "a/last.pt is an adapter on .*other/x.pt, but .* does not exist: .*--base"
+    with pytest.raises(FileNotFoundError, match=message):
+        run(tokens, tmp_path / "a", *resume)
+    assert run(tokens, tmp_path / "a", *resume, f"--base={moved}")[0]["base"] == str(moved)
+    run(tokens, tmp_path / "a", *resume, "--max_iters=3")  # it is known from now on
+    with pytest.raises(ValueError, match="base = .* has no effect: init_from = .* is no adapter"):
+        run(tokens, tmp_path / "b", f"--init_from={base}", f"--base={moved}")
+
+
 def test_an_adapter_goes_through_peft(tokens, base, tmp_path, capsys):
     """Out of a run, into others and into sample.py; its base is named by --base."""
     run(tokens, tmp_path / "a", f"--init_from={base}", *LORA, "--lora_also=['lm_head']", "--max_iters=4")
@@ -150,6 +168,13 @@ def test_an_adapter_goes_through_peft(tokens, base, tmp_path, capsys):
     lora.merge(expected)
     for name, p in expected.state_dict().items():
         torch.testing.assert_close(merged["model"][name], p)
+    flags = ["export", f"--ckpt={folder}", f"--base={base}", f"--out_dir={tmp_path}/whole"]
+    weights.main(configurator.configure(weights.__file__, flags, ["command"]))
+    for name, p in from_pretrained(tmp_path / "whole").named_parameters():
+        torch.testing.assert_close(merged["model"][name], p.data)
+    capsys.readouterr()
+    weights.main(configurator.configure(weights.__file__, ["inspect", folder], ["command", "ckpt"]))
+    assert "an adapter of peft's, of rank 2, on a base without a name" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--lora_rank: lora_rank = 7, but .*peft was trained with 2"):
         run(tokens, tmp_path / "d", *start, "--lora_rank=7")
     said = ["--text=one two", "--temperature=0", "--cap_seconds=3", "--device=cpu"]
