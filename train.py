@@ -65,7 +65,15 @@ from parts.segment import PAD
 from parts.tensors import pick_device, reason
 from parts.text import wording
 from sample import DRAWS, Voice, slow_type
-from weights import family_keys, freeze_parameters, load_weights, prepare_weights, save_checkpoint, starting_point
+from weights import (
+    family_keys,
+    freeze_parameters,
+    from_pretrained,
+    load_weights,
+    prepare_weights,
+    save_checkpoint,
+    starting_point,
+)
 
 # from where to where
 # token folder, written by prepare.py, or several with weights: how often an epoch takes their utterances, as in
@@ -585,23 +593,53 @@ def supposed_meta(recipe):
     return {"codec": codec, "tokenizer": {"vocab_size": recipe.vocab_size, "bos_id": 1, "eos_id": 2}}
 
 
-def predict(cfg):
-    """The dry run: build the model without memory, and print what the run would need."""
-    files = batches = None
+def planned_model(cfg, codec, meta, device, say=print):
+    """The model that a run would start with, and our checkpoint that it comes from, or None. codec: None where there
+    are no data. device: where a model without weights is made."""
+    if cfg.init_from == "resume" or os.path.exists(cfg.init_from):
+        if codec:
+            return starting_point(cfg, codec, meta, say)
+        free = {key: getattr(cfg, key) for key in cfg.given if key in family_keys("free")}
+        return from_pretrained(cfg.init_from, base=cfg.base, **free), None
+    if cfg.init_from != "scratch":
+        say(f"{cfg.init_from} does not exist yet: supposing the sizes that the keys say")
+    with torch.device(device):
+        return build(cfg.arch, meta, vars(cfg)), None  # which refuses an unknown family
+
+
+def predict(cfg, device):
+    """The dry run: print what the run would need, and if there are data, how long it would take on this device."""
+    files = batches = codec = epoch = None
     if all(os.path.exists(os.path.join(folder, "meta.json")) for folder in token_folders(cfg.data_dir)):
         files = open_tokens(cfg.data_dir, "train")
+        codec = load_codec(files.meta["codec"]["name"], files.folder)
     meta = files.meta if files else supposed_meta(configurator.configure(configurator.ROOT / "prepare.py", cfg.files))
-    with torch.device("meta"):
-        model = build(cfg.arch, meta, vars(cfg)).train()  # which refuses an unknown family
-        if files:
-            batches, _ = make_batches(cfg, model, files, ())
-        epoch = steps_in_epoch(batches, cfg) if files else None
-        schedule.count_steps(cfg, epoch)
-        configurator.refuse_idle(cfg, idle_keys(cfg))
-        prepare_weights(model, len(files) if files else math.inf, cfg)
-    budget.report(cfg, model, meta["codec"], meta["tokenizer"]["vocab_size"], batches)
+    model, checkpoint = planned_model(cfg, codec, meta, "meta")
+    if files:
+        batches, _ = make_batches(cfg, model, files, ())
+        epoch = steps_in_epoch(batches, cfg)
+    schedule.count_steps(cfg, epoch)
+    configurator.refuse_idle(cfg, idle_keys(cfg))
+    prepare_weights(model, len(files) if files else math.inf, cfg, checkpoint)
+    needed = budget.report(cfg, model.train().to("meta"), meta["codec"], meta["tokenizer"]["vocab_size"], batches)
     if files:
         print(*schedule.timetable(cfg, epoch), sep="\n")
+        print(duration(cfg, codec, files, needed, device))
+
+
+def duration(cfg, codec, files, needed, device):
+    """A line that says how long the run would take, from a few steps of it on this device. needed: bytes of memory."""
+    if needed > (free := budget.free_memory(device)):
+        return f"not timed: {device} has {budget.gigabytes(free)} GB free"
+    said = []  # once more
+    model, checkpoint = planned_model(cfg, codec, files.meta, "cpu", said.append)
+    prepare_weights(model, len(files), cfg, checkpoint, said.append)
+    model = model.train().to(device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16")
+    seconds, count = budget.time_step(cfg, model, make_batches(cfg, model, files, ())[0], optimizer, device, world)
+    return (f"a step takes {seconds:.3g} s on {device} by {count} micro-batches; {cfg.max_iters:,} steps take "
+            f"{cfg.max_iters * seconds / 3600:.3g} hours, evaluations aside")  # fmt: skip
 
 
 def in_a_line(error, cfg, world):
@@ -642,7 +680,7 @@ def main(cfg):
         torch.cuda.set_device(device)
     check(cfg, world, device)
     if cfg.dry_run:
-        return predict(cfg)
+        return predict(cfg, device)
     if rank == 0 and (warning := slow_type(device, cfg.dtype)):
         print(warning)
     if world > 1:

@@ -1,4 +1,4 @@
-"""What a run will need: parameters, memory, batches, steps, hours of audio.
+"""What a run will need: parameters, memory, batches, steps, hours of audio, and where the data are there, time.
 
     python train.py config/elise.py --dry_run=True
 
@@ -6,11 +6,13 @@
 - Activations are counted, not estimated by formula: one micro-batch runs forward, and the tensors that autograd keeps
   are added up.
 - If the token folder does not exist yet, utterances of ten seconds take its place.
+- If it does and the model fits into memory, a few steps are taken and timed.
 
 Letters in shapes: B batch, S rows, C columns.
 """
 
 import os
+import time
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -20,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 USUAL_SECONDS = 10.0  # of an utterance, where no data exist
 USUAL_TEXT = 40  # its text ids
+MOST_TIMED = 20  # micro-batches
+TIMED_SECONDS = 10.0  # after so long no further one is timed
 
 
 def supposed_batch(cfg, codec, model):
@@ -119,7 +123,7 @@ def weigh(model, cfg, dtype, world):
 
 def report(cfg, model, codec, vocabulary, batches=None):
     """Print what the run of `cfg` will need. model: on the meta device; codec: what meta.json says of the codec;
-    batches: those of the training split, or None."""
+    batches: those of the training split, or None. Returns the bytes of memory of each GPU."""
     dtype = getattr(torch, cfg.dtype)
     parts, largest = weigh(model, cfg, dtype, int(os.environ.get("WORLD_SIZE", 1)))
     print(f"{'':22}{'parameters':>14}{'trained':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}   (GB)")
@@ -151,3 +155,44 @@ def report(cfg, model, codec, vocabulary, batches=None):
     total = sum(parts.values())[2:].sum() + largest + activations
     print(f"memory of each GPU: {gigabytes(activations)} GB of activations and what is listed above, about "
           f"{gigabytes(total)} GB in all")  # fmt: skip
+    return total
+
+
+def free_memory(device):
+    """Bytes that are free on a device, infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float("inf")
+
+
+def time_step(cfg, model, batches, optimizer, device, world=1):
+    """Seconds of a step, and how many micro-batches were timed after a first one, which allocates memory. The model is
+    trained by these."""
+    autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
+    batches.workers = 0
+    times = []
+    begin = time.perf_counter()
+    for batch in batches:
+        start = time.perf_counter()
+        with autocast:
+            loss, _ = model(*batch)
+        optimizer.backward(loss)
+        wait(device)
+        middle = time.perf_counter()
+        optimizer.step()
+        wait(device)
+        times.append((middle - start, time.perf_counter() - middle))
+        if len(times) > MOST_TIMED or len(times) > 1 and time.perf_counter() - begin > TIMED_SECONDS:
+            break
+    forward_backward, step = np.mean(times[1:], 0)
+    return cfg.gradient_accumulation_steps / world * forward_backward + step, len(times) - 1
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,15 +1,17 @@
 """The dry run: what it says of a run is what the run would take."""
 
+import itertools
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, batch_of, tiny, utterance
+from helpers import ROOT, batch_of, run, tiny, utterance
 
 import train
 from parts import budget, configurator
+from weights import load_checkpoint
 
 RECIPES = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
@@ -122,6 +124,47 @@ def test_several_token_folders_are_counted_with_their_weights(dry, tokens):
     once, often = (dry("digits.py", f"--data_dir={tokens}:{n}", "--max_batch=2") for n in (1, 5))
     micro = [int(re.search(r"an epoch of ([\d,]+) micro-batches", out)[1]) for out in (once, often)]
     assert micro[1] == pytest.approx(5 * micro[0], rel=0.1)
+
+
+def test_steps_are_timed(dry, tokens, monkeypatch, tmp_path):
+    """With a clock that every look moves on by a second: forward and backward take one, and the step takes another."""
+    seconds = itertools.count()
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: float(next(seconds)))
+    flags = (f"--data_dir={tokens}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=3")
+    out = dry("digits.py", *flags, "--max_iters=1800")
+    assert "a step takes 4 s on cpu by 2 micro-batches; 1,800 steps take 2 hours, evaluations aside" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_fit_is_not_timed(dry, tokens, monkeypatch):
+    monkeypatch.setattr(budget, "free_memory", lambda device: 2.0**20)
+    out = dry("digits.py", f"--data_dir={tokens}")
+    assert "not timed: cpu has 0.00 GB free" in out and "a step takes" not in out
+    monkeypatch.undo()
+    assert budget.free_memory(torch.device("cpu")) > 2**20
+
+
+def test_thousands_of_epochs_are_warned_of(dry, tokens):
+    out = dry("digits.py", f"--data_dir={tokens}", "--epochs=5000")
+    assert "warning: that is 5,000 epochs" in out
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["data", "no data"])
+def test_the_sizes_are_those_of_the_weights_that_are_continued(dry, tokens, tmp_path, there):
+    """Not those of the keys, which a checkpoint would contradict; and they are trained as the run would."""
+    run(tokens, tmp_path / "a", "--max_iters=1")
+    n = sum(x.numel() for x in load_checkpoint(tmp_path / "a/best.pt")["model"].values())
+    data_dir = tokens if there else tmp_path / "none"
+    (tmp_path / "recipe.py").write_text(f"codec_args = {{'n_codebooks': 3}}\ninit_from = '{tmp_path}/a/best.pt'\n")
+    out = dry(tmp_path / "recipe.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/b", "--device=cpu")
+    assert re.search(r"in all +([\d,]+) +([\d,]+)", out).groups() == (f"{n:,}", f"{n:,}")
+    assert ("a step takes" in out) == there and not (tmp_path / "b").exists()
+    out = dry(tmp_path / "recipe.py", f"--data_dir={data_dir}", "--lora_rank=1", "--device=cpu")
+    every, trained = re.search(r"in all +([\d,]+) +([\d,]+)", out).groups()
+    assert int(trained.replace(",", "")) < n < int(every.replace(",", ""))
+    assert ("a step takes" in out) == there
+    out = dry(tmp_path / "recipe.py", f"--data_dir={data_dir}", "--init_from=nowhere.pt")
+    assert "nowhere.pt does not exist yet: supposing the sizes that the keys say" in out
 
 
 def test_refused(dry):
