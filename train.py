@@ -637,7 +637,12 @@ def duration(cfg, codec, files, needed, device):
     model = model.train().to(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16")
-    seconds, count = budget.time_step(cfg, model, make_batches(cfg, model, files, ())[0], optimizer, device, world)
+    try:
+        seconds, count = budget.time_step(cfg, model, make_batches(cfg, model, files, ())[0], optimizer, device, world)
+    except (RuntimeError, MemoryError) as error:
+        if not configurator.out_of_memory(error):
+            raise
+        return f"not timed: {device} is out of memory"
     return (f"a step takes {seconds:.3g} s on {device} by {count} micro-batches; {cfg.max_iters:,} steps take "
             f"{cfg.max_iters * seconds / 3600:.3g} hours, evaluations aside")  # fmt: skip
 

@@ -143,6 +143,12 @@ def test_a_model_that_does_not_fit_is_not_timed(dry, tokens, monkeypatch):
     monkeypatch.undo()
     assert budget.free_memory(torch.device("cpu")) > 2**20
 
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(budget, "time_step", fail)
+    assert "not timed: cpu is out of memory" in dry("digits.py", f"--data_dir={tokens}")
+
 
 def test_thousands_of_epochs_are_warned_of(dry, tokens):
     out = dry("digits.py", f"--data_dir={tokens}", "--epochs=5000")
