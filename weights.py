@@ -497,7 +497,8 @@ def describe(path):
         stored = read_weights(file)[0]
         packed = " quantised by mlx," if any(key.endswith(".scales") for key in stored) else ""
         lines = [f"{file}: published weights of the family {layout.arch},{packed} in its layout {layout.name!r}"]
-        return [*lines, *sizes(model.config), *types_of(stored), *beside(file, layout.arch, tensors)]
+        lines += [*sizes(model.config), f"parameters: {sum(p.numel() for p in model.parameters()):,}"]
+        return [*lines, *types_of(stored), *beside(file, layout.arch, tensors)]
     checkpoint = load_checkpoint(path, needed=WHOLE)
     meta = checkpoint["meta"]
     codec = checkpoint["codec"]

@@ -5,8 +5,9 @@
     python sample.py config/valle_large.py --text "..." --reference me.wav --reference_text "what I say in it"
 
 What is not said otherwise is the author's: docs/models_v2.md and data/config.yaml of e-c-k-e-r/vall-e. He reads
-phonemes (a vocabulary of 256) where this reads letters. `--init_from=weights/fp32.sft` goes on from his weights; data
-then have to be phonemes in his tokenizer.json, and stretched_text does not count, as these were trained without.
+phonemes (a vocabulary of 256) where this reads letters. `--init_from=weights/vall-e/models/ckpt/NAME` goes on from his
+weights; data then have to be phonemes in his tokenizer.json, and stretched_text does not count, as these were trained
+without.
 """
 
 # prepare.py

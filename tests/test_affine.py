@@ -35,6 +35,18 @@ def test_equals_mlx(bits, group):
     torch.testing.assert_close(dequantise(*ours, group), torch.from_numpy(np.array(read)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_equals_mlx_in_half_precision(dtype, bits):
+    mx = pytest.importorskip("mlx.core")
+    x = weights().to(getattr(torch, dtype))
+    theirs = mx.quantize(mx.array(x.float().numpy()).astype(getattr(mx, dtype)), bits=bits)
+    words, *rest = quantise(x, bits)
+    assert np.array_equal(words.numpy(), np.array(theirs[0]))
+    for a, b in zip(rest, theirs[1:], strict=True):
+        assert a.dtype == x.dtype and np.array_equal(a.float().numpy(), np.array(b.astype(mx.float32)))
+
+
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_equals_what_mlx_wrote(bits):
     golden = load_file(Path(__file__).parent / "golden" / "mlx_affine.safetensors")

@@ -639,6 +639,7 @@ def test_inspect_published_weights(codec, xtts, sft, tmp_path, capsys):
     (tmp_path / "few/LICENSE").write_text("\n  Apache License\nVersion 2.0\nmore")
     main("inspect", tmp_path / "few")
     said = capsys.readouterr().out
+    assert f"parameters: {sum(p.numel() for p in wide().parameters()):,}" in said
     for words in ("family csm, quantised by mlx, in its layout 'mlx'", "text_vocab_size 30, n_codebooks 4",
                   "backbone: n_layer 2, d_model 64", "decoder: n_layer 2, d_model 16", "numbers in uint32",
                   f"tokenizer: {own_tokenizer().vocab_size} ids", "codec: none beside it",
