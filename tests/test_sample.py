@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import random
@@ -22,7 +23,7 @@ import model as models
 import sample
 import weights
 from parts import configurator
-from parts.text import SentencePiece, train_tokenizer
+from parts.text import HuggingFace, SentencePiece, train_tokenizer
 from sample import Voice
 
 RATE = 8000
@@ -313,6 +314,28 @@ def test_a_reference_and_the_text_as_one_segment(checkpoint, recording, tmp_path
     voice.model.config.prompt_style = "segments"
     other = voice.say("two three", **how)
     assert len(other) != len(wav) or not np.allclose(wav, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["voice_match", "voice_match_over_32_codebooks", "same_speaker_as_the_reference"])
+def test_marvis_reads_the_rows_of_its_authors(name):
+    """From text and recording to rows, as Marvis' inference.py (in one segment) and generator make them."""
+    pytest.importorskip("tokenizers")
+    cases = json.loads((ROOT / "tests/golden/csm_rows.json").read_text())["generation"]
+    (case,) = [case for case in cases if (case["reference"], case["name"]) == ("marvis", name)]
+    tokenizer = HuggingFace((ROOT / "tests/golden" / case["tokenizer"]).read_bytes())
+    ids = dict(text_vocab_size=tokenizer.vocab_size, text_bos=tokenizer.bos_id, text_eos=tokenizer.eos_id)
+    stack = dict(n_layer=1, n_head=1, n_kv_head=1, d_model=4, d_ff=4, max_positions=64)
+    style = "joined" if name.startswith("voice_match") else "segments"
+    config = models.CSMConfig(**ids, n_codebooks=32, codebook_size=2048, backbone=stack, decoder=stack, stop="zeros",
+                              prompt_style=style)  # fmt: skip
+    meta = dict(text_format="[{speaker}]{text}", lowercase=False, speakers=["0", "1"])
+    voice = Voice(models.CSM(config), Snippets(), tokenizer, meta)
+    (context,) = case["context"]
+    heard = [np.array(context["codes"])[:32].T]
+    text, given = voice.utterance(case["text"], str(context["speaker"]), heard, context["text"])
+    rows, segment = voice.model.layout(text, None, given["prompt"])
+    assert rows.tolist() == case["tokens"]
+    assert [kind == models.TEXT for kind in segment] == [mask[-1] == "1" for mask in case["mask"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -996,7 +996,8 @@ def test_a_reference_of_another_length(tokens, tmp_path, capsys):
 
     for keys, seconds in (([], 0.5), (["--reference_seconds=[2,3]"], 2.0)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sample, "contract_check", lambda *a, **k: dict(max_difference=0.0, loss_at_shift=[], ln_v=0.0))
+            report = dict(max_difference=0.0, loss_at_shift=[], ln_v=0.0)
+            patch.setattr(sample, "contract_check", lambda *a, **k: report)  # noqa: B023
             patch.setattr(models.VallEConfig, "layout", watched)
             sample.main(configurator.configure(sample.__file__, flags + keys))
         assert set(seen) == {round(seconds * voice.codec.frame_rate)}
