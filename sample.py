@@ -827,7 +827,8 @@ def idle_keys(cfg, voice):
         idle["reference_text"] = "no reference is given"
     if not cfg.save_voice:
         idle["voice_note"] = "no voice is saved (save_voice)"
-    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or cfg.voice or voice.references is None):
+    nameless = voice.references is None and not voice.voices
+    if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or cfg.voice or nameless):
         idle["speaker"] = f"text_format = {voice.meta['text_format']!r} does not name one"
     return idle
 
