@@ -40,11 +40,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from codec import PUBLISHED, UNKNOWN, load_codec, published_sizes
-from data import Batches, fingerprint, open_tokens, reference_kind, speaker_reference, speaker_timbres, token_folders
+from codec import UNKNOWN, load_codec
+from data import fingerprint, open_tokens, reference_kind, speaker_reference, speaker_timbres, token_folders
 from evaluate import evaluate
-from model import ARCHS, build, contract_check
-from parts import budget, configurator, lora, schedule
+from model import contract_check
+from parts import configurator, lora, schedule
 from parts.audio import write_audio
 from parts.files import whole
 from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
@@ -64,11 +64,10 @@ from parts.page import draw
 from parts.segment import PAD
 from parts.tensors import pick_device, reason
 from parts.text import wording
+from plan import idle_keys, make_batches, predict, steps_in_epoch
 from sample import DRAWS, Voice, slow_type
 from weights import (
-    family_keys,
     freeze_parameters,
-    from_pretrained,
     load_weights,
     prepare_weights,
     save_checkpoint,
@@ -171,21 +170,6 @@ def check(cfg, world, device):
     if cfg.gradient_accumulation_steps % world:
         raise ValueError(f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps} counts the micro-batches of "
                          f"all ranks together: it must be a multiple of their number, {world}")  # fmt: skip
-
-
-def idle_keys(cfg):
-    """{key: why} of the keys that have no effect in this run. cfg.arch and cfg.mode are those of the model."""
-    family, config = ARCHS[cfg.arch]
-    own = {f.name: f for f in fields(config)}
-    idle = dict.fromkeys({"decoder", *family_keys()} - own.keys(), f"arch = {cfg.arch!r} has no such key")
-    for name, f in own.items():
-        if f.metadata.get("mode") not in (None, cfg.mode, *cfg.mode.split("+")):
-            idle[name] = f"mode = {cfg.mode!r} does not use it"
-    if family.reference != "recording" and not family.fits_prompts:
-        idle["reference_seconds"] = f"arch = {cfg.arch!r} reads no voice off a recording"
-    if not cfg.lora_rank:
-        idle |= {key: "lora_rank = 0" for key in vars(cfg) if key.startswith("lora_") and key != "lora_rank"}
-    return idle | schedule.idle_keys(cfg)
 
 
 class Run:
@@ -535,27 +519,6 @@ def train(run, received):
         run.bar.update()
 
 
-def make_batches(cfg, model, files, val_files, rank=0, world=1):
-    """The batches of the training split, and those of the val split or None if it is empty."""
-    limits = {"max_rows": model.max_rows}
-    frame_rate = files.meta["codec"]["frame_rate"]
-    stretch = [max(1, round(x * frame_rate)) for x in cfg.reference_seconds]
-    if model.reference == "recording":
-        limits["reference"] = stretch
-    elif model.reference and model.reference == reference_kind(files.meta):
-        limits["reference"] = [0, 0]
-    if model.fits_prompts:
-        limits["prompt_frames"] = stretch
-    rows = model.layout, model.length, cfg.max_tokens, cfg.max_batch
-    batches = Batches(files, *rows, cfg.seed, rank, world, cfg.loader_workers, cfg.voice_prompt, **limits)
-    return batches, Batches(val_files, *rows, shuffle=False, **limits) if len(val_files) else None
-
-
-def steps_in_epoch(batches, cfg):
-    """How many steps the first epoch of the training split takes, with a part of a step."""
-    return len(batches.plan(0)[0]) / cfg.gradient_accumulation_steps
-
-
 def forgotten(cfg, checkpoint, model, data):
     """Why a resumed run forgets its best loss, one line for each reason. data: the fingerprint of the data."""
     old = checkpoint["config"]
@@ -581,70 +544,6 @@ def what_changed(cfg, old, step):
     if step < cfg.max_iters and not math.isclose(before, now, rel_tol=0.01):
         changed.append(f"so that the learning rate goes on at {now:.2g} instead of {before:.2g}")
     return f", changed: {', '.join(changed)}" if changed else ""
-
-
-def supposed_meta(recipe):
-    """The meta.json that prepare.py would write for a recipe, as far as a model's sizes need it."""
-    if recipe.codec in PUBLISHED:
-        codec = dict(published_sizes(recipe.codec))
-    else:
-        codec = load_codec(recipe.codec, **recipe.codec_args).sizes(recipe.references)
-    codec |= {key: value for key, value in recipe.codec_args.items() if key in codec}
-    return {"codec": codec, "tokenizer": {"vocab_size": recipe.vocab_size, "bos_id": 1, "eos_id": 2}}
-
-
-def planned_model(cfg, codec, meta, device, say=print):
-    """The model that a run would start with, and our checkpoint that it comes from, or None. codec: None where there
-    are no data. device: where a model without weights is made."""
-    if cfg.init_from == "resume" or os.path.exists(cfg.init_from):
-        if codec:
-            return starting_point(cfg, codec, meta, say)
-        free = {key: getattr(cfg, key) for key in cfg.given if key in family_keys("free")}
-        return from_pretrained(cfg.init_from, base=cfg.base, **free), None
-    if cfg.init_from != "scratch":
-        say(f"{cfg.init_from} does not exist yet: supposing the sizes that the keys say")
-    with torch.device(device):
-        return build(cfg.arch, meta, vars(cfg)), None  # which refuses an unknown family
-
-
-def predict(cfg, device):
-    """The dry run: print what the run would need, and if there are data, how long it would take on this device."""
-    files = batches = codec = epoch = None
-    if all(os.path.exists(os.path.join(folder, "meta.json")) for folder in token_folders(cfg.data_dir)):
-        files = open_tokens(cfg.data_dir, "train")
-        codec = load_codec(files.meta["codec"]["name"], files.folder)
-    meta = files.meta if files else supposed_meta(configurator.configure(configurator.ROOT / "prepare.py", cfg.files))
-    model, checkpoint = planned_model(cfg, codec, meta, "meta")
-    if files:
-        batches, _ = make_batches(cfg, model, files, ())
-        epoch = steps_in_epoch(batches, cfg)
-    schedule.count_steps(cfg, epoch)
-    configurator.refuse_idle(cfg, idle_keys(cfg))
-    prepare_weights(model, len(files) if files else math.inf, cfg, checkpoint)
-    needed = budget.report(cfg, model.train().to("meta"), meta["codec"], meta["tokenizer"]["vocab_size"], batches)
-    if files:
-        print(*schedule.timetable(cfg, epoch), sep="\n")
-        print(duration(cfg, codec, files, needed, device))
-
-
-def duration(cfg, codec, files, needed, device):
-    """A line that says how long the run would take, from a few steps of it on this device. needed: bytes of memory."""
-    if needed > (free := budget.free_memory(device)):
-        return f"not timed: {device} has {budget.gigabytes(free)} GB free"
-    said = []  # once more
-    model, checkpoint = planned_model(cfg, codec, files.meta, "cpu", said.append)
-    prepare_weights(model, len(files), cfg, checkpoint, said.append)
-    model = model.train().to(device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16")
-    try:
-        seconds, count = budget.time_step(cfg, model, make_batches(cfg, model, files, ())[0], optimizer, device, world)
-    except (RuntimeError, MemoryError) as error:
-        if not configurator.out_of_memory(error):
-            raise
-        return f"not timed: {device} is out of memory"
-    return (f"a step takes {seconds:.3g} s on {device} by {count} micro-batches; {cfg.max_iters:,} steps take "
-            f"{cfg.max_iters * seconds / 3600:.3g} hours, evaluations aside")  # fmt: skip
 
 
 def in_a_line(error, cfg, world):

@@ -137,6 +137,8 @@ def summary(line):
     text = text.format(**shown) if line["iter"] else "before the first step"
     if "val_loss" in line:
         text += " | held out: loss {val_loss:.3f} c0 {val_c0_accuracy:.3f}".format(**shown)
+        folders = {key.removeprefix("val_loss_"): x for key, x in shown.items() if key.startswith("val_loss_")}
+        text += "".join(f" {name} {x:.3f}" for name, x in folders.items() if not isinstance(x, list))
     return text + (f" | {line['skipped']} steps skipped" if line["skipped"] else "")
 
 

@@ -30,7 +30,8 @@ BELOW = {
     "speak": {"weights", "codec", "data", "model"},
     "sample": {"speak", "released", "weights", "layouts", "codec", "data", "model"},
     "evaluate": {"sample", "speak", "weights", "codec", "data", "model"},
-    "train": {"evaluate", "sample", "speak", "weights", "codec", "data", "model"},
+    "plan": {"weights", "layouts", "codec", "data", "model"},
+    "train": {"plan", "evaluate", "sample", "speak", "weights", "codec", "data", "model"},
     "sweep": {"train", "evaluate"},
     "bench": {"train", "evaluate", "sample", "speak", "prepare", "weights", "export", "codec", "data", "model"},
 }

@@ -53,6 +53,13 @@ def test_a_damaged_line_is_named(tmp_path, line, fault):
     assert fault in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
+def test_the_held_out_loss_of_each_folder_is_shown():
+    line = {"iter": 4, "loss": 1.0, "c0_accuracy": 0.5, "lr": 1e-3, "grad_norm": 1.0, "padding": 0.1, "skipped": 0,
+            "val_loss": 2.0, "val_c0_accuracy": 0.25, "val_loss_by_codebook": [2.0, 2.0], "val_loss_new": 1.5,
+            "val_loss_old": None, "timing": {"tokens_per_second": 1, "audio_seconds_per_second": 1, "memory_gb": 1}}
+    assert metrics.summary(line).endswith(" | held out: loss 2.000 c0 0.250 new 1.500 old nan")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full, as Linux has it")
 def test_a_full_disk_names_the_file():
     with pytest.raises(OSError) as error:

@@ -204,15 +204,15 @@ def test_lora_refuses(tokens, base, tmp_path, flags, message):
 # going on after a stop
 
 KILLED = """
-import os, signal, sys, train
+import os, signal, sys, data, train
 from parts import configurator
-stream = train.Batches.__iter__
+stream = data.Batches.__iter__
 def killed(self):
     for n, batch in enumerate(stream(self)):
         if n == {number}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
-train.Batches.__iter__ = killed
+data.Batches.__iter__ = killed
 train.main(configurator.configure(train.__file__, sys.argv[1:]))
 """
 
