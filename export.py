@@ -125,22 +125,25 @@ def safetensors(tensors, **metadata):
 
 
 def pickled(content):
-    """The content of a file by torch.save, for `export`. Tensors are saved without the rest of their storages."""
+    """The content of a file by torch.save, for `export`."""
+    return partial(write_pickle, content=content)
 
-    def alone(x):
-        if isinstance(x, dict):
-            return {key: alone(value) for key, value in x.items()}
-        if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() != x.numel() * x.element_size():
-            return x.detach().clone(memory_format=torch.contiguous_format)
-        return x.detach().contiguous() if isinstance(x, torch.Tensor) else x
 
-    def write(file):
-        try:
-            torch.save(alone(content), file)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(f"{file.name} could not be written, the disk may be full ({reason(error)})") from None
+def write_pickle(file, content):
+    """torch.save into an open file. Raises OSError, which names the file."""
+    try:
+        torch.save(alone(content), file)
+    except RuntimeError as error:  # torch's zip writer reports a full disk so
+        raise OSError(f"{file.name} could not be written, the disk may be full ({reason(error)})") from None
 
-    return write
+
+def alone(x):
+    """A tensor, or a dict of such, without the rest of the storage that a view belongs to: torch.save would save it."""
+    if isinstance(x, dict):
+        return {key: alone(value) for key, value in x.items()}
+    if x.untyped_storage().nbytes() == x.numel() * x.element_size():
+        return x.detach().contiguous()
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def type_name(tensors):

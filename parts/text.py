@@ -240,27 +240,26 @@ def around(tokenizer):
 def protobuf(message):
     """The fields of a message (number, value), in order: numbers as int, texts and inner messages as bytes."""
     at = 0
-
-    def number():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
     while at < len(message):
-        tag = number()
+        tag, at = varint(message, at)
         size = {1: 8, 5: 4}.get(tag & 7)
-        if tag & 7 == 0:
-            yield tag >> 3, number()
-            continue
-        size = number() if size is None else size
-        yield tag >> 3, message[at : at + size]
+        if size is None:  # a number, or how many bytes follow
+            value, at = varint(message, at)
+            size = value if tag & 7 else 0
+        if tag & 7:
+            value = message[at : at + size]
+        yield tag >> 3, value
         at += size
+
+
+def varint(message, at):
+    """The number that begins at a place of a message, 7 bits in a byte, the lowest first; and the place behind it."""
+    value = shift = 0
+    while message[at] > 127:
+        value |= (message[at] & 127) << shift
+        shift += 7
+        at += 1
+    return value | message[at] << shift, at + 1
 
 
 def train_tokenizer(texts, vocab_size, symbols=()):
