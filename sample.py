@@ -12,6 +12,8 @@
 
 - Before it speaks, a model is checked: cached generation must equal teacher forcing on an utterance that its checkpoint
   holds, for published weights on a made-up one.
+- Published weights lack a codec, a tokenizer and what the text looks like. Those of their authors are taken (released.py)
+  unless `codec`, `codec_path`, `tokenizer` and `text_format` name others.
 - The same seed and text give the same audio, whatever other lines are spoken beside it.
 - `Voice.frames` yields frames as the model makes them. Streaming decodes them block by block, with context on both
   sides; without streaming all are decoded at once. Both ways decode the same codes.
@@ -63,7 +65,7 @@ ckpt = ""
 text = ""  # the text to speak
 file = ""  # or a text file, one utterance per line
 out_dir = "samples"  # folder for 000.wav, ..., with one folder per checkpoint; "-": raw 16-bit mono samples to stdout
-speaker = ""  # one of the speakers in the training data; empty: the one with most recordings
+speaker = ""  # one of the speakers in the training data, or that published weights know; empty: the main one
 # recording of a voice to clone, several with commas between them, or a pattern such as "me/*.wav"; KaniTTS-2: a speaker
 # vector, .npy or .pt, in place of each
 reference = ""
