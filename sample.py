@@ -12,8 +12,8 @@
 
 - Before it speaks, a model is checked: cached generation must equal teacher forcing on an utterance that its checkpoint
   holds, for published weights on a made-up one.
-- Published weights lack a codec, a tokenizer and what the text looks like. Those of their authors are taken (released.py)
-  unless `codec`, `codec_path`, `tokenizer` and `text_format` name others.
+- Published weights lack codec, tokenizer and the form of a text. Those of their authors are taken (released.py) unless
+  `codec`, `codec_path`, `tokenizer` and `text_format` name others.
 - The same seed and text give the same audio, whatever other lines are spoken beside it.
 - `Voice.frames` yields frames as the model makes them. Streaming decodes them block by block, with context on both
   sides; without streaming all are decoded at once. Both ways decode the same codes.
