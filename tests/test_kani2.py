@@ -17,11 +17,13 @@ import layouts as published
 import model as models
 import prepare
 import sample
+import train
 import weights
+from codec import published_sizes
 from data import Batches, TokenFiles
 from export import export
 from model import AUDIO, TEXT, Kani, KaniConfig, contract_check
-from parts import configurator, lora
+from parts import budget, configurator, lora
 from parts.tensors import read_vector
 from sample import Voice
 
@@ -606,3 +608,15 @@ def test_vectors_are_no_recordings(spoken):
     files, c = TokenFiles(spoken[1], "train"), tiny(K=3).config
     with pytest.raises(ValueError, match="has no features of recordings to take a voice from"):
         Batches(files, c.layout, c.length, 400, 64, reference=(3, 6))
+
+
+def test_the_recipe():
+    """Its sizes are those of the released models, also without data and weights."""
+    cfg = configurator.configure(train.__file__, [str(Path(train.__file__).parent / "config/kani2.py")])
+    codec = {**published_sizes("nanocodec"), "reference": {"rows_per_frame": 0, "silence": [0.0] * 128}}
+    with torch.device("meta"):
+        model = models.build("kani", dict(codec=codec, tokenizer=dict(vocab_size=64400, bos_id=1, eos_id=2)), vars(cfg))
+    assert model.config.audio_step == 1.0 and model.config.drop_repeats and model.reference == "vector"
+    assert sum(p.numel() for p in model.parameters()) == 369_846_016 + 6 + 128 * 1024  # LFM2-350M, speeds, projection
+    batch, _ = budget.supposed_batch(cfg, codec, model)
+    assert batch[2].shape == (len(batch[0]), 1, 128)
