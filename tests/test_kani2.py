@@ -526,6 +526,18 @@ def test_it_learns_and_speaks(spoken):
     assert len(wav) and wav.isfinite().all()
 
 
+def test_a_saved_voice_is_the_vectors_row(spoken, monkeypatch):
+    path = spoken[0]
+    monkeypatch.chdir(path)
+    np.save("mine.npy", np.ones(6))
+    flags = [f"--ckpt={path}/out/best.pt", "--text=one", "--cap_seconds=1", "--device=cpu"]
+    saving = ["--reference=mine.npy", "--save_voice=mine", "--out_dir=first"]
+    for more in (saving, ["--voice=mine", "--out_dir=second"]):
+        sample.main(configurator.configure(sample.__file__, [*flags, *more]))
+    assert (path / "first/000.wav").read_bytes() == (path / "second/000.wav").read_bytes()
+    assert torch.load("voices/mine.pt")["latents"].shape[0] == 1 and not torch.load("voices/mine.pt")["codes"]
+
+
 def test_sample_takes_a_vector_and_refuses_a_recording(spoken):
     path = spoken[0]
     np.save(path / "other.npy", np.zeros(7))
