@@ -17,7 +17,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BEFORE = "base_model.model."
 FIELDS = {"r": int, "lora_alpha": (int, float), "lora_dropout?": (int, float), "use_rslora?": bool}
-# fields that make another model of it, and the values with which they do not
+# fields that change what an adapter computes, and those of their values that do not
 FOREIGN = {
     "peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
     **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern",
@@ -33,7 +33,8 @@ def is_adapter(path):
 
 
 def read_settings(folder):
-    """The adapter_config.json of a folder. Raises ValueError for what lora.py has not, such as DoRA."""
+    """The adapter_config.json of a folder. Raises ValueError for what lora.py cannot compute, such as DoRA.
+    """
     path = os.path.join(folder, CONFIG)
     config = read_json(path)
     need(config, FIELDS, path)
@@ -49,7 +50,7 @@ def read(folder, names, ignored="(?!)"):
 
     names: {published name of a parameter: (our name, function that makes our tensor of it)}; ignored: regular
     expression of published names that are left out. Raises FileNotFoundError, and ValueError for files that are damaged
-    or have parts that the model has not.
+    or have parts that the model does not have.
     """
     config = read_settings(folder)
     files = [path for path in (os.path.join(folder, name) for name in WEIGHTS) if os.path.isfile(path)]
@@ -80,7 +81,7 @@ def read(folder, names, ignored="(?!)"):
 
 def write(folder, state, names, base=None):
     """Write a dict of lora.adapter_state into a folder. names as in `read`; each function is its own inverse. base: of
-    base_model_name_or_path. Raises OSError, and ValueError for new rows of a table, which peft has not."""
+    base_model_name_or_path. Raises OSError, and ValueError for new rows of a table, which peft does not have."""
     tensors = {}
     layers = set()
     saved = set()

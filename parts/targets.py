@@ -1,11 +1,11 @@
-"""Targets: which layers get an adapter, and which parameters are trained whole.
+r"""Targets: which layers get an adapter, and which parameters are trained whole.
 
 Layers have two names: ours, and the published ones, under which transformers and peft know them. Targets are given as
 
     ["q_proj", "w1"]               names as in peft: a published name, or what stands behind a dot in it
     ["attn", "mlp.up_proj"]        if no layer is published under one of them: parts of our names, from dot to dot
-    [r"\\.layers\\.", "q_proj"]      if one of them is no name: regular expressions, searched in our names
-    r".*\\.(q|v)_proj"              a string, as in peft: a regular expression that matches whole published names
+    [r"\.layers\.", "q_proj"]      if one of them is no name: regular expressions, searched in our names
+    r".*\.(q|v)_proj"              a string, as in peft: a regular expression that matches whole published names
     "all-linear"                   as in peft: all linear layers but the heads
     "q_proj,w1"                    names
 """

@@ -793,6 +793,25 @@ def test_a_fine_tuned_codec_goes_from_the_recordings_to_speech(spoken, tmp_path,
             f"--out_dir={tmp_path}/other")  # fmt: skip
 
 
+def test_an_adapter_with_new_words_is_exported(spoken):
+    """In the authors' layout: merged, with the larger tokenizer."""
+    lines = ["audio|text|speaker", *(f"{i}.wav|{'ერთი ორი სამი'.split()[i % 3]}|{'ab'[i % 2]}" for i in range(12))]
+    (spoken / "georgian.csv").write_text("\n".join(lines))
+    cli(prepare, f"--sources={spoken}/georgian.csv", f"--data_dir={spoken}/more", "--codec=xtts",
+        f"--codec_path={spoken}/xtts-v2", f"--tokenizer={spoken}/xtts-v2/vocab.json", "--extend_vocab=400",
+        "--text_format=[en]{text}", "--references=True", "--workers=1", "--val_fraction=0.2")  # fmt: skip
+    cli(train, "--arch=xtts", f"--init_from={spoken}/xtts-v2", f"--data_dir={spoken}/more", f"--out_dir={spoken}/lora",
+        "--max_iters=2", "--eval_samples=0", "--reference_seconds=[0.2,0.5]", "--device=cpu", "--max_tokens=200",
+        "--warmup_iters=0", "--lora_rank=2", "--lora_also=['code_head']")  # fmt: skip
+    cli(weights, "--command=export", f"--ckpt={spoken}/lora/last.pt", f"--out_dir={spoken}/hub")
+    expected, out = load_model(load_checkpoint(spoken / "lora/last.pt")), from_pretrained(spoken / "hub")
+    ids = TokenFiles(spoken / "more", "train").meta["tokenizer"]["vocab_size"]
+    assert out.config.text_vocab_size == expected.config.text_vocab_size == ids > 40
+    lora.merge(expected)
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(out.get_parameter(name).data, p.data)
+
+
 def test_the_vocoder_speaks_in_the_timbre_of_the_reference(spoken):
     """What sample.py writes is what vocoder and GPT say of the codes and the recording, at the vocoder's rate."""
     flags = (f"--ckpt={spoken}/out/best.pt", f"--out_dir={spoken}/said", "--text=one two", "--device=cpu")
