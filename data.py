@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from parts.files import empty, locked, naming, need, open_array, partial_name, sync, sync_folder
+from parts.frontend import FRONT_ENDS
 from parts.segment import AUDIO, PROMPT
 from parts.text import load_tokenizer
 from parts.workers import read_ahead
@@ -39,8 +40,8 @@ from parts.workers import read_ahead
 VERSION = 1
 SPLITS = ("train", "val")
 TIMBRES = "timbres.npy"
-INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker")
-TEXT_START, TEXT_LENGTH, FIRST_FRAME, FRAMES, SPEAKER = range(len(INDEX_COLUMNS))
+INDEX_COLUMNS = ("text_start", "text_length", "first_frame", "frames", "speaker", "language")
+TEXT_START, TEXT_LENGTH, FIRST_FRAME, FRAMES, SPEAKER, LANGUAGE = range(len(INDEX_COLUMNS))
 
 
 def between(low, high, *types):
@@ -53,6 +54,11 @@ SIZE = between(0, 2**48, int)
 RATE = between(0, 10**9, int, float)
 LEVEL = between(-(10**9), 10**9, int, float)
 
+
+def are_names(x):
+    return isinstance(x, list) and len(x) > 0 and all(isinstance(name, str) for name in x)
+
+
 # The fields of meta.json, as `need` checks them: first those that a checkpoint has too, then those of a token folder
 COUNTS = {"utterances": COUNT, "text_tokens": COUNT, "frames": COUNT}
 MODEL_META = {
@@ -63,14 +69,19 @@ MODEL_META = {
     },
     "tokenizer": {"kind": str, "sha256": str, "vocab_size": SIZE, "bos_id": int, "eos_id": int,
                   "file": lambda x: x in ("tokenizer.model", "tokenizer.json")},
-    "text_format": str, "lowercase": bool, "splits": {"train": COUNTS},
-    "speakers": lambda x: type(x) is list and x and all(isinstance(name, str) for name in x),
+    "text_format": str, "front_end?": lambda x: x in FRONT_ENDS, "lowercase": bool, "splits": {"train": COUNTS},
+    "speakers": are_names, "languages?": are_names,
 }  # fmt: skip
 REFERENCE_TYPE = {"recording": np.float16, "vector": np.float32}
 META = {**MODEL_META, "text_dtype": lambda x: x in ("uint16", "uint32"), "splits": dict.fromkeys(SPLITS, COUNTS)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # token folders
+
+
+def completed(meta):
+    """A meta.json with the fields that older versions did not write."""
+    return {"front_end": "plain", "languages": [meta.get("language") or ""], **meta}
 
 
 class TokenWriter:
@@ -116,9 +127,9 @@ class TokenWriter:
         shutil.rmtree(self.partial, ignore_errors=True)  # after `finish` it has its new name and is safe
         self.lock.close()
 
-    def add(self, split, name, text, codes, speaker=0, reference=None):
-        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K), `reference` (R, M) features,
-        or (1, M) a speaker vector."""
+    def add(self, split, name, text, codes, speaker=0, reference=None, language=0):
+        """Append one utterance: `name` its id, `text` (n,) ids, `codes` (T, K), `reference` (R, M) features, or (1, M)
+        a speaker vector. speaker, language: their places in meta.json's lists."""
         codes = np.asarray(codes)
         if codes.ndim != 2 or self.n_codebooks not in (None, codes.shape[1]):
             expected = f"(frames, {self.n_codebooks or 'K'})"
@@ -134,7 +145,7 @@ class TokenWriter:
             with naming(file.name):  # a full disk shows here, as soon as the buffer of the file is full
                 file.write(piece)
         ends = self.ends[split]
-        self.index[split].append((ends[0], len(text), ends[1], len(codes), speaker))
+        self.index[split].append((ends[0], len(text), ends[1], len(codes), speaker, language))
         ends[0] += len(text)
         ends[1] += len(codes)
 
@@ -199,12 +210,12 @@ def read_meta(folder):
         need(meta, META, path)
     except ValueError as error:
         raise ValueError(f"{error}: run prepare.py again") from None
-    return meta
+    return completed(meta)
 
 
 def fingerprint(data_dir):
-    """A hash of the utterances in token folders: their ids, lengths and speakers, in both splits, and the weights. It
-    takes 0.2 s for a million utterances."""
+    """A hash of the utterances in token folders: their ids, lengths, speakers and languages, in both splits, and the
+    weights. It takes 0.2 s for a million utterances."""
     folders = token_folders(data_dir)
     if list(folders.values()) != [1]:
         parts = [[fingerprint({folder: 1}), weight] for folder, weight in folders.items()]
@@ -221,10 +232,10 @@ def fingerprint(data_dir):
 class TokenFiles:
     """One split of a token folder. Its index is memory-mapped; text, codes and features are read as they are needed.
 
-    meta: the folder's meta.json. index: (utterances, len(INDEX_COLUMNS)) int64. parts: the folders in it, here one.
-    weights: how often an epoch takes each utterance. Raises ValueError for a folder that is not finished, of another
-    version, or damaged: a file does not have the size that follows from meta.json, or the index points to text, frames
-    or speakers that do not exist.
+    meta: the folder's meta.json. index: (utterances, len(INDEX_COLUMNS)) int64; older folders have no language. parts:
+    the folders in it, here one. weights: how often an epoch takes each utterance. Raises ValueError for a folder that
+    is not finished, of another version, or damaged: a file does not have the size that follows from meta.json, or the
+    index points to text, frames, speakers or languages that do not exist.
     """
 
     weights = 1.0
@@ -238,7 +249,7 @@ class TokenFiles:
         try:
             self.index = np.load(path + ".index.npy", mmap_mode="r")
             expected = (n, len(INDEX_COLUMNS))
-            if self.index.shape != expected or self.index.dtype != np.int64:
+            if self.index.shape not in (expected, (n, LANGUAGE)) or self.index.dtype != np.int64:
                 found = f"{self.index.shape} of {self.index.dtype}"
                 raise ValueError(f"{split}.index.npy has shape {found}, not {expected} of int64")
             self._check_index(n_text, n_frames)
@@ -254,11 +265,14 @@ class TokenFiles:
 
     def _check_index(self, n_text, n_frames):
         """Raise ValueError where the index points to text, frames or a speaker that cannot exist."""
-        text_start, text_length, first_frame, frames, speaker = self.index.T
+        text_start, text_length, first_frame, frames, speaker, *language = self.index.T
         faults = {
             "numbers below 0": lambda: self.index.min(initial=0) < 0,
             "an utterance without frames": lambda: frames.min(initial=1) < 1,
             "a speaker whom meta.json does not name": lambda: speaker.max(initial=0) >= len(self.meta["speakers"]),
+            "a language that meta.json does not name": lambda: (
+                max((column.max(initial=0) for column in language), default=0) >= len(self.meta["languages"])
+            ),
             "text beyond the end": lambda: (text_start > n_text - text_length).any(),
             "frames beyond the end": lambda: (first_frame > n_frames - frames).any(),
             "fewer text ids or frames than meta.json": lambda: (text_length.sum(), frames.sum()) != (n_text, n_frames),
@@ -330,6 +344,10 @@ class TokenFiles:
         """Index of the speaker of utterance i in meta["speakers"]."""
         return int(self.index[i, SPEAKER])
 
+    def language(self, i):
+        """Index of the language of utterance i in meta["languages"]."""
+        return int(self.index[i, LANGUAGE]) if self.index.shape[1] > LANGUAGE else 0
+
     def name(self, i):
         """The id of utterance i. It reads the list of ids from its start: for messages, not for loops."""
         with open(os.path.join(self.folder, f"{self.split}.ids.txt"), encoding="utf-8", newline="\n") as file:
@@ -345,13 +363,14 @@ def reference_kind(meta):
 
 class Mixture:
     """The same split of several token folders, read as one TokenFiles: their utterances one folder after the other,
-    their speakers merged by name.
+    their speakers and languages merged by name.
 
     folders: {folder: weight}. The first folder says in meta how a text is worded. weights: (utterances,). Raises
     ValueError where a folder is damaged, or of another codec, tokenizer or handling of text than the first one.
     """
 
     ONE = ("codec", "tokenizer", "lowercase", "front_end")  # fields of meta.json that must be the same
+    NAMED = {"speakers": SPEAKER, "languages": LANGUAGE}  # lists in meta.json, into which columns of the index point
 
     def __init__(self, folders, split):
         self.folders = folders
@@ -365,16 +384,19 @@ class Mixture:
                     raise ValueError(f"{part.folder} and {first.folder} differ in {key}: prepare one of them again "
                                      "with the other's codec and tokenizer")  # fmt: skip
         metas = [part.meta for part in self.parts]
-        speakers = list(dict.fromkeys(name for meta in metas for name in meta["speakers"]))
+        named = {what: list(dict.fromkeys(name for meta in metas for name in meta[what])) for what in self.NAMED}
         counts = {s: {c: sum(meta["splits"][s][c] for meta in metas) for c in COUNTS} for s in SPLITS}
-        self.meta = {**first.meta, "speakers": speakers, "splits": counts}
-        self.index = np.concatenate([part.index for part in self.parts])
+        self.meta = {**first.meta, **named, "splits": counts}
         sizes = [len(part) for part in self.parts]
         self.starts = np.cumsum([0, *sizes])
         self.weights = np.repeat(list(folders.values()), sizes)
+        self.index = np.zeros((sum(sizes), len(INDEX_COLUMNS)), np.int64)
         for part, start in zip(self.parts, self.starts, strict=False):
-            place = np.array([speakers.index(name) for name in part.meta["speakers"]])
-            self.index[start : start + len(part), SPEAKER] = place[part.index[:, SPEAKER]]
+            rows = self.index[start : start + len(part)]
+            rows[:, : part.index.shape[1]] = part.index
+            for what, column in self.NAMED.items():
+                place = np.array([named[what].index(name) for name in part.meta[what]])
+                rows[:, column] = place[rows[:, column]]
 
     def __reduce__(self):
         return Mixture, (self.folders, self.split)
@@ -405,6 +427,9 @@ class Mixture:
 
     def speaker(self, i):
         return int(self.index[i, SPEAKER])
+
+    def language(self, i):
+        return int(self.index[i, LANGUAGE])
 
     def tokenizer(self):
         return self.parts[0].tokenizer()
@@ -532,6 +557,7 @@ class Batches:
     max_rows: int = 2**31  # rows of an utterance with its prompt: the positions of the model
     reference: tuple | None = None  # fewest and most frames of the stretch that is the reference; 0, 0: a vector
     prompt_frames: tuple | None = None  # fewest and most to which a prompt is cut or repeated; None: whole prompts
+    languages: list | None = None  # the model's id of each language of the files; None: its layout takes none
 
     BUCKET = 1.04  # lengths within 4% share a bucket, so about 2% of the rows are padding
 
@@ -667,14 +693,15 @@ class Batches:
 
     def _rows(self, i, p, epoch):
         """Rows (S, C) and segment (S,) of utterance i with prompt p, -1 for none."""
+        more = {"language": self.languages[self.files.language(i)]} if self.languages else {}
         if p < 0:
-            return self.layout(self.files.text(i), self.files.codes(i))
+            return self.layout(self.files.text(i), self.files.codes(i), **more)
         codes = self.files.codes(p)
         if self.prompt_frames and len(codes):
             least, most = self.prompt_frames
             n = np.random.default_rng((self.seed, epoch, i, 2)).integers(least, most + 1)
             codes = np.resize(codes, (n, codes.shape[1]))  # cuts or repeats
-        return self.layout(self.files.text(i), self.files.codes(i), (self.files.text(p), codes))
+        return self.layout(self.files.text(i), self.files.codes(i), (self.files.text(p), codes), **more)
 
     def _stretch(self, i, p, epoch):
         """The reference (R, M) of utterance i with prompt p (-1: none), and the slice of i's own frames in it: at most

@@ -548,6 +548,10 @@ class FamilyConfig:
                 raise ValueError(f"{name} = {mark} is none of the {self.text_vocab_size} text ids")
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
 
+    def language_ids(self, names):
+        """The ids of languages by their names, a list; None for a family that tells languages by the text alone."""
+        return None
+
     @property
     def n_marks(self):
         return (self.text_bos >= 0) + (self.text_eos >= 0)
@@ -609,6 +613,9 @@ class Family(nn.Module):
     teacher_forced_logits, and a keyword of generate. "recording": features of a recording; "vector": a speaker
     encoder's vector as a single row, which may be missing. voice_latents(reference (R, M)) -> (1, L, D) is all that it
     takes from that, and generate takes those as well: voice=(L, D).
+
+    A family whose config has `language_ids` also takes the id of a language: `language` is a keyword of layout,
+    teacher_forced_logits and generate.
 
     In training the batch lies on the host, and forward picks its rows there: the length of a selection depends on its
     values, so on a GPU each nonzero() would make the host wait. Row numbers and targets then follow by `to_device`.
@@ -1494,7 +1501,8 @@ class VallEConfig(FamilyConfig):
     nar_share: "0 < float < 1" = free(0.5, "ar+nar")  # ar+nar: share of the training batches that are nar
     speaks: Literal["nar", "ar"] = free("nar", "ar+nar")  # ar+nar: the mode in which it speaks
     languages: "1 <= int <= 10000" = 1  # how many languages have an id
-    language: "int >= 0" = 0  # that of every utterance
+    language: "int >= 0" = 0  # that of an utterance in a language without an id of its own
+    language_names: "list[str]" = field(default_factory=lambda: ["en", "ja", "de", "fr", "zh", "ko"])  # in that order
     shared_heads: bool = fixed(False)  # one feed-forward layer before the heads of all codebooks, instead of one each
     level_attention: bool = fixed(False)  # for residual codecs: a frame's codebooks attend to each other
     segmented_mask: bool = fixed(False, "nar")  # nar: text does not see prompt and frames, nor the prompt the frames
@@ -1520,6 +1528,7 @@ class VallEConfig(FamilyConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.language_names = self.language_names[: self.languages]
         if not 0 <= self.language < self.languages:
             raise ValueError(f"language = {self.language} must be below languages = {self.languages}")
         if self.level_attention and self.shared_heads:
@@ -1538,7 +1547,12 @@ class VallEConfig(FamilyConfig):
         """Class `codebook_size` in every codebook. Mode nar has no stop frame."""
         return np.full(self.n_codebooks, self.codebook_size)
 
-    def layout(self, text, codes=None, prompt=None, stop=None):
+    def language_ids(self, names):
+        """See FamilyConfig. "zh-cn" has the id of "zh" where it has none of its own."""
+        known = {name: i for i, name in enumerate(self.language_names)}
+        return [known.get(name, known.get(name.split("-")[0], self.language)) for name in names]
+
+    def layout(self, text, codes=None, prompt=None, language=None, stop=None):
         """See Family. tokens (S, K + 1): a row holds a text id in its last column, or a frame in the others.
 
         The order is that of VALL-E v2, with a separator between the parts: the text between its marks, the language,
@@ -1547,7 +1561,8 @@ class VallEConfig(FamilyConfig):
         """
         K = self.n_codebooks
         end = self.separator
-        text = np.concatenate([self.marked(text), [end, end + 2 + self.language, end]])
+        language = self.language if language is None else language
+        text = np.concatenate([self.marked(text), [end, end + 2 + language, end]])
         prompt_frames = np.concatenate([np.zeros((0, K), np.int64), *(codes for _, codes in as_list(prompt))])
         frames = np.zeros((0, K)) if codes is None else codes
         if codes is not None and (self.mode != "nar" if stop is None else stop):
@@ -1902,15 +1917,16 @@ class VallE(Family):
         spread = (logits.std(0) / guided.std(0)).nan_to_num(1.0, 1.0)  # 1 where frames do not differ
         return guided * (self.RESCALE * spread + 1 - self.RESCALE)
 
-    def teacher_forced_logits(self, text, codes):
+    def teacher_forced_logits(self, text, codes, language=None):
         """See Family. Mode nar: (T, K, V + 1), from a pass in which all frames are masked."""
-        tokens, segment = self.rows(text, codes, stop=self.causal)
+        tokens, segment = self.rows(text, codes, language=language, stop=self.causal)
         spoken = segment == AUDIO
         if self.causal:
             return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
         return self.frame_logits(tokens.masked_fill(spoken[..., None], self.config.mask_class), segment)
 
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None):
+    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None,
+                 language=None):  # fmt: skip
         """See Family. `choose(logits (..., V + 1)) -> classes (...)` picks all codes of a frame, or of all frames in a
         round. A stop in any codebook ends an utterance.
 
@@ -1918,13 +1934,14 @@ class VallE(Family):
         None: as the config says.
         """
         max_frames = self.frames_left(len(self.layout(text, None, prompt)[0]), max_frames)
+        lay = partial(self.rows, text, prompt=prompt, language=language)
         if self.causal:
-            return (yield from self._speak(text, prompt, max_frames, choose))
-        return (yield from self._demask(text, prompt, max_frames, choose, frames, rounds or self.config.rounds))
+            return (yield from self._speak(lay, max_frames, choose))
+        return (yield from self._demask(lay, max_frames, choose, frames, rounds or self.config.rounds))
 
     @torch.no_grad()
-    def _speak(self, text, prompt, max_frames, choose):
-        tokens, segment = self.rows(text, None, prompt)
+    def _speak(self, lay, max_frames, choose):
+        tokens, segment = lay(codes=None)
         x = self.embed(tokens, segment)
         positions = self.positions(tokens, segment)
         cache = self.backbone.cache(1, x.shape[1] + max_frames)
@@ -1940,14 +1957,14 @@ class VallE(Family):
         return False
 
     @torch.no_grad()
-    def _demask(self, text, prompt, max_frames, choose, frames, rounds):
+    def _demask(self, lay, max_frames, choose, frames, rounds):
         """All frames at once. A code's score is its probability in the last round, for codes that were kept too."""
         c = self.config
         if frames is None:
-            tokens, segment = self.rows(text, np.zeros((1, c.n_codebooks)), prompt, stop=False)
+            tokens, segment = lay(codes=np.zeros((1, c.n_codebooks)), stop=False)
             frames = int(self.guess_length(self.length_state(tokens, segment)))
         T = max(1, min(frames, max_frames))
-        tokens, segment = self.rows(text, np.full((T, c.n_codebooks), c.mask_class), prompt, stop=False)
+        tokens, segment = lay(codes=np.full((T, c.n_codebooks), c.mask_class), stop=False)
         codes = tokens[0, -T:, :-1]  # a view: the rows change with it
         score = torch.ones(T, c.n_codebooks, device=tokens.device)
         for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
@@ -2015,6 +2032,8 @@ def facts(meta):
         text_vocab_size=tokenizer["vocab_size"], text_bos=tokenizer["bos_id"], text_eos=tokenizer["eos_id"],
         n_codebooks=codec["n_codebooks"], codebook_size=codec["codebook_size"],
     )  # fmt: skip
+    if languages := meta.get("languages"):
+        known |= dict(languages=len(languages), language_names=languages)
     if reference := codec.get("reference"):
         size = len(reference["silence"])
         rows = reference["rows_per_frame"]

@@ -19,7 +19,7 @@ from weights import family_keys, from_pretrained, prepare_weights, starting_poin
 
 def make_batches(cfg, model, files, val_files, rank=0, world=1):
     """The batches of the training split, and those of the val split or None if it is empty."""
-    limits = {"max_rows": model.max_rows}
+    limits = {"max_rows": model.max_rows, "languages": model.config.language_ids(files.meta["languages"])}
     frame_rate = files.meta["codec"]["frame_rate"]
     stretch = [max(1, round(x * frame_rate)) for x in cfg.reference_seconds]
     if model.reference == "recording":

@@ -21,6 +21,7 @@ import math
 import os
 from collections import Counter
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from data import TIMBRES, TokenWriter, npy, read_meta, token_folders
 from parts import configurator
 from parts.audio import audio_header, read_audio
 from parts.files import locked, partial_name
+from parts.frontend import language_name, needs_language, read_text
 from parts.report import judge, report, show, show_cost
 from parts.sources import SOMEBODY, fraction, load, read_sources, spellings, utterance_id
 from parts.tables import EXTENSIONS
@@ -39,9 +41,10 @@ from parts.text import (
     HuggingFace,
     SentencePiece,
     extend_tokenizer,
+    is_phonemic,
     load_tokenizer,
-    normalise,
     open_tokenizer,
+    script,
     train_tokenizer,
     wording,
 )
@@ -50,8 +53,10 @@ from parts.workers import map_chunks, put_back, start_pool
 # input and output
 # A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a
 # folder of these, or a dict, in which all but the path may be left out:
-# {"path": "x/metadata.csv", "speaker": "anna", "filter": {"accent": "us|england"}, "cap": 1000, "name": "x"}
+# {"path": "x/metadata.csv", "speaker": "anna", "language": "en", "filter": {"accent": "us|england"}, "cap": 1000,
+#  "name": "x"}
 # - speaker: who speaks in all of it; without it the speaker column says so, or all is one voice named "speaker".
+# - language: of all of it; without it the language column says so, or a file lang.txt beside it, or the key language.
 # - filter: {column: regular expression}; keeps the rows where each expression matches the whole field.
 # - cap: keep at most so many utterances.
 # - name: put before the ids.
@@ -71,9 +76,13 @@ speaker_vectors = ""
 tokenizer = ""  # a sentencepiece .model, a tokenizer.json or XTTS's vocab.json; empty: train one on the training split
 extend_vocab: "0 <= int <= 1000000" = 0  # pieces to add to a tokenizer.json for a script that it does not know
 vocab_size: "1 <= int <= 1000000" = 1024  # of the tokenizer trained here; smaller if the texts support fewer pieces
-lowercase = False  # convert the text to lower case
-text_format = "[{speaker}]{text}"  # what the model reads: {text}, {speaker}, {language}; XTTS: "[en]{text}"
-language = ""  # the value of {language} in text_format
+# what is done to a text before the tokenizer reads it, here and where the model speaks (parts/frontend.py): plain: NFC
+# and single spaces; none: nothing, as CSM and Kani read; xtts: words for numbers and symbols, as XTTS reads; phonemes:
+# its sounds, as VALL-E reads
+front_end: Literal["none", "plain", "xtts", "phonemes"] = "plain"
+lowercase = False  # plain: convert the text to lower case
+text_format = "[{speaker}]{text}"  # what the model reads: {text}, {speaker}, {language}; XTTS: "[{language}]{text}"
+language = ""  # en, zh-cn, ...: that of texts whose source names none; sample.py: the language to speak
 # split
 heldout = ""  # file with the ids of the val split, one a line; empty: hold out a share val_fraction, by hash of the id
 val_fraction: "0 <= float <= 1" = 0.02  # share of the utterances to hold out; 0: no val split
@@ -181,18 +190,19 @@ def check_each(utterances, check, *args):
     return utterances
 
 
-def check_in_pool(utterances, which, what, pool, check, *args, chunk=8):
-    """check_each in the pool, for the utterances without a reason for which which(u) holds."""
+def check_in_pool(utterances, which, what, pool, check, *args, chunk=8, whole=False):
+    """check_each in the pool, for the utterances without a reason for which which(u) holds. whole: with the recordings
+    that their sources hold."""
     places = [i for i, u in enumerate(utterances) if not u.reason and which(u)]
-    checked = in_order(what, pool, check_each, [utterances[i] for i in places], check, *args, chunk=chunk)
+    checked = in_order(what, pool, check_each, [utterances[i] for i in places], check, *args, chunk=chunk, whole=whole)
     for i, u in zip(places, checked, strict=True):
         utterances[i] = u
 
 
-def in_order(what, pool, function, utterances, *args, chunk=8, order=None):
+def in_order(what, pool, function, utterances, *args, chunk=8, order=None, whole=True):
     """function(some of the utterances, *args) -> list, called in the pool behind a progress bar: an iterable of the
-    results, in the order of the utterances or in another one, given as indices."""
-    given = load(utterances)
+    results, in the order of the utterances or in another one, given as indices. whole: with what their sources hold."""
+    given = load(utterances) if whole else utterances
     if order:
         given = put_back(np.argsort(order).tolist(), given)
     results = map_chunks(pool, function, given, *args, chunk=chunk)
@@ -208,7 +218,7 @@ def diagnose(utterances, cfg, pool, codec, given, listed, report_path):
     train = divide(utterances, cfg, listed)[1]
     if tokenizer is None:
         need_pieces(cfg, train, given)
-    check_in_pool(utterances, lambda u: not u.codes, "listening", pool, examine, vars(cfg))
+    check_in_pool(utterances, lambda u: not u.codes, "listening", pool, examine, vars(cfg), whole=True)
     judge(utterances, cfg, report_path)
     if tokenizer is None:
         tokenizer = make_tokenizer(cfg, divide(utterances, cfg, listed)[1], given)
@@ -220,6 +230,8 @@ def diagnose(utterances, cfg, pool, codec, given, listed, report_path):
 def look_over(utterances, cfg, pool, tokenizer, codec):
     """The checks that need no listening. They set the path of each recording. tokenizer: None if it comes later."""
     check_each(utterances, check_id, set())
+    how = (cfg.front_end, cfg.lowercase, needs_language(cfg.front_end, cfg.text_format))
+    check_in_pool(utterances, lambda u: True, "reading texts", pool, read_aright, *how, chunk=256)
     if tokenizer:
         proofread(utterances, cfg, tokenizer)
     check_each([u for u in utterances if u.codes], check_codes, codec, vars(cfg))
@@ -265,6 +277,18 @@ def check_id(u, seen):
     seen.add(u.id)
     if any(c in u.id for c in "\r\n") or u.id.encode(errors="replace").decode() != u.id:
         raise Unfit("bad row", f"its id {u.id!r:.60} cannot be written to a line of a text file")
+
+
+def read_aright(u, front_end, lowercase, of_a_language):
+    """Put the text of an utterance through the front end, and note its script. Raises Unfit where nothing is left, or
+    where the language is needed and not known; ValueError where a package is missing."""
+    if of_a_language and not u.language:
+        raise Unfit("no language", "give the language: --language=en, a column of the table, or a key of the source")
+    written = u.text
+    u.script = script(written)
+    u.text = read_text(written, front_end, u.language, lowercase)
+    if not u.text.strip():
+        raise Unfit("empty text", f"front_end = {front_end!r} leaves nothing of {written!r:.60}")
 
 
 def check_codes(u, codec, limits):
@@ -372,7 +396,13 @@ def check_speed(u, limits):
 
 
 def proofread(utterances, cfg, tokenizer):
-    """Check the texts of all utterances against the tokenizer."""
+    """Check the texts of all utterances against the tokenizer. Raises ValueError where it reads phonemes, and most of
+    the texts are letters."""
+    texts = [u.text for u in utterances if not u.reason]
+    if tokenizer.phonemic and cfg.front_end != "phonemes" and 2 * sum(map(is_phonemic, texts)) < len(texts):
+        raise ValueError(f"{cfg.tokenizer} reads phonemes, and the texts are letters, such as "
+                         f"{next(text for text in texts if not is_phonemic(text))!r:.60}: "
+                         "--front_end=phonemes makes phonemes of them")  # fmt: skip
     strange = tokenizer.unknown("".join({character for u in utterances for character in u.text}))
     check_each(utterances, check_text, cfg, tokenizer, strange)
 
@@ -396,7 +426,7 @@ def check_text(u, cfg, tokenizer, strange):
 
 def tagged(u, cfg):
     """The text of an utterance as the model reads it, with its speaker's tag."""
-    return wording(cfg.text_format, u.speaker, u.text, cfg.language)
+    return wording(cfg.text_format, u.speaker, u.text, u.language)
 
 
 def read_tokenizer(cfg):
@@ -409,7 +439,8 @@ def read_tokenizer(cfg):
 
 def find_tags(cfg, utterances):
     """What text_format puts around the texts, such as the tag of each speaker."""
-    around = {wording(cfg.text_format, name, "\0", cfg.language) for name in {u.speaker for u in utterances}}
+    kinds = {(u.speaker, u.language) for u in utterances}
+    around = {wording(cfg.text_format, speaker, "\0", language) for speaker, language in kinds}
     return sorted({part.strip() for both in around for part in both.split("\0")} - {""})
 
 
@@ -581,10 +612,8 @@ def encode_batches(codec, wavs, device, batch_seconds):
 
 def check(cfg, folder, codec):
     """Raise ValueError, before hours of work, for settings that contradict and a folder that cannot be written."""
-    cfg.language = normalise(cfg.language)
-    wording(cfg.text_format, language=cfg.language)  # raises for a wrong text_format
-    if cfg.language and wording(cfg.text_format, language="a") == wording(cfg.text_format, language="b"):
-        raise ValueError(f"language = {cfg.language!r:.60}: text_format = {cfg.text_format!r:.60} has no {{language}}")
+    cfg.language = language_name(cfg.language)
+    wording(cfg.text_format, language="en")  # raises for a wrong text_format
     if not cfg.sources or not cfg.data_dir:
         raise ValueError("name what to read and where to write: --sources=my/metadata.csv --data_dir=my/tokens")
     if list(token_folders(cfg.data_dir).values()) != [1]:
@@ -618,6 +647,8 @@ def idle_keys(cfg, codec):
         idle["batch_seconds"] = f"the codec {codec.name} encodes without batches"
     if cfg.heldout:
         idle["val_fraction"] = f"heldout = {cfg.heldout!r:.60} names the val split"
+    if cfg.front_end != "plain":
+        idle["lowercase"] = f"front_end = {cfg.front_end!r} does not use it"
     if cfg.tokenizer and "vocab_size" in cfg.flags:  # a recipe may have it for dry runs
         idle["vocab_size"] = f"tokenizer = {cfg.tokenizer!r:.60} has a vocabulary of its own"
     return idle
@@ -627,9 +658,11 @@ def read_utterances(cfg):
     """The utterances of all sources, each source with a line for the screen."""
     utterances = []
     nameless = []
-    for found in read_sources(cfg.sources, cfg.lowercase):
+    for found in read_sources(cfg.sources):
         files = len({u.source for u in found})
         print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
+        for u in found:
+            u.language = u.language or cfg.language
         utterances += found
         if any(u.speaker == SOMEBODY for u in found):
             nameless.append(found[0].source)
@@ -642,6 +675,7 @@ def read_utterances(cfg):
 def write(cfg, out, pool, used, val, tokenizer, codec, findings, vector_size):
     """Encode everything into the token folder `out`, in the order of the metadata."""
     speakers = list(findings["speakers"])  # the one with the most hours first
+    languages = list(findings["languages"])
     out.text_dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     packed = io.BytesIO()  # not into the file: torch.save has no plain error for a full disk
     torch.save(codec.pack(), packed)
@@ -655,7 +689,8 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings, vector_size):
     for u, c, (reference, timbre) in zip(used, codes, voices, strict=True):
         speaker = speakers.index(u.speaker)
         text = tokenizer.encode(tagged(u, cfg))
-        out.add("val" if u.id in val else "train", u.id, text, c, speaker, reference)
+        language = languages.index(u.language)
+        out.add("val" if u.id in val else "train", u.id, text, c, speaker, reference, language)
         if timbre is not None:
             timbres[speaker].append(timbre)
     if any(timbres):  # XTTS, too, takes the mean of several recordings
@@ -663,10 +698,10 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings, vector_size):
     rows = sum(out.ends["train"])
     findings["cost"] = {"rows": rows, "max_tokens": cfg.max_tokens, "steps": math.ceil(rows / cfg.max_tokens)}
     out.file("report.json", json.dumps(findings, indent=1, ensure_ascii=False).encode())
-    out.finish(describe(cfg, codec, tokenizer, speakers, vector_size))
+    out.finish(describe(cfg, codec, tokenizer, speakers, languages, vector_size))
 
 
-def describe(cfg, codec, tokenizer, speakers, vector_size):
+def describe(cfg, codec, tokenizer, speakers, languages, vector_size):
     """The fields of meta.json that say how the token files were made."""
     sizes = codec.sizes(cfg.references)
     if vector_size:
@@ -676,9 +711,10 @@ def describe(cfg, codec, tokenizer, speakers, vector_size):
         "codec": {"fingerprint": codec.fingerprint(), "name": codec.name, **sizes},
         "tokenizer": tokenizer.describe(),
         "text_format": cfg.text_format,
-        "language": cfg.language,
+        "front_end": cfg.front_end,
         "lowercase": cfg.lowercase,
         "speakers": speakers,
+        "languages": languages,
         "made_by": {"torch": torch.__version__, **{k: v for k, v in vars(cfg).items() if k not in of_place}},
     }
 

@@ -18,7 +18,8 @@ import torch
 
 from codec import CODECS, PUBLISHED, load_codec
 from layouts import assemble, find, outer_fields, read_sizes, recognise
-from model import facts
+from model import ARCHS, facts
+from parts.frontend import language_name
 from parts.tensors import fault, is_index, read_json, read_pickle
 from parts.text import open_tokenizer
 
@@ -43,7 +44,6 @@ class Release:
     tagged: str = ""
     speaker: str = ""
     language: str = ""
-    lowercase: bool = False
     seconds: float = 0.3
     speakers: str = ""
 
@@ -60,22 +60,22 @@ RELEASES = {
     "csm": Release(lambda K, V: "mimi", text_format="[{speaker}]{text}", speaker="0"),
     "kani": Release(lambda K, V: "nanocodec", named="{speaker}: {text}", tagged="{language}: {text}"),
     "xtts": Release(
-        lambda K, V: "xtts", "vocab.json", text_format="[{language}]{text}", language="en", lowercase=True, seconds=0.2,
+        lambda K, V: "xtts", "vocab.json", text_format="[{language}]{text}", language="en", seconds=0.2,
         speakers="speakers_xtts.pth",
     ),
     "valle": Release(
-        codec_of_valle, origin="github.com/e-c-k-e-r/vall-e has it as data/tokenizer.json", seconds=0.1,
+        codec_of_valle, origin="github.com/e-c-k-e-r/vall-e has it as data/tokenizer.json", language="en", seconds=0.1,
     ),
 }  # fmt: skip
 
 
 def open_release(path, device="cpu", dtype=torch.float32, codec="", codec_path="", tokenizer="", text_format="",
-                 speaker="", language=""):  # fmt: skip
+                 front_end="", speaker="", language=""):  # fmt: skip
     """The model of a published file or folder, in eval mode, its codec and tokenizer, what meta.json would say of it
     (see data.MODEL_META), and voices {name: (latents (L, D), timbre (E,))} that were published with it.
 
-    codec, codec_path, tokenizer (a file), text_format, speaker and language: in place of the authors'. Raises
-    FileNotFoundError, which says what to fetch, and ValueError for files that are damaged or do not belong together.
+    codec, codec_path, tokenizer (a file), text_format, front_end, speaker and language: in place of the authors'.
+    Raises FileNotFoundError, which says what to fetch, and ValueError for files that are damaged or do not match.
     """
     layout, tensors, given, file = find(path)
     release = RELEASES[layout.arch]
@@ -95,8 +95,9 @@ def open_release(path, device="cpu", dtype=torch.float32, codec="", codec_path="
     meta = {
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint(),
                   **codec.sizes(references=bool(release.speakers and codec.reference))},
-        "tokenizer": tokenizer.describe(), "text_format": text_format or usual, "lowercase": release.lowercase,
-        "language": language or release.language, "speakers": [speaker or release.speaker],
+        "tokenizer": tokenizer.describe(), "text_format": text_format or usual,
+        "front_end": front_end or ARCHS[layout.arch][0].front_end, "lowercase": False,
+        "languages": [language_name(language) or release.language], "speakers": [speaker or release.speaker],
         "splits": {"train": {"utterances": 0, "text_tokens": 1000, "frames": frames}},
     }  # fmt: skip
     model = assemble(layout, tensors, given, file, device, dtype, **outer_fields(layout.arch, facts(meta)))

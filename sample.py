@@ -44,16 +44,17 @@ import torch
 from tqdm import tqdm
 
 from codec import load_codec
-from data import MODEL_META
+from data import MODEL_META, completed
 from layouts import is_published
 from model import contract_check, sampler
 from parts import configurator, lora, peft
 from parts.audio import read_audio
 from parts.files import NUMBER, need, whole
+from parts.frontend import language_name, needs_language, read_text
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
-from parts.text import load_tokenizer, normalise, wording
+from parts.text import is_phonemic, load_tokenizer, wording
 from parts.voices import load_voice
 from parts.voices import save_voice as write_voice
 from released import made_up, open_release
@@ -89,7 +90,7 @@ dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; 
 adapter = ""  # another LoRA checkpoint, or folder of peft's, on the same base, to speak with instead of ckpt's
 
 SHARED = {
-    "prepare.py": ["codec", "codec_path", "tokenizer", "text_format"],
+    "prepare.py": ["codec", "codec_path", "tokenizer", "text_format", "front_end", "language"],
     "weights.py": ["base"],
     "train.py": ["reference_seconds"],
     "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop",
@@ -98,8 +99,9 @@ SHARED = {
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
-HOW = ("speaker", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
-PARTS = ("codec", "tokenizer", "text_format")  # keys that name what a checkpoint holds, and published weights do not
+HOW = ("speaker", "language", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
+# keys that name what a checkpoint holds, and published weights do not
+PARTS = ("codec", "tokenizer", "text_format", "front_end")
 
 
 class Voice:
@@ -128,7 +130,7 @@ class Voice:
         """Take over what belongs to a run of training: the voice's own, or that of an adapter."""
         self.own = tokenizer, meta, config, references, timbres, voices
         self.tokenizer = tokenizer
-        self.meta = meta
+        self.meta = completed(meta)
         self.references = references
         self.timbres = timbres
         self.voices = voices or {}
@@ -235,18 +237,30 @@ class Voice:
             raise ValueError(f"{path}, an adapter on {checkpoint['base']}: {reason(error)}") from None
         return name, vars(settings), own
 
-    def text_ids(self, text, speaker=""):
-        """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty or has characters
-        the tokenizer lacks, and for an unknown speaker."""
-        words = normalise(text, self.meta["lowercase"])
-        if not words:
+    def text_ids(self, text, speaker="", language=""):
+        """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty, has characters the
+        tokenizer lacks, or has letters where it reads phonemes, and for an unknown speaker or language."""
+        language = self.known_language(language)
+        words = read_text(text, self.meta["front_end"], language, self.meta["lowercase"])
+        if not words.strip():
             raise ValueError("the text is empty")
         speaker = self.known_speaker(speaker)
+        if self.tokenizer.phonemic and self.meta["front_end"] != "phonemes" and not is_phonemic(words):
+            raise ValueError(f"the tokenizer reads phonemes, and the text {words!r:.60} has letters: write it in "
+                             "phonemes, or prepare the data with --front_end=phonemes")  # fmt: skip
         if unknown := self.tokenizer.unknown(words):
             some = " ".join(sorted(unknown)[:12])
             raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
-        tagged = wording(self.meta["text_format"], speaker, words, self.meta.get("language", ""))
-        return np.array(self.tokenizer.encode(tagged))
+        return np.array(self.tokenizer.encode(wording(self.meta["text_format"], speaker, words, language)))
+
+    def known_language(self, language):
+        """A language of the training data as they spell it, the first one where it is empty. Raises ValueError for an
+        unknown one."""
+        known = {language_name(name): name for name in self.meta["languages"]}
+        if language and language_name(language) not in known:
+            choices = f"choose from {', '.join(known)}" if any(known) else "the training data name none"
+            raise ValueError(f"unknown language {language!r:.60}; {choices}")
+        return known[language_name(language)] if language else self.meta["languages"][0]
 
     def known_speaker(self, speaker):
         """The speaker of that name, the first one where it is empty. Raises ValueError for an unknown one."""
@@ -320,7 +334,7 @@ class Voice:
         latents = self.model.voice_latents(self.references[own])[0]
         return latents, self.timbres[own] if self.vocoder else None
 
-    def prompt(self, reference, reference_text, speaker=""):
+    def prompt(self, reference, reference_text, speaker="", language=""):
         """What `generate` takes beside the text.
 
         reference: path of a recording, a list of such, or what `listen` returned for them; reference_text: the
@@ -337,7 +351,7 @@ class Voice:
         if self.model.reference:
             latents, timbre = self.own_voice(speaker) if reference is None else reference
             return {"voice": latents, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
-        texts = [text for text in map(normalise, as_texts(reference_text)) if text]
+        texts = [text for text in as_texts(reference_text) if text.strip()]
         if reference is None and not texts:
             return {}
         if reference is None or self.model.transcript and not texts:
@@ -345,7 +359,7 @@ class Voice:
         if len(texts) != len(reference) and (texts or self.model.transcript):
             raise ValueError(f"reference_text has {len(texts)} transcripts for {len(reference)} recordings: give one "
                              "for each, with | between them")  # fmt: skip
-        ids = [self.text_ids(text, speaker) for text in texts] or [np.zeros(0, int)] * len(reference)
+        ids = [self.text_ids(text, speaker, language) for text in texts] or [np.zeros(0, int)] * len(reference)
         if self.model.fits_prompts:
             ids, codes = np.concatenate(ids), np.concatenate(reference)
             least, most = (max(1, round(x * self.codec.frame_rate)) for x in self.reference_seconds)
@@ -353,17 +367,20 @@ class Voice:
             return {"prompt": [(ids, fitted)]}
         return {"prompt": list(zip(ids, reference, strict=True))}
 
-    def utterance(self, text, speaker="", reference=None, reference_text=""):
-        """Ids (n,) of a text and what `prompt` returns, as `generate` takes them. Raises ValueError as both do.
+    def utterance(self, text, speaker="", reference=None, reference_text="", language=""):
+        """Ids (n,) of a text and what `prompt` returns, as `generate` takes them, and for a family that takes it the id
+        of the language. The text may be ids already. Raises ValueError as text_ids and prompt do.
 
         Where a prompt and the text are one segment, their words are one text to the tokenizer.
         """
-        ids = self.text_ids(text, speaker)
-        given = self.prompt(reference, reference_text, speaker)
+        ids = self.text_ids(text, speaker, language) if isinstance(text, str) else text
+        given = self.prompt(reference, reference_text, speaker, language)
+        if of_language := self.model.config.language_ids([self.known_language(language)]):
+            given["language"] = of_language[0]
         if "prompt" in given and self.model.config.prompt_style == "joined":
             said = " ".join(as_texts(reference_text))
-            both = self.text_ids(f"{said} {text}", speaker)
-            first = min(len(self.text_ids(said, speaker)), len(both) - 1)
+            both = self.text_ids(f"{said} {text}", speaker, language)
+            first = min(len(self.text_ids(said, speaker, language)), len(both) - 1)
             ids = both[first:]
             given = {"prompt": [(both[:first], np.concatenate([codes for _, codes in given["prompt"]]))]}
         return ids, given
@@ -389,8 +406,9 @@ class Voice:
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
     def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, speed=1.0, cap_seconds=0.0,
-               **draw):  # fmt: skip
-        """Speak a text: yields frames (K,) int64 as the model makes them, or states (D,) for a vocoder.
+               language="", **draw):  # fmt: skip
+        """Speak a text, or its ids (n,): yields frames (K,) int64 as the model makes them, or states (D,) for a
+        vocoder.
 
         reference and reference_text: of the voice to clone, see prompt. draw: the DRAWS, see model.sample_code; None
         takes the usual value. The random numbers depend on seed and text only. speed: of a vocoder. cap_seconds: see
@@ -398,7 +416,7 @@ class Voice:
         """
         check_settings(**draw, speed=speed, cap_seconds=cap_seconds)
         given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
-        ids, prompt = self.utterance(text, speaker, reference, reference_text)
+        ids, prompt = self.utterance(text, speaker, reference, reference_text, language)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
         training = self.model.training
@@ -667,9 +685,9 @@ def open_voice(cfg, path):
         return voice
     if not is_published(path):
         return Voice.from_checkpoint(path, *how, base=cfg.base)
-    # a recipe may say where codec and tokenizer are, but the text_format is that of its own model
-    given = {key: getattr(cfg, key) for key in PARTS if key in (cfg.flags if key == "text_format" else cfg.given)}
-    return Voice.from_published(path, *how, speaker=cfg.speaker, **given)
+    # a recipe may say where codec and tokenizer are, but how it reads texts is that of its own model
+    given = {key: getattr(cfg, key) for key in PARTS if key in (cfg.given if key in PARTS[:2] else cfg.flags)}
+    return Voice.from_published(path, *how, speaker=cfg.speaker, language=cfg.language, **given)
 
 
 def get_ready(cfg, path, lines, out_dir):
@@ -689,10 +707,10 @@ def get_ready(cfg, path, lines, out_dir):
             raise ValueError(f"reference_seconds = {cfg.reference_seconds!r:.60}: give the shortest and the longest")
         voice.reference_seconds = cfg.reference_seconds
     reference, texts = heard_voice(cfg, voice, partial(print, file=messages))
-    prompt = voice.prompt(reference, texts, cfg.speaker)
+    prompt = voice.prompt(reference, texts, cfg.speaker, cfg.language)
     for i, line in enumerate(lines, 1):
         try:
-            voice.need_room(*voice.utterance(line, cfg.speaker, reference, texts))
+            voice.need_room(*voice.utterance(line, cfg.speaker, reference, texts, cfg.language))
         except ValueError as error:
             raise ValueError(f"{cfg.file}: line {i}: {error}" if cfg.file else str(error)) from None
     if out_dir != "-" and lines:
@@ -829,6 +847,8 @@ def idle_keys(cfg, voice):
         idle["reference_text"] = "no reference is given"
     if not cfg.save_voice:
         idle["voice_note"] = "no voice is saved (save_voice)"
+    if not needs_language(voice.meta["front_end"], voice.meta["text_format"]) and c.language_ids([""]) is None:
+        idle["language"] = "the model reads all languages alike"
     nameless = voice.references is None and not voice.voices
     if "{speaker}" not in voice.meta["text_format"] and (cfg.reference or cfg.voice or nameless):
         idle["speaker"] = f"text_format = {voice.meta['text_format']!r} does not name one"

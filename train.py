@@ -311,6 +311,9 @@ class Run:
                 self.say(f"{part.folder}: {len(part)} utterances, each {weight:g} times an epoch")
         for line in schedule.timetable(cfg, self.epoch):
             self.say(line)
+        if (ids := self.batches.languages) and len(set(ids)) < len(ids):
+            self.say(f"the languages {', '.join(self.meta['languages'])} have the ids {', '.join(map(str, ids))}: the "
+                     "model does not tell all of them apart")  # fmt: skip
         if targets < FEWEST_TARGETS:
             longest = (self.batches.reference or [0])[-1]
             advice = "lower reference_seconds, or raise voice_prompt" if longest else "set drop_repeats=False"
@@ -436,7 +439,8 @@ class Run:
         for n in range(count):
             i = n * len(files) // count
             speaker = meta["speakers"][files.speaker(i)]
-            before, after = wording(meta["text_format"], speaker, "\0", meta.get("language", "")).split("\0")
+            language = meta["languages"][files.language(i)]
+            before, after = wording(meta["text_format"], speaker, "\0", language).split("\0")
             text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
             path = self.path(f"samples/{self.step:06d}_{n}.wav")
             original = self.path(f"samples/original_{n}.wav")
@@ -446,7 +450,8 @@ class Run:
                 codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
                 write_audio(original, voice.codec.decode(codes)[0].float().cpu(), voice.codec.sample_rate)
             try:
-                wav = voice.say(text, speaker=speaker, **{key: getattr(cfg, key) for key in (*DRAWS, "seed")})
+                how = {key: getattr(cfg, key) for key in (*DRAWS, "seed")}
+                wav = voice.say(files.text(i), speaker=speaker, language=language, **how)
             except (ValueError, RuntimeError) as e:  # torch raises RuntimeError for a diverged model's logits
                 self.say(f"{path}: {reason(e)}")
                 continue

@@ -10,6 +10,7 @@ from parts.files import whole
 NOT_WANTED = ("filtered out", "beyond the cap")  # reasons that come from the keys of a source
 BY_CHOICE = (*NOT_WANTED, "too long", "too short", "too much text")  # reasons that are no fault of an utterance
 LONG_SILENCE = 1.0  # seconds of silence at an end that the report mentions
+MOST_OF_A_SET = 0.8  # share of the utterances of a language that makes their script the usual one
 
 
 def judge(utterances, cfg, report_path):
@@ -50,10 +51,6 @@ def lost_speaker(utterances):
 def report(utterances):
     """The findings as a dict: what is used, and each utterance that is not, with its reason."""
     used = [u for u in utterances if not u.reason]
-    speakers = defaultdict(lambda: {"utterances": 0, "hours": 0.0})
-    for u in used:
-        speakers[u.speaker]["utterances"] += 1
-        speakers[u.speaker]["hours"] += u.seconds / 3600
     longest = max((u.seconds for u in used), default=1.0)
     widths = (m * 10.0**e for e in range(-2, 9) for m in (1, 2, 5))
     width = next(w for w in widths if longest / w <= 12)
@@ -62,13 +59,34 @@ def report(utterances):
         "utterances": len(utterances),
         "used": len(used),
         "hours": sum(u.seconds for u in used) / 3600,
-        "speakers": dict(sorted(speakers.items(), key=lambda s: (-s[1]["hours"], s[0]))),
+        "speakers": shares(used, "speaker"),
+        "languages": shares(used, "language"),
         "durations": [{"from": round(b * width, 2), "to": round((b + 1) * width, 2), "utterances": bins[b]}
                       for b in range(min(bins, default=0), max(bins, default=-1) + 1)],
         "reasons": dict(Counter(u.reason for u in utterances if u.reason).most_common()),
         "silent_ends": sum(u.silence > LONG_SILENCE for u in used),
+        "other_script": [{k: getattr(u, k) for k in ("id", "script", "text")} for u in strangers(used)],
         "not_used": [{k: getattr(u, k) for k in ("id", "source", "reason", "detail")} for u in utterances if u.reason],
     }  # fmt: skip
+
+
+def shares(used, what):
+    """{name: {"utterances", "hours"}} of the speakers or the languages, the one with the most hours first."""
+    found = defaultdict(lambda: {"utterances": 0, "hours": 0.0})
+    for u in used:
+        found[getattr(u, what)]["utterances"] += 1
+        found[getattr(u, what)]["hours"] += u.seconds / 3600
+    return dict(sorted(found.items(), key=lambda s: (-s[1]["hours"], s[0])))
+
+
+def strangers(used):
+    """The utterances in another script than most of their language, where they are few: perhaps transliterations."""
+    scripts = defaultdict(Counter)
+    for u in used:
+        scripts[u.language][u.script] += bool(u.script)
+    usual = {language: counts.most_common(1)[0] for language, counts in scripts.items()}
+    few = {language for language, (_, n) in usual.items() if n >= MOST_OF_A_SET * scripts[language].total()}
+    return [u for u in used if u.language in few and u.script not in ("", usual[u.language][0])]
 
 
 def show(findings):
@@ -85,6 +103,10 @@ def show(findings):
     if findings["silent_ends"]:
         some = f"{findings['silent_ends']:,} utterances have more than {LONG_SILENCE:g} s of silence at an end"
         lines.append(f"\n  {some}; --trim_silence=0.3 would leave 0.3 s")
+    if others := findings["other_script"]:
+        some = ", ".join(f"{x['id']} {x['text']!r:.30}" for x in others[:3])
+        lines.append(f"\n  {len(others):,} utterances are in another script than the rest "
+                     f"({', '.join(sorted({x['script'].lower() for x in others}))}), for example {some}")  # fmt: skip
     most = max(b["utterances"] for b in durations)
     lines += table("duration", "", [
         (f"{b['from']:g} to {b['to']:g} s", b["utterances"], f"  {'#' * math.ceil(40 * b['utterances'] / most)}")
@@ -95,6 +117,10 @@ def show(findings):
     ])  # fmt: skip
     if len(speakers) > 20:
         lines.append(f"  and {len(speakers) - 20:,} more")
+    if len(languages := findings["languages"]) > 1:
+        lines += table("language", "     hours", [
+            (name or "not named", n["utterances"], f"{n['hours']:10.2f}") for name, n in languages.items()
+        ])  # fmt: skip
     return "\n".join(lines)
 
 

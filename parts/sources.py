@@ -19,13 +19,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
+from parts.frontend import language_name
 from parts.tables import COLUMNS, EXTENSIONS, column_name, has_columns, read_rows
-from parts.text import normalise
+from parts.text import normalise, speakable
 
 METADATA = ["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.txt"]
 SHARDS = ["*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.jsonl", "*.jsonl.gz"]  # in a folder without metadata
 SOMEBODY = "speaker"  # who speaks where nothing says it
-KEYS = {"path", "speaker", "filter", "cap", "name"}  # of a source
+KEYS = {"path", "speaker", "language", "filter", "cap", "name"}  # of a source
+LANGUAGE_FILE = "lang.txt"  # in a folder with metadata: the language of its texts, as trainers of XTTS write it
 LONGEST = 1e9  # seconds, far beyond any recording
 
 
@@ -34,8 +36,10 @@ class Utterance:
     id: str
     source: str  # the file it is from
     audio: str  # as the source names it; the file's path once it is found
-    text: str
+    text: str  # as its source has it, until prepare.py has read it
     speaker: str
+    language: str = ""  # "": nobody says it
+    script: str = ""  # of most of its letters
     start: float = 0.0  # seconds
     end: float | None = None
     seconds: float = 0.0
@@ -52,14 +56,14 @@ class Utterance:
 # sources
 
 
-def read_sources(sources, lowercase=False):
+def read_sources(sources):
     """For each of the sources, one or a list, the list of its utterances, as `read_source` reads them.
 
     Ids stay unique: where an utterance of another file has the same id and is another recording, all ids of the later
     file get a prefix, the part of its path that tells it from the earlier files."""
     owners = {}  # id: (file, whether the file holds the recording)
     for source in sources if isinstance(sources, list) else [sources]:
-        found = read_source(source, lowercase)
+        found = read_source(source)
         for path, group in itertools.groupby(found, lambda u: u.source):
             utterances = list(group)
             path = os.path.realpath(path)
@@ -89,17 +93,18 @@ def own_part(path, others):
     return "/".join(paths[0][start:end] or paths[0][start - 1 : end] or paths[0][1:])
 
 
-def read_source(source, lowercase=False):
+def read_source(source):
     """One source -> its utterances in the order of its files. A row that does not pass the filter, or is beyond the
     cap, has that as its reason. Raises ValueError or FileNotFoundError, one line, for a wrong or unreadable source."""
-    path, speaker, tests, cap, prefix = check_source(source)
+    path, said, tests, cap, prefix = check_source(source)
     utterances = []
     passed = []
     for file in find_files(path):
         columns = {}
+        usual = folder_language(file)
         rows = tqdm(read_rows(file), "reading", unit=" utt", leave=False, disable=None)
         for n, (place, row, problem) in enumerate(rows):
-            u = read_row(row, n, place, problem, file, speaker, lowercase)
+            u = read_row(row, n, place, problem, file, said, usual)
             u.id = prefix + u.id
             utterances.append(u)
             columns |= dict.fromkeys(row)
@@ -118,23 +123,40 @@ def read_source(source, lowercase=False):
 
 
 def check_source(source):
-    """A source as (path, speaker, [(column, pattern)] of its filter, cap, prefix of its ids). Raises ValueError."""
+    """A source as (path, {"speaker", "language"} of all its rows, [(column, pattern)] of its filter, cap, prefix of its
+    ids). Raises ValueError."""
     source = source if isinstance(source, dict) else {"path": source}
     path, cap = source.get("path"), source.get("cap")
     wanted = source.get("filter", {})
-    speaker = source.get("speaker") or ""
+    said = {key: "" if source.get(key) is None else source[key] for key in ("speaker", "language")}
     if not isinstance(path, str) or set(source) - KEYS:
-        raise ValueError(f"source {source!r:.100}: has a path and may have speaker, filter, cap, name, nothing else")
+        raise ValueError(f"source {source!r:.100}: has a path and may have {', '.join(sorted(KEYS - {'path'}))}, "
+                         "nothing else")  # fmt: skip
     if not isinstance(wanted, dict) or not (cap is None or type(cap) is int and cap > 0):
         raise ValueError(f"source {source!r:.100}: filter is a dict {{column: regular expression}}, cap a number above "
                          "0")  # fmt: skip
-    if not isinstance(speaker, str | int):
-        raise ValueError(f"source {source!r:.100}: speaker is a text, not {speaker!r:.60}")
+    for key, value in said.items():
+        if not isinstance(value, str | int):
+            raise ValueError(f"source {source!r:.100}: {key} is a text, not {value!r:.60}")
+    said = {"speaker": normalise(str(said["speaker"])), "language": language_name(str(said["language"]))}
     try:
         tests = [(column_name(str(column)), re.compile(str(pattern))) for column, pattern in wanted.items()]
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"source {path}: its filter {wanted!r:.100} is no regular expression ({error})") from None
-    return path, normalise(str(speaker)), tests, cap, f"{source['name']}/" if source.get("name") else ""
+    return path, said, tests, cap, f"{source['name']}/" if source.get("name") else ""
+
+
+def folder_language(file):
+    """The language that lang.txt in the folder of a file names; "" without one. Raises ValueError where it holds
+    something else."""
+    path = os.path.join(os.path.dirname(file), LANGUAGE_FILE)
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as text:
+        name = language_name(text.read(100).decode("utf-8-sig", "replace"))
+    if not re.fullmatch(r"[a-z0-9-]{1,40}", name):
+        raise ValueError(f"{path}: names the language of the texts, as en or zh-cn, not {name!r:.60}")
+    return name
 
 
 def find_files(path):
@@ -169,9 +191,11 @@ def need_columns(columns, path):
 # rows
 
 
-def read_row(row, n, place, problem, path, speaker, lowercase):
-    """Row n {column: value} of the file `path` -> an utterance, with a reason where the row is at fault. speaker: who
-    speaks, whatever the row says; "": the row says it."""
+def read_row(row, n, place, problem, path, said, usual):
+    """Row n {column: value} of the file `path` -> an utterance, with a reason where the row is at fault.
+
+    said: {"speaker", "language"}, whatever the row says; "": the row says it. usual: the language of a row that does
+    not."""
     problems = [problem] if problem else []
 
     def read(function, otherwise, *args):
@@ -184,11 +208,12 @@ def read_row(row, n, place, problem, path, speaker, lowercase):
     held = read(content, b"", row)
     vector = read(read_vector, None, row)
     audio = read(as_text, "", row, "audio")
-    text = read(as_text, "", row, "text")
+    text = speakable(read(as_text, "", row, "text"))
     # Tables write a whole number as 1.0 where a field of its column is empty.
-    speaker = speaker or normalise(re.sub(r"^(\d+)\.0$", r"\1", read(as_text, "", row, "speaker"))) or SOMEBODY
+    speaker = said["speaker"] or normalise(re.sub(r"^(\d+)\.0$", r"\1", read(as_text, "", row, "speaker"))) or SOMEBODY
+    language = said["language"] or language_name(read(as_text, "", row, "language")) or usual
     name = utterance_id(audio, path) or (place if held is None else f"{os.path.basename(path).partition('.')[0]}/{n}")
-    u = Utterance(plain(name), path, plain(audio), normalise(text, lowercase), speaker, vector=vector)
+    u = Utterance(plain(name), path, plain(audio), text, speaker, language, vector=vector)
     if held is not None:  # its start and end say where the recording was cut out of another
         u.row = n
         if not isinstance(held, bytes):
@@ -200,7 +225,7 @@ def read_row(row, n, place, problem, path, speaker, lowercase):
     if problems:
         u.reason = "bad row"
         u.detail = plain(f"{place}: {problems[0]}")
-    elif not u.text:
+    elif not u.text.strip():
         u.reason = "empty text"
     return u
 
@@ -213,8 +238,8 @@ def field(row, column):
 
 
 def as_text(row, kind):
-    """The field of this kind of column, as text: NaN is empty, 1.0 is 1; of a recording its name. Raises ValueError
-    where it is not a text or a number."""
+    """The field of this kind of column, as text: NaN is empty, 1.0 is 1; of a recording its name. The texts keep spaces
+    and line breaks around them. Raises ValueError where it is not a text or a number."""
     for name in COLUMNS[kind]:
         value = row.get(name)
         if kind == "audio" and isinstance(value, dict):
@@ -223,8 +248,9 @@ def as_text(row, kind):
             value = None if not math.isfinite(value) else int(value) if value.is_integer() else value
         if isinstance(value, bool) or not isinstance(value, str | int | float | None):
             raise ValueError(f"{name} is of the type {type(value).__name__}, not text")
-        if text := "" if value is None else str(value).strip():
-            return text
+        text = "" if value is None else str(value)
+        if text.strip():
+            return text if kind == "text" else text.strip()
     return ""
 
 

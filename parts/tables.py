@@ -33,6 +33,7 @@ COLUMNS = {  # names of columns, the preferred first
     "text": ["normalised", "normalized", "normalised_text", "normalized_text", "normalized_transcription",
              "text", "sentence", "transcript", "transcription"],
     "speaker": ["speaker", "speaker_name", "speaker_id", "spk", "voice", "client_id"],
+    "language": ["language", "lang", "locale"],
     "start": ["start", "start_time", "begin", "offset"],
     "end": ["end", "end_time", "stop"],
     "duration": ["duration"],
@@ -333,7 +334,7 @@ def read_members(tar, members, name, path, whole):
         if kind == "json":
             fields = need_fields(parse(tar.extractfile(member).read(), where), where)
         elif kind == "txt":
-            content["text"] = parse(tar.extractfile(member).read(), where, bytes.decode, "UTF-8")
+            content["text"] = parse(tar.extractfile(member).read(), where, bytes.decode, "UTF-8").rstrip("\r\n")
         elif kind in EXTENSIONS:
             content["audio"] = {"path": member.name, "bytes": tar.extractfile(member).read() if whole else b""}
     return {**fields, **content}

@@ -10,21 +10,21 @@ import json
 import re
 import string
 import unicodedata
+from collections import Counter
 from functools import lru_cache
 
 import sentencepiece
 
 
 def speakable(text):
-    """Text without what no tokenizer takes: zero bytes, byte order marks, and halves of surrogate pairs that stand
-    alone, which are no characters."""
-    text = text.replace("\ufeff", "").replace("\0", "")
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+    """Text without what no tokenizer takes: zero bytes, and halves of surrogate pairs that stand alone, which are no
+    characters."""
+    return text.replace("\0", "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
 def normalise(text, lowercase=False):
     """Text in its normal form: `speakable`, Unicode NFC, single spaces, lower case on request."""
-    text = speakable(text)
+    text = speakable(text.replace("\ufeff", ""))  # else half a pair on each side of a mark would be lost
     return " ".join(unicodedata.normalize("NFC", text.lower() if lowercase else text).split())
 
 
@@ -65,6 +65,11 @@ def package(module, use, install=None):
         raise ValueError(f"{use} needs the package {install.split()[0]}: pip install {install}") from None
 
 
+def is_phonemic(text):
+    """Whether a text is written in the International Phonetic Alphabet: it has symbols that only phonemes have."""
+    return any("\u0250" <= c <= "\u02d1" for c in text)
+
+
 class Tokenizer:
     """What both kinds share. Each has a `kind`, the name of its `file` in a token folder, its bytes `model`, and
 
@@ -80,6 +85,12 @@ class Tokenizer:
         halves = {c for c in set(text) if "\ud800" <= c <= "\udfff"}
         ids = {c: self.encode(c) for c in set(text) - halves if not c.isspace()}
         return halves | {c for c in ids if (self.unk_id in ids[c] if self.unk_id >= 0 else not ids[c])}
+
+    @property
+    def phonemic(self):
+        """Whether it reads phonemes: one in eight of its pieces, or more, has a symbol that only they have."""
+        pieces = [piece for i in range(self.vocab_size) if (piece := self.piece(i)) and not piece.startswith("<0x")]
+        return 8 * sum(map(is_phonemic, pieces)) >= len(pieces)
 
     def fingerprint(self):
         return hashlib.sha256(self.model).hexdigest()
@@ -275,7 +286,8 @@ def train_tokenizer(texts, vocab_size, symbols=()):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=size, character_coverage=1.0,
             byte_fallback=True, user_defined_symbols=symbols, normalization_rule_name="identity",
-            add_dummy_prefix=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+            add_dummy_prefix=False, remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            num_threads=1, minloglevel=2,
         )  # fmt: skip
         return out.getvalue()
 
@@ -296,7 +308,7 @@ def extend_tokenizer(tokenizer, texts, size, symbols=()):
     """The bytes of a HuggingFace tokenizer with up to `size` further pieces, so that it knows all of `texts`.
 
     symbols: strings that become one token each, such as [am]. After them come the unknown characters of the texts, with
-    all letters of scripts that are new to the vocabulary, then the pieces of a BPE (Sennrich, Haddow and Birch 2016)
+    all characters of scripts that are new to the vocabulary, then the pieces of a BPE (Sennrich, Haddow and Birch 2016)
     trained on the runs of such characters in the texts. No new piece has a known character in it: all old ids stay, and
     a text that was known before, without a symbol in it, keeps its ids.
     Raises ValueError where the texts have nothing unknown, and where size is too small for symbols and characters.
@@ -344,14 +356,29 @@ def learn_merges(spec, texts, size, characters):
 
 def scripts(characters):
     """The scripts of the letters among characters, by the first word of their Unicode names: {"LATIN", "ETHIOPIC"}."""
-    return {unicodedata.name(c).split()[0] for c in characters
+    return {unicodedata.name(c, "?").split()[0] for c in characters
             if unicodedata.category(c) in ("Lu", "Ll", "Lo") and unicodedata.is_normalized("NFKC", c)}
 
 
+def script(text):
+    """The script of most letters of a text, as in `scripts`, "" without letters. Kana and Han are one."""
+    counts = Counter(map(script_of, text))
+    del counts[""]
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+@lru_cache(maxsize=10000)
+def script_of(character):
+    found = "".join(scripts(character))
+    return "CJK" if found in ("HIRAGANA", "KATAKANA") else found
+
+
 def alphabets(wanted, most=1000):
-    """All letters and marks of these scripts, without scripts that have more than `most`, such as Han and Hangul."""
+    """All characters of these scripts: letters, marks, digits, punctuation, symbols; without forms that only a font
+    knows, such as those of Arabic letters within a word, and without scripts of more than `most`, such as Han."""
     found = {script: set() for script in wanted}
-    for c in map(chr, range(0x10000)):
-        if unicodedata.category(c)[0] in "LM" and unicodedata.is_normalized("NFKC", c):
-            found.get(unicodedata.name(c).split()[0], set()).add(c)
+    for c in map(chr, range(0x20000)):
+        form = unicodedata.decomposition(c).startswith(("<isolated", "<initial", "<medial", "<final", "<font"))
+        if unicodedata.category(c)[0] in "LMNPS" and not form:
+            found.get(unicodedata.name(c, "?").split()[0], set()).add(c)
     return set().union(*(letters for letters in found.values() if len(letters) <= most))

@@ -262,8 +262,7 @@ def mixes_levels(model):
 
 def leaves_out_a_frame(model):
     whole = model._demask
-    model._demask = lambda text, prompt, most, choose, frames, rounds: whole(
-        text, prompt, most, choose, frames - 1, rounds)  # fmt: skip
+    model._demask = lambda lay, most, choose, frames, rounds: whole(lay, most, choose, frames - 1, rounds)
 
 
 CAUSAL = ("csm", "kani", "xtts", "valle-ar")

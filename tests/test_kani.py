@@ -25,7 +25,9 @@ from data import Batches, TokenFiles
 from export import export
 from model import AUDIO, IGNORE, PROMPT, TEXT, Kani, KaniConfig, contract_check
 from parts import budget, configurator, lora
+from parts.frontend import read_text
 from parts.metrics import read_metrics
+from parts.text import load_tokenizer, wording
 from sample import Voice
 
 LOSSES = ("all", "audio", "codebook")
@@ -38,6 +40,32 @@ def choices(*codes):
 
 
 greedy = models.sampler(temperature=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# against the authors' preparation of data
+
+
+ROWS = json.loads((ROOT / "tests/golden/kani_rows.json").read_text())
+
+
+@pytest.mark.parametrize("part, dataset", [(part, x) for part in ("finetune", "kani2") for x in ROWS[part]],
+                         ids=lambda x: x if isinstance(x, str) else x["name"])  # fmt: skip
+def test_rows_are_those_of_the_authors(part, dataset):
+    """Text as it is, with its spaces, accents and line breaks; a tag before it; no frame twice in a row."""
+    tokenizer = load_tokenizer("tokenizers", (ROOT / "tests/golden/kani_rows.tokenizer.json").read_bytes())
+    c = ROWS["constants" if part == "finetune" else "constants_published"]
+    marks = tokenizer.bos_id, tokenizer.eos_id
+    config = KaniConfig(c["text_vocab_size"], 4, 4032, LFM2_STACK, *marks, drop_repeats=True)
+    assert Kani.front_end == "none" and dataset["rows"]
+    for row in dataset["rows"]:
+        said, source = dataset["config"]["hf_datasets"][row["dataset"]], ROWS["sets"][row["set"]][row["row"]]
+        text = read_text(source[said["text_col_name"]], Kani.front_end)
+        if tag := said.get("speaker_id") or said.get("language_tag"):
+            text = wording("{speaker}: {text}", tag.lower(), text)
+        codes = np.array([source[said[f"nano_layer_{k}"]] for k in (1, 2, 3, 4)]).T
+        tokens, _ = config.layout(tokenizer.encode(text), codes)
+        assert tokens[:, 0].tolist() == row["input_ids"], (row["set"], row["row"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def config(**keys):
 
 
 def run(source, data_dir, **keys):
-    prepare.main(config(sources=str(source), data_dir=str(data_dir), **keys))
+    prepare.main(config(sources=str(source) if isinstance(source, Path) else source, data_dir=str(data_dir), **keys))
     return json.loads((data_dir / "report.json").read_text())
 
 
@@ -537,6 +537,86 @@ def test_text_is_composed_and_lowered(tmp_path):
     assert tokenizer.decode(TokenFiles(tmp_path / "t", "val").text(0)) == "café été"
 
 
+def test_text_as_it_is(tmp_path):
+    texts = ["  two  spaces ", "first line\nsecond line", "cafe\u0301 \u201cÉTÉ\u201d", "Three\r\n\tfour"]
+    for i in range(len(texts)):
+        soundfile.write(tmp_path / f"{i}.wav", clip(i), RATE)
+    write_csv(tmp_path / "metadata.csv", [(f"{i}.wav", text, "s") for i, text in enumerate(texts)])
+    run(tmp_path, tmp_path / "t", front_end="none", text_format="{text}", val_fraction=0.0)
+    files = TokenFiles(tmp_path / "t", "train")
+    assert files.meta["front_end"] == "none"
+    assert [files.tokenizer().decode(files.text(i)) for i in range(4)] == texts
+
+
+# -----------------------------------------------------------------------------
+# languages
+
+
+def make_languages(folder):
+    """Texts in two languages, which a column names, except where a source or a lang.txt does."""
+    for name in ("a", "b", "c"):
+        make_set(folder / name, 8, ("s",))
+    rows = [(f"wavs/u{i:02d}.wav", words(i), "de_DE" if i % 2 else "EN") for i in range(6)]
+    write_csv(folder / "a" / "metadata.csv", rows, ("audio", "text", "Locale"))
+    (folder / "b" / "lang.txt").write_text("am\n")
+    return [str(folder / "a"), str(folder / "b"), {"path": str(folder / "c"), "language": "zh-CN"}]
+
+
+def test_the_language_of_each_row(tmp_path):
+    sources = make_languages(tmp_path)
+    report = run(sources, tmp_path / "t", text_format="[{language}]{text}", val_fraction=0.0)
+    counts = {name: x["utterances"] for name, x in report["languages"].items()}
+    assert counts == {"am": 8, "zh-cn": 8, "en": 3, "de-de": 3}
+    files = TokenFiles(tmp_path / "t", "train")
+    meta = files.meta
+    assert sorted(meta["languages"][:2]) == ["am", "zh-cn"] and meta["languages"] == list(report["languages"])
+    for i in range(len(files)):
+        name = meta["languages"][files.language(i)]
+        assert files.tokenizer().decode(files.text(i)) == f"[{name}]{words(int(files.name(i)[-2:]))}"
+    tags = [files.tokenizer().encode(f"[{name}]") for name in meta["languages"]]
+    assert sorted(map(len, tags)) == [1] * 4  # each tag is a token of its own
+
+
+def test_a_language_that_nobody_names(tmp_path):
+    sources = make_languages(tmp_path)
+    rows = [(f"wavs/u{i:02d}.wav", words(i), "" if i else "en") for i in range(8)]
+    write_csv(tmp_path / "a" / "metadata.csv", rows, ("audio", "text", "lang"))
+    said = run(sources, tmp_path / "t", text_format="[{language}]{text}", max_bad=0.5, val_fraction=0.0)["not_used"]
+    assert {x["source"] for x in said} == {f"{tmp_path}/a/metadata.csv"} and len(said) == 7
+    assert {x["reason"] for x in said} == {"no language"}
+    run(sources, tmp_path / "u", text_format="[{language}]{text}", language="de", val_fraction=0.0)
+    files = TokenFiles(tmp_path / "u", "train")
+    assert [files.meta["languages"][files.language(i)] for i in range(8)] == ["en"] + ["de"] * 7
+    (tmp_path / "b" / "lang.txt").write_text("English, mostly")
+    with pytest.raises(ValueError, match="lang.txt: names the language of the texts, as en or zh-cn, not 'english, "):
+        run(sources, tmp_path / "v")
+
+
+def test_a_few_texts_in_another_script_are_pointed_out(tmp_path, capsys):
+    texts = ["ሰላም ነው", "ዓለም ነው, ok", "selam new", "ቋንቋ ሰላም"] + ["ሰላም ዓለም"] * 6
+    for i in range(len(texts)):
+        soundfile.write(tmp_path / f"{i}.wav", clip(i), RATE)
+    write_csv(tmp_path / "metadata.csv", [(f"{i}.wav", text, "s") for i, text in enumerate(texts)])
+    report = run(tmp_path, tmp_path / "t", val_fraction=0.0)
+    assert report["other_script"] == [{"id": "2", "script": "LATIN", "text": "selam new"}]
+    said = capsys.readouterr().out
+    assert "1 utterances are in another script than the rest (latin), for example 2 'selam new'" in said
+    rows = [(f"{i}.wav", text, "en" if i == 2 else "am") for i, text in enumerate(texts)]
+    write_csv(tmp_path / "metadata.csv", rows, ("audio", "text", "language"))
+    assert run(tmp_path, tmp_path / "t", val_fraction=0.0)["other_script"] == []
+
+
+def test_letters_are_no_phonemes(raw, tmp_path):
+    said = ["həlˈoʊ wˈɜːld", "ðə ɹˈɪvɚ ɹˈoʊz", "aɪ ɹˈiːd ðə ɹˈɛkɚd", "twˈɛlv ˈaʊɚz"]
+    tags = ["[ann]", "[bob]"]
+    (tmp_path / "ipa.model").write_bytes(train_tokenizer([f"[ann][bob]{text}" for text in said], 330, tags))
+    keys = dict(tokenizer=str(tmp_path / "ipa.model"), max_chars_per_second=99.0)
+    with pytest.raises(ValueError, match="ipa.model reads phonemes, and the texts are letters, such as 'zero zero zer"):
+        run(raw, tmp_path / "t", **keys)
+    write_csv(raw / "ipa.csv", [(f"wavs/u{i:02d}.wav", said[i % 4], "ann") for i in range(24)])
+    assert run(raw / "ipa.csv", tmp_path / "t", **keys)["used"] == 24
+
+
 # -----------------------------------------------------------------------------
 # accidents
 
@@ -682,7 +762,6 @@ BAD = {
     "two vocabularies": (["--tokenizer=prose.csv", "--vocab_size=9"], "vocab_size = 9 has no effect: tokenizer = "),
     "two ways to split": (["--heldout=prose.csv", "--val_fraction=0.3"], "val_fraction = 0.3 has no effect: heldout"),
     "key of train.py": (["--max_iters=9"], "--max_iters: max_iters is a key of train.py and has no effect here"),
-    "language for nothing": (["--language=en"], "has no {language}"),
     "no language": (["--text_format=[{language}]{text}"], "give the language"),
     "missing held-out list": (["--heldout=nowhere.txt"], "nowhere.txt"),
     "held-out list of others": (["--heldout=prose.csv"], "2 of its 2 ids belong to no utterance: 'Dear', 'you'"),

@@ -218,7 +218,7 @@ def test_a_text_format_is_checked(voice, monkeypatch):
     monkeypatch.setattr(voice, "meta", {**voice.meta, "text_format": "{speaker.__class__}{text}"})
     with pytest.raises(ValueError, match="text_format = "):
         voice.text_ids("one")
-    monkeypatch.setattr(voice, "meta", {**voice.meta, "text_format": "[{language}]{text}", "language": "slt"})
+    monkeypatch.setattr(voice, "meta", {**voice.meta, "text_format": "[{language}]{text}", "languages": ["slt"]})
     assert voice.tokenizer.decode(voice.text_ids("one")) == "[slt]one"
 
 

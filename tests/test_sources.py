@@ -73,7 +73,7 @@ def test_every_layout_reads_the_same(tmp_path, layout, newline, bom):
 def test_quoted_fields_with_commas_and_line_breaks(tmp_path):
     write_csv(tmp_path / "metadata.csv", [("a.wav", QUOTED, "x"), ("b.wav", "b", "y")])
     got = read_source(str(tmp_path))
-    assert [(u.id, u.text, u.speaker) for u in got] == [("a", '"Well," she said, and left.', "x"), ("b", "b", "y")]
+    assert [(u.id, u.text, u.speaker) for u in got] == [("a", '"Well," she said,\nand left.', "x"), ("b", "b", "y")]
 
 
 def quoted(rows, delimiter, opened, closed, ways=()):
@@ -170,7 +170,7 @@ def test_half_a_character(tmp_path):
         add(tar, "y\udcff.json", b'{"text": "a", "audio_tokens": [[1]], "audio_tokens_length": "\\ud83d"}')
     got = [u for name in ("m.jsonl", "m.tar") for u in read_source(str(tmp_path / name))]
     assert [(u.id, u.text, u.speaker) for u in got] == [
-        ("x\\ud83d", "one two \U0001f600", "a"), ("y\\udcff", "a", "speaker")]  # fmt: skip
+        ("x\\ud83d", "one  two \U0001f600", "a"), ("y\\udcff", "a", "speaker")]  # fmt: skip
     json.dumps([[u.id, u.audio, u.text, u.speaker, u.detail] for u in got], ensure_ascii=False).encode()
     assert all(0 <= prepare.fraction(u.id) < 1 for u in got)
 
