@@ -70,7 +70,8 @@ def planned_model(cfg, codec, meta, device, say=print):
         if codec:
             return starting_point(cfg, codec, meta, say)
         free = {key: getattr(cfg, key) for key in cfg.given if key in family_keys("free")}
-        return from_pretrained(cfg.init_from, base=cfg.base, **free), None
+        path = os.path.join(cfg.out_dir, "last.pt") if cfg.init_from == "resume" else cfg.init_from
+        return from_pretrained(path, base=cfg.base, **free), None
     if cfg.init_from != "scratch":
         say(f"{cfg.init_from} does not exist yet: supposing the sizes that the keys say")
     with torch.device(device):

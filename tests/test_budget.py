@@ -169,6 +169,8 @@ def test_the_sizes_are_those_of_the_weights_that_are_continued(dry, tokens, tmp_
     every, trained = re.search(r"in all +([\d,]+) +([\d,]+)", out).groups()
     assert int(trained.replace(",", "")) < n < int(every.replace(",", ""))
     assert ("a step takes" in out) == there
+    out = dry(tmp_path / "recipe.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/a", "--init_from=resume")
+    assert f"{n:,}" in out
     out = dry(tmp_path / "recipe.py", f"--data_dir={data_dir}", "--init_from=nowhere.pt")
     assert "nowhere.pt does not exist yet: supposing the sizes that the keys say" in out
 

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -658,7 +659,7 @@ def test_the_released_model_learns_new_words(tmp_path, capsys):
     torch.save({"anna": {"gpt_cond_latent": torch.zeros(1, 32, 32)}}, folder / "speakers_xtts.pth")
     torch.save({"decoder.0.weight": torch.zeros(2)}, folder / "dvae.pth")
     data = write_tokens(tmp_path / "tokens", K=1, V=32, n_mels=80, references=True)
-    usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
+    usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *weights.family_keys()}]
     flags = [f"--init_from={folder}", "--text_loss_weight=0.5"]
     with pytest.raises(ValueError, match="--n_latents: n_latents = 7, but .*xtts-v2 was trained with"):
         run(data, tmp_path / "out", "--max_iters=2", *flags, "--n_latents=7", usual=usual)
@@ -684,7 +685,7 @@ def test_an_adapter_brings_the_new_words(tmp_path):
     torch.save(torch.ones(80), folder / "mel_stats.pth")
     data = write_tokens(tmp_path / "tokens", K=1, V=32, n_mels=80, references=True)
     ids = TokenFiles(data, "train").meta["tokenizer"]["vocab_size"]
-    usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
+    usual = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *weights.family_keys()}]
     flags = [f"--init_from={folder}", "--lora_rank=2", "--weight_decay=0.5", "--learning_rate=0.01",
              "--text_loss_weight=0.5", "--sparse_embeddings=True", "--lora_targets=c_attn"]  # fmt: skip
     whole, lines = run(data, tmp_path / "whole", "--max_iters=8", *flags, usual=usual)
@@ -772,6 +773,22 @@ def spoken(tmp_path_factory):
         "--max_iters=2", "--eval_interval=1", "--eval_samples=1", "--reference_seconds=[0.2,0.5]", "--device=cpu",
         "--max_tokens=200", "--warmup_iters=0", "--learning_rate=1e-5")  # fmt: skip
     return place
+
+
+def test_a_replay_of_old_voices_beside_the_new(spoken, tmp_path):
+    """Two folders with references and timbres, of which one has another speaker beside a shared one."""
+    shutil.copytree(spoken / "tokens", tmp_path / "old")
+    meta = json.loads((tmp_path / "old/meta.json").read_text())
+    names = meta["speakers"]
+    (tmp_path / "old/meta.json").write_text(json.dumps({**meta, "speakers": [names[1], "cid"]}))
+    cli(train, "--arch=xtts", f"--init_from={spoken}/xtts-v2", f"--data_dir={spoken}/tokens:2,{tmp_path}/old",
+        f"--out_dir={tmp_path}/out", "--max_iters=2", "--eval_samples=1", "--reference_seconds=[0.2,0.5]",
+        "--device=cpu", "--max_tokens=200", "--warmup_iters=0", "--voice_prompt=0.5")  # fmt: skip
+    voice = Voice.from_checkpoint(tmp_path / "out/best.pt", "cpu")
+    assert voice.meta["speakers"] == [*names, "cid"]
+    own = np.load(spoken / "tokens/timbres.npy")
+    np.testing.assert_allclose(voice.timbres, [*own, own[1]], atol=1e-3)
+    assert voice.say("one", speaker="cid", cap_seconds=1).isfinite().all()
 
 
 def test_a_fine_tuned_codec_goes_from_the_recordings_to_speech(spoken, tmp_path, capsys):
@@ -955,7 +972,7 @@ def test_other_sizes_are_refused_when_it_goes_on(tokens, tmp_path, capsys):
             with pytest.raises(ValueError, match=f"--{key}: {key} = 7, but .*.pt was trained with"):
                 out = tmp_path / ("a" if start == "resume" else "b")
                 run(tokens, out, "--max_iters=3", f"--init_from={start}", f"--{key}=7")
-    given = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *train.family_keys()}]
+    given = [flag for flag in SMALL if flag.split("=")[0][2:] not in {"backbone", *weights.family_keys()}]
     given += ["--reference_seconds=[0.2,0.4]", f"--data_dir={tokens}", f"--out_dir={tmp_path}/a"]
     checkpoint = load_checkpoint(tmp_path / "a/last.pt")
     checkpoint["config"]["n_latents"] = 99  # as older versions recorded what was asked for
