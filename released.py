@@ -10,6 +10,7 @@ Letters in shapes: L latents, D width, E size of a timbre.
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,6 +85,8 @@ def open_release(path, device="cpu", dtype=torch.float32, codec="", codec_path="
     if tokenizer.vocab_size > sizes["text_vocab_size"]:
         raise ValueError(f"{file} knows {sizes['text_vocab_size']} text ids, the tokenizer {tokenizer.vocab_size}: "
                          "name that of these weights by --tokenizer")  # fmt: skip
+    if language and not text_format and "[{language}]" in release.text_format:
+        need_tag(f"[{language_name(language)}]", tokenizer, file)
     K, V = (sizes.get(key, 1) for key in ("n_codebooks", "codebook_size"))
     inside = any(key.startswith("codec_model.") for key in tensors)
     codec = find_codec(codec or release.codec(K, V), codec_path, file, inside)
@@ -114,6 +117,14 @@ def find_tokenizer(path, file, release):
         raise FileNotFoundError(f"{file}: no {release.tokenizer} beside it: {release.origin}; put it there, or name it "
                                 "by --tokenizer")  # fmt: skip
     return open_tokenizer(path or beside)
+
+
+def need_tag(tag, tokenizer, file):
+    """Raise ValueError where the tag of a language, such as [en], is not one token."""
+    if len(tokenizer.encode(tag)) != 1:
+        pieces = [tokenizer.piece(i) or "" for i in range(tokenizer.vocab_size)]
+        known = [piece for piece in pieces if re.fullmatch(r"\[[a-z]{2}(-[a-z]{2})?\]", piece)]
+        raise ValueError(f"{file} does not know the language {tag}; choose from {', '.join(sorted(known))}")
 
 
 def find_codec(name, path, file, inside):

@@ -337,6 +337,10 @@ def test_an_xtts_asks_for_a_voice(xtts, recording, tmp_path):
     tokenizer = Voice.from_published(folder, "cpu").tokenizer
     ids = Voice.from_published(folder, "cpu").text_ids("One")
     assert ids.tolist() == tokenizer.encode("[en]one")
+    ids = Voice.from_published(folder, "cpu", language="de").text_ids("One")
+    assert ids.tolist() == tokenizer.encode("[de]one")
+    said = refused(tmp_path / "out", *flags, f"--reference={recording}", "--language=tlh")
+    assert said.endswith("model.pth does not know the language [tlh]; choose from [de], [en]")
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
     for content, message in (
