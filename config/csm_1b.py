@@ -15,6 +15,7 @@ codec = "mimi"  # 32 codebooks of 2,048 at 12.5 frames/s
 tokenizer = "weights/csm-1b/tokenizer.json"  # Llama 3.2's
 vocab_size = 128256  # its size; only a dry run without data needs it here
 text_format = "[{speaker}]{text}"  # Sesame: speakers are numbers in brackets; a new voice may have any name
+front_end = "none"  # Sesame: texts as they are written
 
 # train.py
 init_from = "weights/csm-1b"

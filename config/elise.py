@@ -16,6 +16,7 @@ codec = "mimi"  # 32 codebooks of 2,048 at 12.5 frames/s
 tokenizer = "weights/marvis-tts-250m-v0.1/tokenizer.json"  # SmolLM2's
 vocab_size = 49152  # its size; only a dry run without data needs it here
 text_format = "[0]{text}"  # Marvis: speaker 0 before the text, without a space
+front_end = "none"  # Marvis: texts as they are written
 val_fraction = 0.02
 
 # train.py

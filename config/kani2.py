@@ -18,6 +18,7 @@ codec = "nanocodec"  # 4 codebooks of 4,032 at 12.5 frames/s
 tokenizer = "weights/kani-tts-2-pt/tokenizer.json"  # LFM2's
 vocab_size = 64400  # its size; only a dry run without data needs it here
 text_format = "{language}: {text}"  # dataset_processor.py: language_tag, in lower case; without tags "{text}"
+front_end = "none"  # dataset_processor.py: texts as they are written
 language = "en"
 max_seconds = 40.0  # configs: max_duration_sec
 

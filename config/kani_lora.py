@@ -17,6 +17,7 @@ codec = "nanocodec"  # 4 codebooks of 4,032 at 12.5 frames/s
 tokenizer = "weights/kani-tts-450m-0.2-pt/tokenizer.json"  # LFM2's
 vocab_size = 64400  # its size; only a dry run without data needs it here
 text_format = "{speaker}: {text}"  # README: for several speakers; "{text}" is enough for one
+front_end = "none"  # dataset_processor.py: texts as they are written
 max_seconds = 12.0  # README: max_duration_sec
 
 # train.py

@@ -4,16 +4,20 @@
     torchrun --nproc_per_node=4 train.py config/valle_small.py
     python sample.py config/valle_small.py --text "..." --reference me.wav --reference_text "what I say in it"
 
-What is not said otherwise is the author's: docs/models_v2.md and data/config.yaml of e-c-k-e-r/vall-e. He reads
-phonemes (a vocabulary of 256) where this reads letters. `--init_from=weights/vall-e/models/ckpt/NAME` goes on from his
-weights; data then have to be phonemes in his tokenizer.json, and stretched_text does not count, as these were trained
-without.
+What is not said otherwise is the author's: docs/models_v2.md and data/config.yaml of e-c-k-e-r/vall-e. The model reads
+phonemes: `pip install phonemizer==3.3.0` and espeak-ng make them, data/tokenizer.json of the author's repository reads
+them. `--init_from=weights/vall-e/models/ckpt/NAME` goes on from his weights; stretched_text does not count then, as
+these were trained without.
 """
 
 # prepare.py
 data_dir = "data/valle/tokens"
 codec = "audiocodec44k"  # 8 codebooks of 1,000 (FSQ), 86 frames a second
-vocab_size = 512  # ours
+tokenizer = "weights/vall-e/tokenizer.json"  # data/tokenizer.json of his repository
+vocab_size = 256  # its size; only a dry run without data needs it here
+text_format = "{text}"  # the voice comes from the prompt
+front_end = "phonemes"
+language = "en"  # of rows that name none
 min_seconds = 2.0  # his first stage: utterances of 2 to 8 seconds, then up to 12
 max_seconds = 8.0
 

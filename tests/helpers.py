@@ -31,10 +31,12 @@ GPT2_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **GPT2)
 VALLE_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, max_positions=256, **VALLE)
 
 
-def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n_mels=20, references=False):
+def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n_mels=20, references=False,
+                 languages=("",)):  # fmt: skip
     """A token folder of two voices: each word is four frames that follow from it; the codec is fitted on noise.
 
-    references: also write features of recordings, which tell the voice.
+    references: also write features of recordings, which tell the voice. languages: each other pair of utterances is in
+    the second one, in which a word sounds like another one.
     """
     rng = np.random.default_rng(0)
     tokenizer = SentencePiece(train_tokenizer(["[a][b]" + " ".join(words)], 300, ["[a]", "[b]"]))
@@ -44,18 +46,21 @@ def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n
     with TokenWriter(folder, references="recording" if references else "") as w:
         for i in range(n_train + n_val):
             spoken = rng.integers(0, len(words), rng.integers(1, 4))
-            codes = (4 if K == 1 else 3) * np.repeat(spoken, 4)[:, None] + np.arange(K)
+            language = i // 2 % len(languages)
+            sounds = (spoken + language) % len(words)
+            codes = (4 if K == 1 else 3) * np.repeat(sounds, 4)[:, None] + np.arange(K)
             codes = (codes + np.arange(4 * len(spoken))[:, None] % 4) % V
             text = f"[{'ab'[i % 2]}]" + " ".join(words[j] for j in spoken)
             heard = None
             if references:
                 heard = rng.standard_normal((len(codes) * sizes["reference"]["rows_per_frame"], n_mels)) + i % 2
-            w.add("train" if i < n_train else "val", f"u{i}", tokenizer.encode(text), codes, i % 2, heard)
+            w.add("train" if i < n_train else "val", f"u{i}", tokenizer.encode(text), codes, i % 2, heard, language)
         w.file("tokenizer.model", tokenizer.model)
         codec.save(w.partial)
         described = {"name": codec.name, "fingerprint": codec.fingerprint(), **sizes}
         w.finish({"codec": described, "tokenizer": tokenizer.describe(),
-                  "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"]})  # fmt: skip
+                  "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"],
+                  "languages": list(languages)})  # fmt: skip
     return str(folder)
 
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, VALLE_STACK, batch_of, command, exact, gradients, same, spoken_by, utterance
+from helpers import ROOT, VALLE_STACK, batch_of, command, exact, gradients, same, spoken_by, utterance, write_tokens
 from helpers import tiny_valle as tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -841,6 +841,25 @@ def run(data_dir, out_dir, *flags):
     flags = [*RUN, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
     train.main(configurator.configure(train.__file__, flags))
     return weights.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
+
+
+def test_one_model_speaks_two_languages(tmp_path):
+    """In the second one each word sounds as the next word of the first one does."""
+    tokens = write_tokens(tmp_path / "t", n_train=120, languages=("de", "en-gb"))
+    flags = ["--mode=ar", "--max_iters=120", "--eval_interval=60", "--frame_dropout=0.5", "--muon=True"]
+    checkpoint, _ = run(tokens, tmp_path / "out", *flags)
+    c = checkpoint["model_config"]
+    assert (c["languages"], c["language_names"]) == (2, ["de", "en-gb"])
+    voice = Voice.from_checkpoint(f"{tmp_path}/out/last.pt")
+    assert voice.model.config.language_ids(["en-gb", "de", "fr", ""]) == [1, 0, 0, 0]
+    rows = [voice.model.layout(np.arange(3), language=i)[0][:, -1].tolist() for i in (0, 1)]
+    first_id = c["text_vocab_size"] + 2
+    assert [(a, b) for a, b in zip(*rows, strict=True) if a != b] == [(first_id, first_id + 1)]
+    for language, sound in (("de", 2), ("EN_GB", 3), ("", 2)):  # without one the first speaks
+        codes = torch.stack(list(voice.frames("two", language=language, temperature=0, cap_seconds=1)))
+        assert codes[:4].tolist() == (3 * sound + np.arange(3) + np.arange(4)[:, None]).tolist()
+    with pytest.raises(ValueError, match="unknown language 'fr'; choose from de, en-gb"):
+        voice.text_ids("one", language="fr")
 
 
 EVERYTHING = ["--random_level=True", "--voice_prompt=0.5", "--muon=True", "--dropout=0.1", "--sparse_embeddings=True",
