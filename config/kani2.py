@@ -4,8 +4,8 @@
     python train.py config/kani2.py
     python sample.py config/kani2.py --text "..." --reference me.npy   # or --speaker, one of the training data
 
-A speaker's vector comes from the column speaker_emb or from the folder speaker_vectors; without any the model trains and
-speaks without. The authors make them with the encoder nineninesix/speaker-emb-tbr, which is not here: its package
+A speaker's vector comes from the column speaker_emb or from the folder speaker_vectors; without any the model trains
+and speaks without. The authors make them with the encoder nineninesix/speaker-emb-tbr, which is not here: its package
 kani-tts-2 saves them by torch.save. The weights and the tokenizer come from nineninesix/kani-tts-2-pt, the codec from
 nvidia/nemo-nano-codec-22khz-0.6kbps-12.5fps. Numbers marked "configs" stand in configs/ of the authors' repository
 kani-tts-2-pretrain, those marked "README" in the README of their KaniTTS-Finetune-pipeline. From LFM2 they train with
