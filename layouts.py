@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, KaniConfig, PerceiverBlock, facts
 from parts import lora
 from parts.affine import GROUP, dequantise
+from parts.files import need
 from parts.tensors import (
     UNBUILT,
     fault,
@@ -273,9 +274,9 @@ def recognise(path, device="cpu"):
 
 def dequantised(tensors, given, path):
     """The tensors with those that mlx has quantised as floating-point numbers, under the names of the unquantised."""
-    stems = [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]
     settings = given.get("quantization") or given.get("quantization_config") or {}
-    for stem in stems:
+    need(settings, {"group_size?": lambda x: type(x) is int and x > 0}, f"{path}: quantization in its config.json")
+    for stem in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
         try:
             own = settings.get(f"model.{stem}", settings)  # a layer may have settings of its own
             parts = [tensors.pop(f"{stem}.{part}") for part in ("weight", "scales", "biases")]

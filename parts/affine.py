@@ -37,9 +37,11 @@ def dequantise(packed, scales, biases, group=GROUP):
     """
     columns = scales.shape[1] * group
     bits, rest = divmod(packed.shape[1] * 32, columns)
-    if rest or bits not in BITS or scales.shape != biases.shape or len(packed) != len(scales):
+    rows = len(packed) == len(scales) and scales.shape == biases.shape
+    if packed.dtype != torch.uint32 or rest or bits not in BITS or not rows:
         shapes = ", ".join(str(tuple(x.shape)) for x in (packed, scales, biases))
-        raise ValueError(f"no weight in groups of {group} has words, scales and biases of shapes {shapes}")
+        raise ValueError(f"no weight in groups of {group} has words ({packed.dtype}), scales and biases of shapes "
+                         f"{shapes}")  # fmt: skip
     q = unpack(packed, bits).unflatten(1, (-1, group)).float()
     return (q * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
 

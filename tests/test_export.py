@@ -4,6 +4,7 @@ The names and shapes that are expected stand here, not in the tables of layouts.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -217,6 +218,32 @@ def test_mlx_reads_it(bits, tmp_path):
         ours = from_pretrained(tmp_path)
         expected = ours.text_embedding.weight[:19] if name == "text_embeddings" else ours.codebook0_head.T
         assert np.allclose(np.array(layer(x)), expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part, change, message", [
+    ("biases", lambda x: None, "lacks text_embeddings.biases: only affine quantisation is known"),
+    ("scales", lambda x: None, "text_embeddings.weight is torch.uint32: take weights that are not quantised"),
+    ("weight", lambda x: x.view(torch.float32), r"no weight in groups of 64 has words \(torch.float32\)"),
+    ("scales", lambda x: x * math.nan, "text_embeddings.weight holds NaN or infinity"),
+    ("", "affine", "quantization in its config.json is damaged: it holds 'affine', not an object"),
+    ("", {"group_size": 0}, "quantization in its config.json is damaged: group_size is 0"),
+    ("", {"group_size": 32}, "codebook0_head.weight .* does not give codebook0_head"),
+])  # fmt: skip
+def test_few_bits_that_are_damaged(part, change, message, tmp_path):
+    export(wide(), tmp_path, "mlx-4bit")
+    tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    if part:
+        key = f"model.text_embeddings.{part}"
+        tensors[key] = change(tensors[key])
+        tensors = {key: x for key, x in tensors.items() if x is not None}
+    else:
+        config["quantization"] = change
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        write_safetensors(file, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["own", "llama"])

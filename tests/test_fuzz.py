@@ -46,7 +46,7 @@ from fuzz import (
     unless_same,
     without,
 )
-from helpers import write_tokens
+from helpers import tiny, write_tokens
 
 import codec as codecs
 import data
@@ -859,6 +859,10 @@ def publications(yard):
         export(weights.load_model(checkpoint), folder)
         given = json.loads((folder / "config.json").read_text())
         found[f"{family} exported"] = load_file(folder / "model.safetensors"), given, False
+    folder = yard.folder / "hub" / "few"
+    export(tiny(backbone=dict(d_model=64, d_ff=128)), folder, "mlx-4bit")
+    given = json.loads((folder / "config.json").read_text())
+    found["csm in 4 bits"] = load_file(folder / "model.safetensors"), given, False
     args = {"gpt_n_heads": 2, "gpt_start_text_token": 37, "gpt_stop_text_token": None}
     found["xtts"] = {f"gpt.{key}": x for key, x in golden("xtts_gpt").items()}, {"model_args": args}, False
     facts = json.loads((GOLDEN / "valle2.json").read_text())["config"]
