@@ -29,6 +29,7 @@ from layouts import CSM_MLX, CSM_ORIGINAL, CSM_TRANSFORMERS, VALLE_V2, XTTS_V2, 
 from model import CSM, CSMConfig, Kani, KaniConfig
 from parts import configurator
 from parts.affine import dequantise, quantise
+from parts.files import whole
 from parts.tensors import read_metadata, write_safetensors
 from parts.text import HuggingFace, SentencePiece, train_tokenizer
 from weights import from_pretrained, save_checkpoint, source_of
@@ -238,7 +239,7 @@ def test_few_bits_that_are_damaged(part, change, message, tmp_path):
         tensors = {key: x for key, x in tensors.items() if x is not None}
     else:
         config["quantization"] = change
-    with open(tmp_path / "model.safetensors", "wb") as file:
+    with whole(tmp_path / "model.safetensors") as file:  # the tensors are mapped from the old one
         write_safetensors(file, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as error:
