@@ -52,14 +52,18 @@ from parts.workers import map_chunks, put_back, start_pool
 
 # input and output
 # A source is a metadata file, a table or tar shard that holds recordings or codes, a pattern such as "x/*.tar", a
-# folder of these, or a dict, in which all but the path may be left out:
+# folder of these or of files for each clip (.json, .txt, .enc), or a dict, in which all but the path may be left out:
 # {"path": "x/metadata.csv", "speaker": "anna", "language": "en", "filter": {"accent": "us|england"}, "cap": 1000,
-#  "name": "x"}
+#  "name": "x", "columns": {"text": "script"}, "split": "train", "heldout": True, "text_format": "{text}"}
 # - speaker: who speaks in all of it; without it the speaker column says so, or all is one voice named "speaker".
 # - language: of all of it; without it the language column says so, or a file lang.txt beside it, or the key language.
 # - filter: {column: regular expression}; keeps the rows where each expression matches the whole field.
 # - cap: keep at most so many utterances.
 # - name: put before the ids.
+# - columns: {our name of a column: its name in the files}, such as {"text": "script", "nano_layer_1": "l1"}.
+# - split: read only files of this split, as data/train-00000-of-00001.parquet, validation.jsonl or train/x.json.
+# - heldout: all of it is held out, as all of a metadata_eval.csv beside a metadata_train.csv is.
+# - text_format: in place of the key of that name, for a source whose texts are to be without a speaker's tag.
 sources: str | dict | list = "data/digits"  # one source or a list of them
 overwrite = True  # replace an existing token folder when the new one is complete
 # codec
@@ -111,10 +115,12 @@ QUIET = 40.0  # dB below the loudest 20 ms; what is quieter at an end is silence
 
 
 def read_heldout(path, utterances):
-    """The ids listed in the file `path`, written as in the sources or as in reports; None without a path. Raises
-    ValueError where one of them belongs to no utterance, so that it is not trained on by mistake."""
+    """The ids of the utterances whose source is held out, and those listed in the file `path`, written as in the
+    sources or as in reports; None where nothing says what to hold out. Raises ValueError where a listed id belongs to
+    no utterance, so that it is not trained on by mistake."""
+    marked = {u.id for u in utterances if u.heldout}
     if not path:
-        return None
+        return marked or None
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = list(dict.fromkeys(name for line in file if (name := line.strip())))
@@ -131,7 +137,7 @@ def read_heldout(path, utterances):
         more = " and others" if len(unknown) > 3 else ""
         raise ValueError(f"heldout = {path}: {len(unknown)} of its {len(names)} ids belong to no utterance: "
                          f"{some}{more}; an id is {utterances[0].id!r:.60}, for example")  # fmt: skip
-    return set(found.values())
+    return marked.union(found.values())
 
 
 def divide(utterances, cfg, listed):
@@ -230,7 +236,7 @@ def diagnose(utterances, cfg, pool, codec, given, listed, report_path):
 def look_over(utterances, cfg, pool, tokenizer, codec):
     """The checks that need no listening. They set the path of each recording. tokenizer: None if it comes later."""
     check_each(utterances, check_id, set())
-    how = (cfg.front_end, cfg.lowercase, needs_language(cfg.front_end, cfg.text_format))
+    how = (cfg.front_end, cfg.lowercase)
     check_in_pool(utterances, lambda u: True, "reading texts", pool, read_aright, *how, chunk=256)
     if tokenizer:
         proofread(utterances, cfg, tokenizer)
@@ -279,10 +285,10 @@ def check_id(u, seen):
         raise Unfit("bad row", f"its id {u.id!r:.60} cannot be written to a line of a text file")
 
 
-def read_aright(u, front_end, lowercase, of_a_language):
+def read_aright(u, front_end, lowercase):
     """Put the text of an utterance through the front end, and note its script. Raises Unfit where nothing is left, or
     where the language is needed and not known; ValueError where a package is missing."""
-    if of_a_language and not u.language:
+    if not u.language and needs_language(front_end, u.text_format):
         raise Unfit("no language", "give the language: --language=en, a column of the table, or a key of the source")
     written = u.text
     u.script = script(written)
@@ -410,10 +416,10 @@ def proofread(utterances, cfg, tokenizer):
 def check_text(u, cfg, tokenizer, strange):
     """Raise Unfit for a text with characters that the tokenizer does not know (`strange` are those of all texts), with
     a token that would end it early, or with too many tokens."""
-    ids = tokenizer.encode(tagged(u, cfg))
+    ids = tokenizer.encode(tagged(u))
     unknown = strange.intersection(u.text)
     if unknown or tokenizer.unk_id in ids:  # the second where it does not know the tag of a speaker
-        raise Unfit("unknown characters", " ".join(sorted(unknown or tokenizer.unknown(tagged(u, cfg)))))
+        raise Unfit("unknown characters", " ".join(sorted(unknown or tokenizer.unknown(tagged(u)))))
     if ends := {tokenizer.bos_id, tokenizer.eos_id}.intersection(ids):
         raise Unfit("begin or end in text", tokenizer.decode(sorted(ends)))
     if 0 < cfg.max_text_tokens < len(ids):
@@ -424,9 +430,9 @@ def check_text(u, cfg, tokenizer, strange):
 # text
 
 
-def tagged(u, cfg):
+def tagged(u):
     """The text of an utterance as the model reads it, with its speaker's tag."""
-    return wording(cfg.text_format, u.speaker, u.text, u.language)
+    return wording(u.text_format, u.speaker, u.text, u.language)
 
 
 def read_tokenizer(cfg):
@@ -437,10 +443,10 @@ def read_tokenizer(cfg):
     return tokenizer
 
 
-def find_tags(cfg, utterances):
+def find_tags(utterances):
     """What text_format puts around the texts, such as the tag of each speaker."""
-    kinds = {(u.speaker, u.language) for u in utterances}
-    around = {wording(cfg.text_format, speaker, "\0", language) for speaker, language in kinds}
+    kinds = {(u.text_format, u.speaker, u.language) for u in utterances}
+    around = {wording(text_format, speaker, "\0", language) for text_format, speaker, language in kinds}
     return sorted({part.strip() for both in around for part in both.split("\0")} - {""})
 
 
@@ -448,7 +454,7 @@ def need_pieces(cfg, train, given):
     """Raise ValueError, before hours of listening, for a vocabulary that is too small for the texts, or that cannot be
     extended by them."""
     characters = set().union(*(u.text for u in train))
-    least = 259 + len(find_tags(cfg, train)) + len(characters)  # 256 bytes, <unk>, <s>, </s>
+    least = 259 + len(find_tags(train)) + len(characters)  # 256 bytes, <unk>, <s>, </s>
     if given is None and cfg.vocab_size < least:
         raise ValueError(f"vocab_size = {cfg.vocab_size} is too small: bytes, characters and speaker tags alone need "
                          f"{least}")  # fmt: skip
@@ -459,9 +465,9 @@ def need_pieces(cfg, train, given):
 def make_tokenizer(cfg, train, given=None):
     """A tokenizer trained on the texts of the training split, or the one given, extended by them. What text_format puts
     around a text, such as the tag of a speaker, is one token."""
-    tags = find_tags(cfg, train)
+    tags = find_tags(train)
     if given is None:
-        model = train_tokenizer([tagged(u, cfg) for u in train], cfg.vocab_size, tags)
+        model = train_tokenizer([tagged(u) for u in train], cfg.vocab_size, tags)
         return load_tokenizer(SentencePiece.kind, model)
     tokenizer = load_tokenizer(given.kind, extend_tokenizer(given, [u.text for u in train], cfg.extend_vocab, tags))
     new = given.unknown("".join({character for u in train for character in u.text}))
@@ -663,6 +669,7 @@ def read_utterances(cfg):
         print(f"{f'{files:,} files like ' if files > 1 else ''}{found[0].source}: {len(found):,} utterances")
         for u in found:
             u.language = u.language or cfg.language
+            u.text_format = u.text_format or cfg.text_format
         utterances += found
         if any(u.speaker == SOMEBODY for u in found):
             nameless.append(found[0].source)
@@ -688,7 +695,7 @@ def write(cfg, out, pool, used, val, tokenizer, codec, findings, vector_size):
     timbres = [[] for _ in speakers]
     for u, c, (reference, timbre) in zip(used, codes, voices, strict=True):
         speaker = speakers.index(u.speaker)
-        text = tokenizer.encode(tagged(u, cfg))
+        text = tokenizer.encode(tagged(u))
         language = languages.index(u.language)
         out.add("val" if u.id in val else "train", u.id, text, c, speaker, reference, language)
         if timbre is not None:

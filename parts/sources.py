@@ -1,4 +1,5 @@
-"""Sources -> utterances: metadata beside recordings, tables and tar shards that hold recordings or codes.
+"""Sources -> utterances: metadata beside recordings, a folder with files for each clip, tables and tar shards that hold
+recordings or codes.
 
 - What lies inside a file stays there: an utterance only notes its row, and `load` reads the file once more, in step.
 - A table, also the .json of a shard, may name any audio file that this user may read, even outside its own folder:
@@ -14,19 +15,19 @@ import math
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from parts.frontend import language_name
-from parts.tables import COLUMNS, EXTENSIONS, column_name, has_columns, read_rows
-from parts.text import normalise, speakable
+from parts.tables import COLUMNS, EXTENSIONS, clips, column_name, has_columns, read_rows
+from parts.text import normalise, speakable, wording
 
+PAIR = ["metadata_train.csv", "metadata_eval.csv"]  # as trainers of XTTS write them: the second is held out
 METADATA = ["metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.txt"]
 SHARDS = ["*.parquet", "*.tar", "*.tar.gz", "*.tgz", "*.jsonl", "*.jsonl.gz"]  # in a folder without metadata
 SOMEBODY = "speaker"  # who speaks where nothing says it
-KEYS = {"path", "speaker", "language", "filter", "cap", "name"}  # of a source
 LANGUAGE_FILE = "lang.txt"  # in a folder with metadata: the language of its texts, as trainers of XTTS write it
 LONGEST = 1e9  # seconds, far beyond any recording
 
@@ -39,6 +40,8 @@ class Utterance:
     text: str  # as its source has it, until prepare.py has read it
     speaker: str
     language: str = ""  # "": nobody says it
+    text_format: str = ""  # of its source; "": that of the recipe
+    heldout: bool = False  # whether its source says that it is never trained on
     script: str = ""  # of most of its letters
     start: float = 0.0  # seconds
     end: float | None = None
@@ -46,10 +49,27 @@ class Utterance:
     silence: float = 0.0  # seconds, at the end that has more of it
     codes: tuple = ()  # where the source has codes: frames, codebooks, lowest and highest code
     row: int = -1  # in the source, where that holds the recording or the codes
+    columns: dict | None = None  # {our name: its name there}, where the recipe says so
     content: bytes | np.ndarray | None = None  # that recording, or codes (T, K), while they are worked on
     vector: np.ndarray | None = None  # (E,) float32, a speaker encoder's
     reason: str = ""  # why it is not used; empty: it is used
     detail: str = ""
+
+
+@dataclass
+class Source:
+    """What a recipe says of one source. Whatever it leaves out, the rows say."""
+
+    path: str
+    speaker: str = ""  # who speaks in all of it
+    language: str = ""  # of all of it
+    text_format: str = ""  # what the model reads of its texts; "": that of the recipe
+    columns: dict = field(default_factory=dict)  # {our name of a column: its name in the files}
+    filter: dict = field(default_factory=dict)  # {column: regular expression}: keep the rows that match
+    split: str = ""  # read only the files of this split, such as train
+    heldout: bool = False  # never train on it
+    cap: int | None = None  # keep at most so many utterances
+    name: str = ""  # put before the ids
 
 
 # -----------------------------------------------------------------------------
@@ -96,54 +116,68 @@ def own_part(path, others):
 def read_source(source):
     """One source -> its utterances in the order of its files. A row that does not pass the filter, or is beyond the
     cap, has that as its reason. Raises ValueError or FileNotFoundError, one line, for a wrong or unreadable source."""
-    path, said, tests, cap, prefix = check_source(source)
+    source = check_source(source)
+    tests = [(column_name(column), re.compile(pattern)) for column, pattern in source.filter.items()]
     utterances = []
     passed = []
-    for file in find_files(path):
+    for file in find_files(source.path, source.split):
         columns = {}
         usual = folder_language(file)
-        rows = tqdm(read_rows(file), "reading", unit=" utt", leave=False, disable=None)
+        its = replace(source, heldout=source.heldout or os.path.basename(file) == PAIR[1])
+        rows = tqdm(read_rows(file, columns=source.columns), "reading", unit=" utt", leave=False, disable=None)
         for n, (place, row, problem) in enumerate(rows):
-            u = read_row(row, n, place, problem, file, said, usual)
-            u.id = prefix + u.id
+            u = read_row(row, n, place, problem, file, its, usual)
             utterances.append(u)
             columns |= dict.fromkeys(row)
-            if all(pattern.fullmatch(field(row, column)) for column, pattern in tests):
+            if all(pattern.fullmatch(cell(row, column)) for column, pattern in tests):
                 passed.append(u)
             else:
                 u.reason = "filtered out"
-        need_columns(columns, file)
+        need_columns(columns, file, source.columns)
+        if "text_tokens" in columns:
+            tqdm.write(f"{file}: its text_tokens are not used, the tokenizer reads the texts anew")
     if not passed:
-        raise ValueError(f"{path}: none of its {len(utterances)} rows passes the filter {source['filter']!r:.100}; "
+        raise ValueError(f"{source.path}: none of its {len(utterances)} rows passes the filter {source.filter!r:.100}; "
                          f"columns: {', '.join(columns):.100}")
     # The hash draws a fair sample, always the same. Its own word "cap" keeps it apart from the hash that splits.
-    for u in sorted(passed, key=lambda u: fraction(f"cap {u.id}"))[cap or len(passed) :]:
+    sound = (u for u in passed if not u.reason)
+    for u in sorted(sound, key=lambda u: fraction(f"cap {u.id}"))[source.cap or len(passed) :]:
         u.reason = "beyond the cap"
     return utterances
 
 
-def check_source(source):
-    """A source as (path, {"speaker", "language"} of all its rows, [(column, pattern)] of its filter, cap, prefix of its
-    ids). Raises ValueError."""
-    source = source if isinstance(source, dict) else {"path": source}
-    path, cap = source.get("path"), source.get("cap")
-    wanted = source.get("filter", {})
-    said = {key: "" if source.get(key) is None else source[key] for key in ("speaker", "language")}
-    if not isinstance(path, str) or set(source) - KEYS:
-        raise ValueError(f"source {source!r:.100}: has a path and may have {', '.join(sorted(KEYS - {'path'}))}, "
-                         "nothing else")  # fmt: skip
-    if not isinstance(wanted, dict) or not (cap is None or type(cap) is int and cap > 0):
-        raise ValueError(f"source {source!r:.100}: filter is a dict {{column: regular expression}}, cap a number above "
-                         "0")  # fmt: skip
-    for key, value in said.items():
-        if not isinstance(value, str | int):
-            raise ValueError(f"source {source!r:.100}: {key} is a text, not {value!r:.60}")
-    said = {"speaker": normalise(str(said["speaker"])), "language": language_name(str(said["language"]))}
+def check_source(given):
+    """The Source that a recipe gives as a path or a dict. Raises ValueError, one line."""
+    given = given if isinstance(given, dict) else {"path": given}
+    known = {f.name for f in fields(Source)}
+    where = f"source {given!r:.100}"
+    if not isinstance(given.get("path"), str) or set(given) - known:
+        raise ValueError(f"{where}: has a path and may have {', '.join(sorted(known - {'path'}))}, nothing else")
+    source = Source(**{key: value for key, value in given.items() if value is not None})
+    for key in ("speaker", "language", "text_format", "split", "name"):
+        if not isinstance(getattr(source, key), str | int):
+            raise ValueError(f"{where}: {key} is a text, not {getattr(source, key)!r:.60}")
+        setattr(source, key, str(getattr(source, key)))
+    if not isinstance(source.filter, dict) or not (source.cap is None or type(source.cap) is int and source.cap > 0):
+        raise ValueError(f"{where}: filter is a dict {{column: regular expression}}, cap a number above 0")
+    if type(source.heldout) is not bool:
+        raise ValueError(f"{where}: heldout is True or False")
+    if not isinstance(source.columns, dict) or not all(isinstance(x, str) for x in [*source.columns.values()]):
+        raise ValueError(f"{where}: columns is a dict such as {{'text': 'script'}}: our name of a column, and its name "
+                         "in the files")  # fmt: skip
+    source.columns = {column_name(str(ours)): column_name(theirs) for ours, theirs in source.columns.items()}
+    source.speaker = normalise(source.speaker)
+    source.language = language_name(source.language)
+    if source.text_format:
+        wording(source.text_format, language="en")  # raises for a wrong one
     try:
-        tests = [(column_name(str(column)), re.compile(str(pattern))) for column, pattern in wanted.items()]
+        source.filter = {str(column): str(pattern) for column, pattern in source.filter.items()}
+        for pattern in source.filter.values():
+            re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"source {path}: its filter {wanted!r:.100} is no regular expression ({error})") from None
-    return path, said, tests, cap, f"{source['name']}/" if source.get("name") else ""
+        raise ValueError(f"source {source.path}: its filter {source.filter!r:.100} is no regular expression "
+                         f"({error})") from None  # fmt: skip
+    return source
 
 
 def folder_language(file):
@@ -159,43 +193,80 @@ def folder_language(file):
     return name
 
 
-def find_files(path):
-    """The files that a source's path means: itself, what a pattern matches, a folder's metadata or else its shards."""
+def find_files(path, split=""):
+    """The files that a source's path means: itself, what a pattern matches, a folder's metadata, its shards, or the
+    folder itself, with a "/" behind it, where it holds files for each clip. split: only those whose name or folder
+    has this name, as data/train-00000-of-00001.parquet. Raises ValueError or FileNotFoundError."""
     if os.path.isdir(path):
-        if found := [file for name in METADATA if os.path.isfile(file := os.path.join(path, name))]:
-            return found[:1]
-        shards = [os.path.join(glob.escape(path), "**", name) for name in SHARDS]
-        if found := sorted(itertools.chain(*(glob.glob(shard, recursive=True) for shard in shards))):
-            return found
-        script = os.path.join(path, "prepare.py")
-        advice = f"run python {script} first" if os.path.isfile(script) else "name the file itself"
-        raise ValueError(f"source {path}: none of {', '.join(METADATA + SHARDS)} in this folder; {advice}")
-    if os.path.exists(path) or not glob.has_magic(path):
-        return [path]
-    if found := sorted(glob.glob(path, recursive=True)):
+        found = list_folder(path)
+    elif os.path.exists(path):
+        found = [path]
+    elif glob.has_magic(path):
+        found = sorted(glob.glob(path, recursive=True))
+        if not found:
+            raise ValueError(f"source {path}: no file matches this pattern")
+    else:
+        raise FileNotFoundError(f"source {path}: no such file or folder{hub_advice(path)}")
+    if not split:
         return found
-    raise ValueError(f"source {path}: no file matches this pattern")
+    word = re.compile(rf"(metadata[_-])?{re.escape(split)}([-_.]|$)")
+    below = {file: os.path.relpath(file, path if os.path.isdir(path) else os.path.dirname(path)) for file in found}
+    chosen = [file for file in found if any(word.match(name) for name in below[file].split(os.sep))]
+    if not chosen:
+        raise ValueError(f"source {path}: no file of the split {split!r:.60}; it has {', '.join(below.values()):.200}")
+    return chosen
 
 
-def need_columns(columns, path):
-    """Raise ValueError for a file without rows, or without a column for the audio or the text."""
+def list_folder(path):
+    """The files of a folder; see find_files."""
+    inside = glob.escape(path)
+    for names in (METADATA[:1], PAIR, METADATA):
+        if found := [file for name in names if os.path.isfile(file := os.path.join(path, name))]:
+            return found if names is PAIR else found[:1]
+    shards = [os.path.join(inside, "**", name) for name in SHARDS]
+    if found := sorted(itertools.chain(*(glob.glob(shard, recursive=True) for shard in shards))):
+        return found
+    if any(True for _ in clips(path)):
+        return [os.path.join(path, "")]
+    script = os.path.join(path, "prepare.py")
+    advice = f"run python {script} first" if os.path.isfile(script) else "name the file itself"
+    raise ValueError(f"source {path}: none of {', '.join(METADATA + SHARDS)} in this folder, and no clips with a .json "
+                     f"or .txt each; {advice}")  # fmt: skip
+
+
+def hub_advice(path):
+    """How to download a data set of the hub, where a path looks like the name of one; else ""."""
+    name = re.fullmatch(r"[\w-][\w.-]*/([\w-][\w.-]*)", path)
+    if not name or os.path.splitext(path)[1][1:].lower() in {*EXTENSIONS, "csv", "tsv", "txt", "json", "jsonl", "tar"}:
+        return ""
+    local = f"data/{name[1]}"
+    return (f"; to fetch a data set of that name from the hub: hf download {path} --repo-type dataset --local-dir "
+            f"{local}, then give {local}")  # fmt: skip
+
+
+def need_columns(columns, path, renamed):
+    """Raise ValueError for a file without rows, or without a column for the audio or the text.
+
+    renamed: {our name of a column: its name in the file}, which the recipe gives."""
     if not columns:
         raise ValueError(f"{path}: no rows in it")
+    if missing := [theirs for theirs in renamed.values() if theirs not in columns]:
+        raise ValueError(f"{path}: columns names {missing[0]!r:.60}, but its columns are {', '.join(columns):.100}")
     if not has_columns(columns):
         raise ValueError(f"{path}: its columns are {', '.join(columns):.100}; it needs one for the audio (audio, path, "
                          f"file, id, ...) or its codes ({', '.join(COLUMNS['codes'])}) and one for the text (text, "
-                         "sentence, transcription, ...): parts/tables.py has all names")
+                         "sentence, ...); where they have other names, say so: {'path': ..., 'columns': {'text': "
+                         "'script'}}")  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
 # rows
 
 
-def read_row(row, n, place, problem, path, said, usual):
+def read_row(row, n, place, problem, path, source, usual):
     """Row n {column: value} of the file `path` -> an utterance, with a reason where the row is at fault.
 
-    said: {"speaker", "language"}, whatever the row says; "": the row says it. usual: the language of a row that does
-    not."""
+    source: its Source, which counts more than the row. usual: the language of a row that names none."""
     problems = [problem] if problem else []
 
     def read(function, otherwise, *args):
@@ -210,10 +281,12 @@ def read_row(row, n, place, problem, path, said, usual):
     audio = read(as_text, "", row, "audio")
     text = speakable(read(as_text, "", row, "text"))
     # Tables write a whole number as 1.0 where a field of its column is empty.
-    speaker = said["speaker"] or normalise(re.sub(r"^(\d+)\.0$", r"\1", read(as_text, "", row, "speaker"))) or SOMEBODY
-    language = said["language"] or language_name(read(as_text, "", row, "language")) or usual
+    speaker = source.speaker or normalise(re.sub(r"^(\d+)\.0$", r"\1", read(as_text, "", row, "speaker"))) or SOMEBODY
+    language = source.language or language_name(read(as_text, "", row, "language")) or usual
     name = utterance_id(audio, path) or (place if held is None else f"{os.path.basename(path).partition('.')[0]}/{n}")
-    u = Utterance(plain(name), path, plain(audio), text, speaker, language, vector=vector)
+    name = plain(f"{source.name}/{name}" if source.name else name)
+    u = Utterance(name, path, plain(audio), text, speaker, language, source.text_format, source.heldout,
+                  columns=source.columns or None, vector=vector)  # fmt: skip
     if held is not None:  # its start and end say where the recording was cut out of another
         u.row = n
         if not isinstance(held, bytes):
@@ -230,7 +303,7 @@ def read_row(row, n, place, problem, path, said, usual):
     return u
 
 
-def field(row, column):
+def cell(row, column):
     """A field as text, "" where it is missing; of a recording its name."""
     value = row.get(column)
     value = value.get("path") if isinstance(value, dict) else value
@@ -289,7 +362,7 @@ def read_codes(row):
     if codes.ndim != 2 or codes.dtype.kind != "i" or not whole:
         raise ValueError("its codes are not whole numbers")
     for name in COLUMNS["frames"]:
-        frames = field(row, name).strip("[]").removesuffix(".0")
+        frames = cell(row, name).strip("[]").removesuffix(".0")
         if frames and frames != str(codes.shape[1]):
             raise ValueError(f"{name} is {frames:.40}, but it has {codes.shape[1]} frames")
     return codes.T
@@ -358,7 +431,7 @@ def load(utterances):
         if u.row >= 0 and u.content is None:
             if u.source != source or u.row <= last:
                 source = u.source
-                rows = enumerate(read_rows(source, whole=True))
+                rows = enumerate(read_rows(source, whole=True, columns=u.columns))
             last = u.row
             row = next((row for n, (_, row, _) in rows if n == last), None)
             if row is None:

@@ -8,6 +8,8 @@
 - Codes inside a file: `audio_tokens`, codebooks x frames (Marvis TTS: preprocess_mimi.py, data.py); `nano_layer_1`,
   `nano_layer_2`, ... and `encoded_len` (KaniTTS: dataset_processor.py), in KaniTTS-2 also a speaker vector
   `speaker_emb`.
+- A folder is read as a shard that is not packed: files whose names agree up to the first dot are one row. A .enc, .dac
+  or .nem of VALL-E's author (vall_e/emb/process.py) holds codes and text; its folder is named after the speaker.
 """
 
 import codecs
@@ -25,7 +27,12 @@ import unicodedata
 import zlib
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+
+from parts.tensors import read_numpy
 
 COLUMNS = {  # names of columns, the preferred first
     "audio": ["audio", "audio_path", "audio_file", "audio_filepath", "path", "file", "file_name", "filename", "wav",
@@ -44,23 +51,41 @@ COLUMNS = {  # names of columns, the preferred first
 EXTENSIONS = ["wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "snd", "caf", "w64", "rf64"]
 ROW = 2**24  # bytes or characters: no text of a row needs more
 FILE = 2**30  # bytes or characters of what has to be read in one piece
-LIMITS = {"json": ROW, "txt": ROW, **dict.fromkeys(EXTENSIONS, FILE)}  # of a shard's members
+CODED = ["enc", "dac", "nem"]  # extensions of VALL-E's author: EnCodec, DAC, NeMo's codec
+TEXTS = {"txt": "text", "normalized.txt": "normalized_text", "original.txt": "text"}  # LibriTTS has the last two
+LIMITS = {"json": ROW, **dict.fromkeys([*TEXTS, *CODED], ROW), **dict.fromkeys(EXTENSIONS, FILE)}  # of members
 
 
-def read_rows(path, whole=False):
-    """Rows of a file: (place, {column: value}, problem), `problem` empty for a sound row. The bytes of recordings in
-    the file are read only with `whole`, else they are empty. Raises ValueError, one line, for a broken file."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: is not a file")
+def read_rows(path, whole=False, columns=None):
+    """Rows of a file, or of a folder with files for each clip: (place, {column: value}, problem), `problem` empty for a
+    sound row. The bytes of recordings in the file are read only with `whole`, else they are empty.
+
+    columns: {our name of a column: its name in the file}. Raises ValueError, one line, for a broken file."""
+    for place, row, problem in read_file(path, whole, columns):
+        yield place, rename({column_name(name): value for name, value in row.items()}, columns), problem
+
+
+def rename(row, columns):
+    """A row with the columns that `columns` names under our names, in place of any other column of their kind."""
+    given = {ours: row[theirs] for ours, theirs in (columns or {}).items() if theirs in row}
+    taken = {name for names in COLUMNS.values() if given.keys() & {*names} for name in names}
+    kept = {name: value for name, value in row.items() if name not in taken or name in columns.values()}
+    return kept | given
+
+
+def read_file(path, whole, columns):
+    """The rows of read_rows, under the names of the file."""
     try:
+        if os.path.isdir(path):
+            yield from read_folder(path)
+            return
         with open(path, "rb") as file:
             head = file.read(4)
         if head == b"PAR1":
             rows = read_parquet(path, whole)
         else:
-            rows = read_tar(path, whole) if tarfile.is_tarfile(path) else read_text(path, head)
-        for place, row, problem in rows:
-            yield place, {column_name(name): value for name, value in row.items()}, problem
+            rows = read_tar(path, whole) if tarfile.is_tarfile(path) else read_text(path, head, columns)
+        yield from rows
     except MemoryError:
         raise ValueError(f"{path}: needs more memory than this machine has: split it") from None
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
@@ -103,8 +128,8 @@ def need_fields(row, where):
 # text files: json and tables
 
 
-def read_text(path, head):
-    """Rows of a text file; its first character tells json from a table."""
+def read_text(path, head, columns=None):
+    """Rows of a text file; its first character tells json from a table. columns: see read_rows."""
     opener = gzip.open if head[:2] == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -114,8 +139,10 @@ def read_text(path, head):
             file.seek(0)
             if "\0" in first:
                 raise ValueError(f"{path}: neither parquet nor a tar, and not a text file, as it contains zero bytes")
-            reader = {"[": read_list, "{": read_lines}.get(first.lstrip()[:1], read_table)
-            yield from reader(file, path)
+            if reader := {"[": read_list, "{": read_lines}.get(first.lstrip()[:1]):
+                yield from reader(file, path)
+            else:
+                yield from read_table(file, path, columns)
     except UnicodeDecodeError as error:
         why = f"UTF-16 ({error.reason})" if utf16 else f"UTF-8 ({wrong_byte(path, opener)}): save it as UTF-8"
         raise ValueError(f"{path}: neither parquet nor a tar, and not a text file in {why}") from None
@@ -163,13 +190,13 @@ class Record(NamedTuple):
     fields: list
 
 
-def read_table(file, path):
-    """Rows of a csv, tsv or LJSpeech-like file."""
+def read_table(file, path, columns=None):
+    """Rows of a csv, tsv or LJSpeech-like file. columns: see read_rows."""
     text = read_whole(file, path)
     first = next(filter(str.strip, io.StringIO(text, newline="")), "")
     delimiter = next((d for d in "|\t" if d in first), ";" if first.count(";") > first.count(",") else ",")
     joined = set()
-    if delimiter == "|" and not has_columns(names_of(first.split("|"))):
+    if delimiter == "|" and not has_columns(rename(dict.fromkeys(names_of(first.split("|"))), columns)):
         records = split(path, text, delimiter, csv.QUOTE_NONE)
         header = name_columns(path, [record.fields for record in records])
     else:
@@ -302,16 +329,18 @@ def are_names(column):
 # tar and parquet
 
 
+def stem_of(name):
+    """A path up to the first dot of the file's name."""
+    folder, slash, name = name.removeprefix("./").rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
 def read_tar(path, whole):
     """Rows of a WebDataset shard: members whose names agree up to the first dot are one row."""
-
-    def key(member):
-        folder, slash, name = member.name.removeprefix("./").rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
     with tarfile.open(path) as tar:
-        for name, members in itertools.groupby(filter(is_meant, tar), key):
-            row = read_members(tar, members, name, path, whole)
+        for name, members in itertools.groupby(filter(is_meant, tar), lambda member: stem_of(member.name)):
+            files = ((member.name, member.size, lambda of=member: tar.extractfile(of).read()) for member in members)
+            row = read_members(files, name, path, whole)
             if row:
                 yield name, {"id": name, **row}, ""
         tar.fileobj.seek(tar.offset)
@@ -319,25 +348,69 @@ def read_tar(path, whole):
             raise EOFError(f"breaks off after {tar.offset:,} bytes")
 
 
-def read_members(tar, members, name, path, whole):
-    """The fields of one row from the members of a tar. Text and recording count more than the fields of a .json."""
+def read_members(files, name, path, whole):
+    """The fields of one row from the files (name, size, read) of one clip. Text and recording count more than the
+    fields of a .json."""
     fields = {}
     content = {}
     kinds = set()
-    for member in members:
-        kind = member.name.rpartition(".")[2].lower()
-        where = f"{path}, {member.name:.100}"
+    for member, size, read in files:
+        kind = member.rpartition("/")[2].partition(".")[2].lower()
+        kind = kind if kind in TEXTS else kind.rpartition(".")[2]
+        where = f"{path}, {member:.100}"
         if kind in kinds:
             raise ValueError(f"{where}: a second .{kind} of {name:.100}; names that agree up to a dot are one row")
         kinds.add(kind)
-        need_room(member.size, LIMITS.get(kind, math.inf), where)
+        need_room(size, LIMITS.get(kind, math.inf), where)
         if kind == "json":
-            fields = need_fields(parse(tar.extractfile(member).read(), where), where)
-        elif kind == "txt":
-            content["text"] = parse(tar.extractfile(member).read(), where, bytes.decode, "UTF-8").rstrip("\r\n")
+            fields = need_fields(parse(read(), where), where)
+        elif kind in TEXTS:
+            content[TEXTS[kind]] = parse(read(), where, bytes.decode, "UTF-8")
+        elif kind in CODED:
+            content |= read_coded(read(), where)
         elif kind in EXTENSIONS:
-            content["audio"] = {"path": member.name, "bytes": tar.extractfile(member).read() if whole else b""}
+            content["audio"] = {"path": member, "bytes": read() if whole else b""}
     return {**fields, **content}
+
+
+def read_coded(data, where):
+    """The fields of a file with VALL-E's codes: `codes` (1, K, T) or (K, T), and what its metadata say."""
+    found = parse(data, where, read_numpy, "a file of VALL-E's codes")
+    codes = found.get("codes") if isinstance(found, dict) else None
+    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu" or codes.ndim not in (2, 3):
+        raise ValueError(f"{where}: holds no codes")
+    if codes.ndim == 3 and len(codes) != 1:
+        raise ValueError(f"{where}: holds the codes of {len(codes)} clips")
+    told = found.get("metadata")
+    return {**(told if isinstance(told, dict) else {}), "audio_tokens": codes.reshape(codes.shape[-2:]).tolist()}
+
+
+def clips(folder):
+    """The clips of a folder that holds files for each: yields (stem below the folder, sorted names of its files). Where
+    some files have VALL-E's codes, only these count."""
+    names = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*"))
+    by_kind = {}
+    for name in names:
+        if not re.search(r"(^|/)[._]", name):
+            by_kind.setdefault(name.rpartition(".")[2].lower(), []).append(name)
+    coded = [kind for kind in CODED if kind in by_kind]
+    wanted = coded or ["json", "txt", *EXTENSIONS]
+    if coded or by_kind.keys() & {"json", "txt"}:
+        named = sorted((stem_of(name), name) for kind in wanted for name in by_kind.get(kind, ()))
+        for stem, pairs in itertools.groupby(named, lambda pair: pair[0]):
+            yield stem, [name for _, name in pairs]
+
+
+def read_folder(path):
+    """Rows of a folder with files for each clip. Recordings stay where they are."""
+    for stem, names in clips(path):
+        sounds = [name for name in names if name.rpartition(".")[2].lower() in EXTENSIONS]
+        others = [name for name in names if name not in sounds]
+        files = ((name, os.path.getsize(os.path.join(path, name)), Path(path, name).read_bytes) for name in others)
+        row = read_members(files, stem, path, whole=False)
+        if any(name.rpartition(".")[2].lower() in CODED for name in others):
+            row = {"speaker": os.path.basename(os.path.dirname(stem)), **row}
+        yield stem, {"id": stem, **row, **({"audio": sounds[0]} if sounds else {})}, ""
 
 
 def is_meant(member):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import LFM2_STACK, Evil
 from helpers import run as train_on
 from safetensors.torch import load_file
 from test_prepare import RATE, config, contents, listened, make_set, run, words, write_csv
@@ -19,6 +20,7 @@ from test_prepare import RATE, config, contents, listened, make_set, run, words,
 import prepare
 from codec import load_codec, published_sizes
 from data import TokenFiles
+from model import KaniConfig
 from parts import configurator, tables
 from parts.audio import resample
 from parts.sources import load, read_source, read_sources, utterance_id
@@ -725,3 +727,167 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="x.parquet: parquet files need the package pyarrow: pip install pyarrow"):
         run(tmp_path / "x.parquet", tmp_path / "t")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data as they lie on hubs
+
+
+def test_columns_with_other_names(tmp_path):
+    rows = [{"script": "one", "text": "not this", "l1": [1, 2], "l2": [3, 4], "frames": 2, "who": "anna"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(tmp_path / "m.jsonl"), "name": "x", "columns": {
+        "text": "script", "nano_layer_1": "l1", "nano_layer_2": "L2", "encoded_len": "frames", "speaker": "who",
+    }}  # fmt: skip
+    (u,) = read_source(source)
+    assert (u.id, u.text, u.speaker, u.codes, u.reason) == ("x/m/0", "one", "anna", (2, 2, 1, 4), "")
+    assert next(load([u])).content.tolist() == [[1, 3], [2, 4]]  # it is read once more under the same names
+    with pytest.raises(ValueError, match="columns names 'words', but its columns are script, text, l1"):
+        read_source({**source, "columns": {"text": "words"}})
+    with pytest.raises(ValueError, match=r"its columns are l1.*say so: .*'columns': \{'text': 'script'\}\}"):
+        (tmp_path / "n.jsonl").write_text('{"l1": [1]}')
+        read_source(str(tmp_path / "n.jsonl"))
+    with pytest.raises(ValueError, match="columns is a dict"):
+        read_source({**source, "columns": ["text"]})
+    (tmp_path / "m.csv").write_text("clip|satz\na.wav|eins\n")  # without its columns it has no header that is known
+    (u,) = read_source({"path": str(tmp_path / "m.csv"), "columns": {"audio": "clip", "text": "satz"}})
+    assert (u.audio, u.text) == ("a.wav", "eins")
+
+
+def test_splits(tmp_path):
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"audio": f"{name}.wav", "text": "one"}))
+    assert len(read_source(str(tmp_path))) == 3
+    assert len(read_source({"path": str(tmp_path), "split": "train"})) == 2
+    assert len(read_source({"path": str(tmp_path / "data/*.jsonl"), "split": "test"})) == 1
+    with pytest.raises(ValueError, match="no file of the split 'validation'; it has data/test-00000-of-00001.jsonl, "):
+        read_source({"path": str(tmp_path), "split": "validation"})
+    (tmp_path / "more/train").mkdir(parents=True)
+    (tmp_path / "more/train/x.jsonl").write_text(json.dumps({"audio": "x.wav", "text": "one"}))
+    assert len(read_source({"path": str(tmp_path / "more"), "split": "train"})) == 1
+
+
+def test_a_pair_of_tables_is_train_and_held_out(tmp_path):
+    for name, clips in (("train", "abc"), ("eval", "de")):
+        lines = ["audio_file|text|speaker_name", *(f"wavs/{c}.wav|words of {c}|x" for c in clips)]
+        (tmp_path / f"metadata_{name}.csv").write_text("\n".join(lines))
+    got = read_source(str(tmp_path))
+    assert [(u.id, u.heldout) for u in got] == [*((c, False) for c in "abc"), *((c, True) for c in "de")]
+    assert prepare.read_heldout("", got) == {"d", "e"}
+    (tmp_path / "held.txt").write_text("a\n")
+    assert prepare.read_heldout(str(tmp_path / "held.txt"), got) == {"a", "d", "e"}
+    assert [u.heldout for u in read_source({"path": str(tmp_path / "metadata_eval.csv")})] == [True, True]
+    assert all(u.heldout for u in read_source({"path": str(tmp_path / "metadata_train.csv"), "heldout": True}))
+    assert prepare.read_heldout("", read_source(str(tmp_path / "metadata_train.csv"))) is None
+
+
+def test_a_folder_with_files_for_each_clip(tmp_path):
+    (tmp_path / "set/b").mkdir(parents=True)
+    (tmp_path / "set/a.json").write_text(json.dumps({"text": "from json", "speaker": "anna", "duration": 3}))
+    (tmp_path / "set/a.wav").touch()
+    (tmp_path / "set/b/c.normalized.txt").write_text("a normal form\n")
+    (tmp_path / "set/b/c.original.txt").write_text("as written")
+    (tmp_path / "set/b/c.flac").touch()
+    (tmp_path / "set/d.wav").touch()
+    (tmp_path / "set/.hidden.json").write_text("{")
+    got = read_source(str(tmp_path / "set"))
+    assert [(u.id, u.audio, u.text.strip(), u.speaker, u.reason) for u in got] == [
+        ("a", "a.wav", "from json", "anna", ""), ("b/c", "b/c.flac", "a normal form", "speaker", ""),
+        ("d", "d.wav", "", "speaker", "empty text"),
+    ]  # fmt: skip
+    assert [u.audio for u in prepare.check_each(got, prepare.find)][:2] == [
+        str(tmp_path / "set/a.wav"), str(tmp_path / "set/b/c.flac")]  # fmt: skip
+    (tmp_path / "set/b/e.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"set/, b/e.json: \[1\] is not an object"):
+        read_source(str(tmp_path / "set"))
+
+
+def valle_file(path, codes, **metadata):
+    """As vall_e/emb/process.py writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.save(file, {"codes": np.array(codes, np.uint16)[None], "metadata": {"sample_rate": 24000, **metadata}})
+
+
+def test_the_files_of_valles_author(tmp_path):
+    valle_file(tmp_path / "24KHz-encodec/books/anna/x_0001.enc", [[1, 2, 3], [4, 5, 6]], text="one two",
+               phonemes="wˈʌn tˈuː", language="en")  # fmt: skip
+    valle_file(tmp_path / "24KHz-encodec/books/bert/y.enc", [[7], [8]], text="drei", language="de")
+    (tmp_path / "24KHz-encodec/missing.json").write_text("[]")
+    got = read_source(str(tmp_path / "24KHz-encodec"))
+    assert [(u.id, u.text, u.speaker, u.language, u.codes) for u in got] == [
+        ("books/anna/x_0001", "one two", "anna", "en", (3, 2, 1, 6)),
+        ("books/bert/y", "drei", "bert", "de", (1, 2, 7, 8)),
+    ]  # fmt: skip
+    assert [u.content.tolist() for u in load(got)] == [[[1, 4], [2, 5], [3, 6]], [[7, 8]]]
+    (u, _) = read_source({"path": str(tmp_path / "24KHz-encodec"), "columns": {"text": "phonemes"}})
+    assert u.text == "wˈʌn tˈuː"
+    with open(tmp_path / "24KHz-encodec/books/bert/y.enc", "wb") as file:
+        np.save(file, np.array({"codes": Evil(str(tmp_path / "made"))}, object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"y.enc: not a file of VALL-E's codes \(it names posix.mkdir"):
+        read_source(str(tmp_path / "24KHz-encodec"))
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "24KHz-encodec/books/bert/y.enc").write_bytes(b"\x93NUMPY\x01\x00")
+    with pytest.raises(ValueError, match=r"y.enc: not a file of VALL-E's codes"):
+        read_source(str(tmp_path / "24KHz-encodec"))
+
+
+def test_what_is_not_used_and_what_has_to_be_fetched_is_said(tmp_path, capsys):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio_tokens": [[1], [2]], "text": "a", "text_tokens": [5, 6]}))
+    read_source(str(tmp_path / "m.jsonl"))
+    assert "m.jsonl: its text_tokens are not used, the tokenizer reads the texts anew" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="hf download nobody/nothing --repo-type dataset --local-dir data/n"):
+        read_source("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match="source nobody/nothing.csv: no such file or folder$"):
+        read_source("nobody/nothing.csv")
+
+
+def test_a_source_has_a_text_format_of_its_own(tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "one"}))
+    plain, named = (read_source({"path": str(tmp_path / "m.jsonl"), "speaker": "x", **more})[0]
+                    for more in ({"text_format": "{text}"}, {"text_format": "{speaker}: {text}"}))  # fmt: skip
+    assert (prepare.tagged(plain), prepare.tagged(named)) == ("one", "x: one")
+    with pytest.raises(ValueError, match="takes {text} once"):
+        read_source({"path": str(tmp_path / "m.jsonl"), "text_format": "{speaker}"})
+
+
+KANI = json.loads((GOLDEN / "kani_rows.json").read_text()) if (GOLDEN / "kani_rows.json").exists() else {"finetune": []}
+
+
+def translated(n, dataset, folder):
+    """An entry of hf_datasets in the authors' configuration as a source of ours."""
+    names = ("nano_layer_1", "nano_layer_2", "nano_layer_3", "nano_layer_4", "encoded_len")
+    tag, wanted = dataset.get("speaker_id"), dataset.get("categorical_filter")
+    return {
+        "path": str(folder / dataset["reponame"]), "split": dataset["split"], "name": str(n),
+        "columns": {"text": dataset["text_col_name"], **{name: dataset[name] for name in names}},
+        "speaker": tag.lower() if tag else None, "text_format": "{speaker}: {text}" if tag else "{text}",
+        "filter": {wanted["column_name"]: wanted["value"]} if wanted else None, "cap": dataset.get("max_len"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("setup", KANI["finetune"], ids=lambda setup: setup["name"])
+def test_the_authors_data_sets_of_kani_give_their_rows(tmp_path, setup):
+    """All but the row without a text, which we leave out; which rows max_len keeps is another draw."""
+    for name, rows in KANI["sets"].items():
+        (tmp_path / "sets" / name / "data").mkdir(parents=True)
+        jsonl(rows, tmp_path / "sets" / name / "data/train-00000-of-00001.jsonl")
+        jsonl(rows[:1], tmp_path / "sets" / name / "data/test-00000-of-00001.jsonl")
+    datasets = setup["config"]["hf_datasets"]
+    sources = [translated(n, dataset, tmp_path) for n, dataset in enumerate(datasets)]
+    prepare.main(config(
+        sources=sources, data_dir=str(tmp_path / "t"), codec="nanocodec", codec_args={}, front_end="none",
+        text_format="{text}", tokenizer=str(GOLDEN / "kani_rows.tokenizer.json"), val_fraction=0.0, max_bad=1.0,
+        max_seconds=setup["config"]["max_duration_sec"] or 1e6, min_seconds=0.0, min_chars_per_second=0.0,
+        max_chars_per_second=1e6,
+    ))  # fmt: skip
+    files = TokenFiles(str(tmp_path / "t"), "train")
+    marks = files.meta["tokenizer"]["bos_id"], files.meta["tokenizer"]["eos_id"]
+    c = KaniConfig(KANI["constants"]["text_vocab_size"], 4, 4032, LFM2_STACK, *marks, drop_repeats=True)
+    ours = [c.layout(files.text(i), files.codes(i))[0][:, 0].tolist() for i in range(len(files))]
+    theirs = [row["input_ids"] for row in setup["rows"] if KANI["sets"][row["set"]][row["row"]].get("text") != ""]
+    if any(dataset.get("max_len") for dataset in datasets):
+        assert len(ours) == len(theirs)
+    else:
+        assert sorted(ours) == sorted(theirs)
