@@ -32,7 +32,7 @@ VALLE_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, max_po
 
 
 def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n_mels=20, references=False,
-                 languages=("",)):  # fmt: skip
+                 languages=()):  # fmt: skip
     """A token folder of two voices: each word is four frames that follow from it; the codec is fitted on noise.
 
     references: also write features of recordings, which tell the voice. languages: each other pair of utterances is in
@@ -46,7 +46,7 @@ def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n
     with TokenWriter(folder, references="recording" if references else "") as w:
         for i in range(n_train + n_val):
             spoken = rng.integers(0, len(words), rng.integers(1, 4))
-            language = i // 2 % len(languages)
+            language = i // 2 % max(1, len(languages))
             sounds = (spoken + language) % len(words)
             codes = (4 if K == 1 else 3) * np.repeat(sounds, 4)[:, None] + np.arange(K)
             codes = (codes + np.arange(4 * len(spoken))[:, None] % 4) % V
@@ -60,7 +60,7 @@ def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n
         described = {"name": codec.name, "fingerprint": codec.fingerprint(), **sizes}
         w.finish({"codec": described, "tokenizer": tokenizer.describe(),
                   "text_format": "[{speaker}]{text}", "lowercase": False, "speakers": ["a", "b"],
-                  "languages": list(languages)})  # fmt: skip
+                  **({"languages": list(languages)} if languages else {})})  # fmt: skip
     return str(folder)
 
 

@@ -843,6 +843,13 @@ def run(data_dir, out_dir, *flags):
     return weights.load_checkpoint(f"{out_dir}/last.pt"), read_metrics(f"{out_dir}/metrics.jsonl")
 
 
+def test_languages_have_the_ids_of_the_author():
+    ids = {"en": 0, "ja": 1, "de": 2, "fr": 3, "zh": 4, "ko": 5}
+    config = VallEConfig(30, 4, 16, VALLE_STACK, languages=6)
+    assert dict(zip(ids, config.language_ids(ids), strict=True)) == ids
+    assert config.language_ids(["zh-cn", "en-us", "es", ""]) == [4, 0, 0, 0]  # as his encode_lang, but for the regions
+
+
 def test_one_model_speaks_two_languages(tmp_path):
     """In the second one each word sounds as the next word of the first one does."""
     tokens = write_tokens(tmp_path / "t", n_train=120, languages=("de", "en-gb"))
