@@ -87,7 +87,7 @@ from parts.files import need
 from parts.optim import Optimizer
 from parts.segment import AUDIO, TEXT
 from parts.tensors import pick_device
-from sample import Voice
+from voice import Voice
 
 name = "data"  # what to do: data, sample, codec, loss, train, gpu, report
 results = "benchmarks.jsonl"  # file of rows: measured ones are added, report reads them; empty: add none
@@ -106,7 +106,7 @@ batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
 peer = ""  # codec, loss, train: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
 
-SHARED = {"sample.py": ["temperature", "seed"]}  # sample: of the draw; seed also of the new strings
+SHARED = {"voice.py": ["temperature"], "sample.py": ["seed"]}  # sample: of the draw; seed also of the new strings
 HERE = Path(__file__).resolve().parent
 WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -10,55 +10,36 @@
     python sample.py --ckpt "weights/csm-1b,out/*" --file lines.txt --out_dir all  all/index.html: side by side
     python sample.py --ckpt out/x/best.pt --text "..." --out_dir - | aplay -f S16_LE -r 16000
 
-- Before it speaks, a model is checked: cached generation must equal teacher forcing on an utterance that its checkpoint
-  holds, for published weights on a made-up one.
 - Published weights lack codec, tokenizer and the form of a text. Those of their authors are taken (released.py) unless
   `codec`, `codec_path`, `tokenizer` and `text_format` name others.
 - The same seed and text give the same audio, whatever other lines are spoken beside it.
-- `Voice.frames` yields frames as the model makes them. Streaming decodes them block by block, with context on both
-  sides; without streaming all are decoded at once. Both ways decode the same codes.
-- A frame is K codes for a codec to decode. For XTTS-v2's vocoder it is the hidden state (D,) that predicted the code,
-  and the timbre comes from the reference recording.
-
-Letters in shapes: n text ids or samples, K codebooks, T frames, N samples.
+- Whatever can be refused is refused before the first line is spoken.
+- voice.py has the model that speaks, `Voice`; here are files, lines and messages.
 """
 
 import contextlib
-import difflib
-import hashlib
-import itertools
-import math
 import os
 import signal
 import sys
 import time
 import wave
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import load_codec
-from data import MODEL_META, completed
 from layouts import is_published
-from model import contract_check, sampler
 from parts import configurator, lora, peft
-from parts.audio import read_audio
-from parts.files import NUMBER, need, whole
-from parts.frontend import language_name, needs_language, read_text
+from parts.files import whole
+from parts.frontend import needs_language
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
-from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
-from parts.text import is_phonemic, load_tokenizer, wording
-from parts.voices import load_voice
 from parts.voices import save_voice as write_voice
-from released import made_up, open_release
-from weights import WHOLE, add_peft, load_checkpoint, load_model, peft_base
+from voice import DRAWS, Voice, as_texts, is_stretch
+from weights import peft_base
 
 # a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
 # these separated by commas; empty: best.pt in out_dir, so that a recipe alone is enough
@@ -75,498 +56,23 @@ reference_text = ""
 voice = ""  # a saved voice in place of a reference: its file, or its name in voices/
 save_voice = ""  # save the voice of the reference, or of the speaker, to speak with as `voice`; needs no text
 voice_note = ""  # licence or origin of that voice; it is shown wherever the voice speaks
-temperature: "float | None >= 0" = None  # 0: likeliest code; None, here and below: as in training, or the family's
-top_k: "int | None >= 0" = None  # draw among the k likeliest codes; 0: all
-top_p: "0 < float | None <= 1" = None  # draw among the likeliest codes that make up this share of the probability
-min_p: "0 <= float | None <= 1" = None  # draw among codes at least so many times as likely as the likeliest; 0: all
-repetition_penalty: "float | None > 0" = None  # makes codes spoken before less likely; 1: off
-repetition_decay: "float | None >= 0" = None  # weakens the penalty of a code last spoken n frames ago to 1 / n ** decay
 seed: "0 <= int <= 4294967295" = 1337
-speed: "0.05 <= float <= 20" = 1.0  # of speech by XTTS-v2's vocoder; 2: in half the time
-cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times the usual for the text
 stream = False  # write audio while it is generated
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
-dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 adapter = ""  # another LoRA checkpoint, or folder of peft's, on the same base, to speak with instead of ckpt's
 
 SHARED = {
+    "voice.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "speed",
+                 "cap_seconds", "dtype"],
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format", "front_end", "language"],
     "weights.py": ["base"],
     "train.py": ["reference_seconds"],
     "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop",
                  "recording_seconds", "heard_seconds", "chunk_seconds"],
 }  # fmt: skip
-LEAST_REFERENCE = 0.1  # seconds
-MOST_REFERENCE = 300.0
-DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
 HOW = ("speaker", "language", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
 # keys that name what a checkpoint holds, and published weights do not
 PARTS = ("codec", "tokenizer", "text_format", "front_end")
-
-
-class Voice:
-    """A model with all it needs to speak: `frames` yields codes, `say` returns the wav, `stream` yields it in pieces.
-
-    meta: the meta.json of the token folder that the model was trained on. config: the keys of the training run, the
-    defaults of temperature and the like. references (speakers, R, M) and timbres (speakers, E): each speaker's own, for
-    a model that reads the voice from a recording and for its vocoder; or voices {speaker: (latents (L, D), timbre)},
-    already read. The wav has `sample_rate`. After an utterance, `stopped` tells whether the model ended it by itself,
-    and `timbre` (E,) is that of the vocoder.
-    """
-
-    def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
-        self.model = model
-        self.codec = codec
-        self.vocoder = model.vocoder and codec.vocode is not None
-        self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
-        self.device = next(model.parameters()).device
-        self.stopped = None
-        self.timbre = None
-        self.speed = 1.0
-        self.adapted = {}
-        self.take(tokenizer, meta, config, references, timbres, voices)
-
-    def take(self, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
-        """Take over what belongs to a run of training: the voice's own, or that of an adapter."""
-        self.own = tokenizer, meta, config, references, timbres, voices
-        self.tokenizer = tokenizer
-        self.meta = completed(meta)
-        self.references = references
-        self.timbres = timbres
-        self.voices = voices or {}
-        self.trained_with = {key: value for key, value in (config or {}).items() if value is not None}
-        self.reference_seconds = self.trained_with.get("reference_seconds", [3.0, 6.0])
-        self.prompted = self.trained_with.get("voice_prompt", 1) > 0  # whether training had prompts
-
-    @property
-    def draw(self):
-        """How the model draws unless it is told otherwise: as in training, or as its authors do."""
-        return {key: self.trained_with.get(key, usual) for key, usual in self.model.draw.items()}
-
-    @classmethod
-    def from_checkpoint(cls, path, device="auto", codec_path="", dtype="float32", **changes):
-        """The voice of a checkpoint, after its contract check, whose result is `report`. changes: fields of the model's
-        config to set, such as the rounds of demasking; None leaves them; also `base`, see weights.load_model. Raises
-        ValueError or OSError."""
-        check_settings(dtype=dtype)
-        device = pick_device(device)
-        checkpoint = load_checkpoint(path, needed=WHOLE)
-        codec, *own = read_run(checkpoint, codec_path)
-        model = load_model(checkpoint, device, getattr(torch, dtype), **changes)
-        voice = cls(model, codec.to(device), *own)
-        voice.check(path, checkpoint)
-        return voice
-
-    @classmethod
-    def from_published(cls, path, device="auto", codec_path="", dtype="float32", **given):
-        """The voice of published weights, a file or folder, after a contract check, whose result is `report`. given:
-        further arguments of released.open_release. Raises ValueError or OSError."""
-        check_settings(dtype=dtype)
-        device = pick_device(device)
-        dtype = getattr(torch, dtype)
-        model, codec, tokenizer, meta, voices = open_release(path, device, dtype, codec_path=codec_path, **given)
-        voice = cls(model, codec.to(device), tokenizer, meta, voices=voices)
-        voice.check(path)
-        return voice
-
-    def check(self, path, checkpoint=None):
-        """Check the parts of a checkpoint, and the contract, whose result is `report`: on the probe of the checkpoint,
-        without one on a made-up utterance. Raises ValueError."""
-        try:
-            self.check_parts()
-            probe = read_probe(checkpoint["probe"], self.model) if checkpoint else made_up(self.model)
-        except UNBUILT as error:
-            raise ValueError(f"{path} is damaged: {reason(error)}") from None
-        try:
-            self.report = {**contract_check(self.model, **probe), "iter": checkpoint and checkpoint["iter"]}
-        except UNBUILT as error:
-            raise ValueError(f"{path}: {reason(error)}") from None
-
-    def check_parts(self):
-        """Raise ValueError where model, codec, tokenizer and the speakers' voices do not belong together."""
-        c = self.model.config
-        speakers = len(self.meta["speakers"])
-        if (self.codec.n_codebooks, self.codec.codebook_size) != (c.n_codebooks, c.codebook_size):
-            raise ValueError(f"the model speaks in {c.n_codebooks} codebooks of {c.codebook_size}, its codec in "
-                             f"{self.codec.n_codebooks} of {self.codec.codebook_size}")  # fmt: skip
-        if self.tokenizer.vocab_size > c.text_vocab_size:
-            raise ValueError(f"the model knows {c.text_vocab_size} text ids, its tokenizer {self.tokenizer.vocab_size}")
-        for name, voices, ndim in (("references", self.references, 3), ("timbres", self.timbres, 2)):
-            if voices is None or not self.model.reference:
-                continue
-            if voices.ndim != ndim or len(voices) < speakers or not voices.is_floating_point():
-                raise ValueError(f"{name} of shape {tuple(voices.shape)} are not those of {speakers} speakers")
-            if words := fault(voices):
-                raise ValueError(f"{name} {words}")
-
-    def adapt(self, path):
-        """Speak with another adapter on the same base from now on: that of a LoRA checkpoint, with the settings,
-        tokenizer and speakers of its run, or one in a folder of peft's.
-
-        Each file is read once; switching back costs nothing. Raises ValueError or FileNotFoundError.
-        """
-        new = path not in self.adapted
-        if new:
-            checkpoint = None if peft.is_adapter(path) else load_checkpoint(path, needed=WHOLE)
-            self.adapted[path] = self.read_adapter(path, checkpoint)
-        name, settings, own = self.adapted[path]
-        lora.use_adapter(self.model, name)
-        vars(self.model.config).update(settings)  # the same object, to which the model's layout belongs
-        self.take(*own)
-        if new:
-            self.check(path, checkpoint)
-
-    def read_adapter(self, path, checkpoint):
-        """Add the adapter of a checkpoint, None: in a folder of peft's. Returns its name in the model, the fields of
-        the model's config with it, and the arguments of `take`. Raises ValueError or FileNotFoundError."""
-        config = self.model.config
-        name = f"adapter-{len(self.adapted)}"
-        if checkpoint is None:
-            add_peft(self.model, path, name)
-            return name, dict(vars(config)), self.own
-        if not checkpoint["base"]:
-            raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
-        codec, *own = read_run(checkpoint)
-        if codec.fingerprint() != self.codec.fingerprint():
-            raise ValueError(f"{path} speaks in the codes of another codec: give it as ckpt")
-        try:
-            known = {f.name for f in fields(config) if f.init} & checkpoint["model_config"].keys()
-            settings = replace(config, **{key: checkpoint["model_config"][key] for key in known})
-            lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
-        except UNBUILT as error:
-            raise ValueError(f"{path}, an adapter on {checkpoint['base']}: {reason(error)}") from None
-        return name, vars(settings), own
-
-    def text_ids(self, text, speaker="", language=""):
-        """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty, has characters the
-        tokenizer lacks, or has letters where it reads phonemes, and for an unknown speaker or language."""
-        language = self.known_language(language)
-        words = read_text(text, self.meta["front_end"], language, self.meta["lowercase"])
-        if not words.strip():
-            raise ValueError("the text is empty")
-        speaker = self.known_speaker(speaker)
-        if self.tokenizer.phonemic and self.meta["front_end"] != "phonemes" and not is_phonemic(words):
-            raise ValueError(f"the tokenizer reads phonemes, and the text {words!r:.60} has letters: write it in "
-                             "phonemes, or prepare the data with --front_end=phonemes")  # fmt: skip
-        if unknown := self.tokenizer.unknown(words):
-            some = " ".join(sorted(unknown)[:12])
-            raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
-        return np.array(self.tokenizer.encode(wording(self.meta["text_format"], speaker, words, language)))
-
-    def known_language(self, language):
-        """A language of the training data as they spell it, the first one where it is empty. Raises ValueError for an
-        unknown one."""
-        known = {language_name(name): name for name in self.meta["languages"]}
-        if language and language_name(language) not in known:
-            choices = f"choose from {', '.join(known)}" if any(known) else "the training data name none"
-            raise ValueError(f"unknown language {language!r:.60}; {choices}")
-        return known[language_name(language)] if language else self.meta["languages"][0]
-
-    def known_speaker(self, speaker):
-        """The speaker of that name, the first one where it is empty. Raises ValueError for an unknown one."""
-        speakers = self.meta["speakers"]
-        if speaker and speaker not in speakers:
-            near = difflib.get_close_matches(speaker, speakers, len(speakers), 0)[:12]  # the most similar first
-            more = f" and {len(speakers) - len(near)} more" if len(speakers) > len(near) else ""
-            raise ValueError(f"unknown speaker {speaker!r}; choose from {', '.join(near)}{more}")
-        return speaker or speakers[0]
-
-    def read(self, path):
-        """A recording of a voice, wav (1, N) at the codec's rate. Raises ValueError for one too short or too long."""
-        wav = read_audio(path, self.codec.sample_rate, max_seconds=MOST_REFERENCE)[None].to(self.device)
-        if wav.shape[1] < LEAST_REFERENCE * self.codec.sample_rate:
-            raise ValueError(f"{path}: shorter than {LEAST_REFERENCE} s, too short to clone a voice from")
-        return wav
-
-    def read_speaker(self, path):
-        """The speaker vector (E,) in a file. Raises ValueError for a recording, and for one of another size."""
-        vector = read_vector(path)
-        if len(vector) != (size := self.model.config.speaker_size):
-            raise ValueError(f"{path} holds {len(vector)} numbers, the model takes speaker vectors of {size}")
-        return vector
-
-    @torch.no_grad()
-    def listen(self, paths):
-        """What the model needs of a recording, or of several of one voice: their codes [(T, K)]; or, for a model that
-        reads the voice from them, the voice: its latents (L, D) and the timbre (E,) for a vocoder, None without one.
-        For a model that takes a speaker vector each file holds one; of several it takes the mean, as its authors."""
-        if self.model.reference == "vector":
-            files = [paths] if isinstance(paths, str | os.PathLike) else paths
-            vector = np.mean([self.read_speaker(path) for path in files], 0)
-            return self.model.voice_latents(torch.from_numpy(vector)[None])[0], None
-        wavs = [self.read(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-        if not self.model.reference:
-            return [self.codec.encode(wav)[0].T.cpu().numpy() for wav in wavs]
-        rate = self.codec.sample_rate
-        wavs = [wav[:, : round(self.model.config.recording_seconds * rate)] for wav in wavs]
-        chunks = self.model.chunks(torch.cat(wavs, 1)[0], rate)
-        latents = self.model.voice_latents([self.codec.reference(x[None], padded=False)[0] for x in chunks])[0]
-        timbre = torch.stack([self.codec.timbre(wav)[0] for wav in wavs]).mean(0) if self.vocoder else None
-        return latents, timbre
-
-    def made_for(self):
-        """What a saved voice has to have in common with this model: family and codec."""
-        return {"arch": self.model.config.arch, "codec": self.codec.name, "fingerprint": self.codec.fingerprint()}
-
-    def recall(self, name):
-        """What `listen` returned for a saved voice, its texts and its note. Raises FileNotFoundError and ValueError."""
-        heard, texts, note = load_voice(name, self.made_for())
-        c = self.model.config
-        if isinstance(heard, tuple):
-            latents, timbre = heard
-            fits = latents.shape[1] == c.backbone.d_model and (timbre is not None or not self.vocoder)
-        else:
-            fits = all(x.shape[1] == c.n_codebooks and 0 <= x.min() <= x.max() < c.codebook_size for x in heard)
-        if not fits or bool(self.model.reference) != isinstance(heard, tuple):
-            raise ValueError(f"{name} is damaged, or a voice of a model with other sizes: save it with this model")
-        return heard, texts, note
-
-    @torch.no_grad()
-    def own_voice(self, speaker=""):
-        """The voice of a speaker as `listen` gives it; where `speaker` is empty, that of the first one in the training
-        data. Raises ValueError where none is known."""
-        if self.voices and speaker:
-            return self.voices[self.known_speaker(speaker)]
-        if self.references is None or self.vocoder and self.timbres is None:
-            some = f", or a speaker: {', '.join(list(self.voices)[:5])}, ..." if self.voices else ""
-            raise ValueError(f"the model reads the voice from a recording: give a reference{some}")
-        own = self.meta["speakers"].index(self.known_speaker(speaker))
-        latents = self.model.voice_latents(self.references[own])[0]
-        return latents, self.timbres[own] if self.vocoder else None
-
-    def prompt(self, reference, reference_text, speaker="", language=""):
-        """What `generate` takes beside the text.
-
-        reference: path of a recording, a list of such, or what `listen` returned for them; reference_text: the
-        transcript, or a list of them. Without both: {}. With them: {"prompt": [(ids, codes (T, K))]}; for a model that
-        fits prompts one prompt of all, cut or repeated to one of the `reference_seconds`, from and to. A model that
-        reads the voice from a recording takes {"voice": latents (L, D)}, by default that of the speaker; with a vocoder
-        also {"latents": True, "timbre": (E,)}. A model that takes a speaker vector may know none, and speaks without.
-        Raises ValueError where one is missing or cannot be read.
-        """
-        if isinstance(reference, str | os.PathLike) or reference and isinstance(reference[0], str | os.PathLike):
-            reference = self.listen(reference)
-        if self.model.reference == "vector" and reference is None and self.references is None:
-            return {}
-        if self.model.reference:
-            latents, timbre = self.own_voice(speaker) if reference is None else reference
-            return {"voice": latents, **({"latents": True, "timbre": timbre} if self.vocoder else {})}
-        texts = [text for text in as_texts(reference_text) if text.strip()]
-        if reference is None and not texts:
-            return {}
-        if reference is None or self.model.transcript and not texts:
-            raise ValueError("cloning takes a recording and its transcript: give both reference and reference_text")
-        if len(texts) != len(reference) and (texts or self.model.transcript):
-            raise ValueError(f"reference_text has {len(texts)} transcripts for {len(reference)} recordings: give one "
-                             "for each, with | between them")  # fmt: skip
-        ids = [self.text_ids(text, speaker, language) for text in texts] or [np.zeros(0, int)] * len(reference)
-        if self.model.fits_prompts:
-            ids, codes = np.concatenate(ids), np.concatenate(reference)
-            least, most = (max(1, round(x * self.codec.frame_rate)) for x in self.reference_seconds)
-            fitted = np.resize(codes, (min(max(len(codes), least), most), codes.shape[1]))  # cuts or repeats
-            return {"prompt": [(ids, fitted)]}
-        return {"prompt": list(zip(ids, reference, strict=True))}
-
-    def utterance(self, text, speaker="", reference=None, reference_text="", language=""):
-        """Ids (n,) of a text and what `prompt` returns, as `generate` takes them, and for a family that takes it the id
-        of the language. The text may be ids already. Raises ValueError as text_ids and prompt do.
-
-        Where a prompt and the text are one segment, their words are one text to the tokenizer.
-        """
-        ids = self.text_ids(text, speaker, language) if isinstance(text, str) else text
-        given = self.prompt(reference, reference_text, speaker, language)
-        if of_language := self.model.config.language_ids([self.known_language(language)]):
-            given["language"] = of_language[0]
-        if "prompt" in given and self.model.config.prompt_style == "joined":
-            said = " ".join(as_texts(reference_text))
-            both = self.text_ids(f"{said} {text}", speaker, language)
-            first = min(len(self.text_ids(said, speaker, language)), len(both) - 1)
-            ids = both[first:]
-            given = {"prompt": [(both[:first], np.concatenate([codes for _, codes in given["prompt"]]))]}
-        return ids, given
-
-    def need_room(self, ids, given):
-        """Raise ValueError where what `utterance` returned leaves the model no position to speak at."""
-        prompt = given.get("prompt")
-        try:
-            rows = len(self.model.layout(ids, np.zeros((1, self.codec.n_codebooks), int), prompt)[0])
-        except ValueError:  # XTTS raises it itself, in words for those who prepare data
-            rows = math.inf
-        if rows > self.model.max_rows:
-            words, frames = (sum(map(len, part)) for part in zip(*prompt, strict=True)) if prompt else (0, 0)
-            more = f", {words} of the reference's text and {frames} frames of it" if frames else ""
-            raise ValueError(f"the text is too long: its {len(ids)} text ids{more} leave none of the model's "
-                             f"{self.model.max_rows} positions: split it, or take a shorter reference")  # fmt: skip
-
-    def cap(self, ids, cap_seconds=0.0):
-        """The largest number of frames of an utterance: `cap_seconds`, or 1 s plus three times the mean duration of so
-        many text ids in the training data."""
-        train = self.meta["splits"]["train"]
-        rate = self.codec.frame_rate
-        return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
-
-    def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, speed=1.0, cap_seconds=0.0,
-               language="", **draw):  # fmt: skip
-        """Speak a text, or its ids (n,): yields frames (K,) int64 as the model makes them, or states (D,) for a
-        vocoder.
-
-        reference and reference_text: of the voice to clone, see prompt. draw: the DRAWS, see model.sample_code; None
-        takes the usual value. The random numbers depend on seed and text only. speed: of a vocoder. cap_seconds: see
-        cap. Raises ValueError for settings out of range, for logits that are not finite, and as utterance does.
-        """
-        check_settings(**draw, speed=speed, cap_seconds=cap_seconds)
-        given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
-        ids, prompt = self.utterance(text, speaker, reference, reference_text, language)
-        key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
-        generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
-        training = self.model.training
-        self.stopped = None
-        self.timbre = prompt.pop("timbre", None)
-        self.speed = speed if self.vocoder else 1.0
-        self.model.eval()
-        latest = []  # the logits of the last draw
-
-        def choose(logits, seen=None):
-            if not latest:  # looking waits for a GPU, so only at the first and the last: NaN stays in the cache
-                need_logits(logits)
-            latest[:] = [logits]
-            return draw_code(logits, seen)
-
-        try:
-            draw_code = sampler(**{**self.draw, **given}, generator=generator)
-            cap = self.cap(ids, cap_seconds)
-            self.stopped = yield from self.model.generate(ids, max_frames=cap, choose=choose, **prompt)
-            if latest:
-                need_logits(latest[0])
-        except RuntimeError as error:
-            if "probability tensor" in str(error):  # torch's error for a draw from NaN
-                raise ValueError(DIVERGED) from None
-            raise
-        finally:
-            self.model.train(training)
-
-    def decode(self, frames):
-        """Frames of the last utterance, a list of (K,) or (D,), at once -> wav (N,) float32 on the CPU."""
-        if not frames:
-            return torch.zeros(0)
-        frames = torch.stack(frames)[None].to(self.device)
-        if self.timbre is not None:
-            states = frames.float()
-            if self.speed != 1:  # as XTTS' authors change it
-                factor = max(1 / self.speed, 1 / len(frames[0]))
-                states = torch.nn.functional.interpolate(states.mT, scale_factor=factor, mode="linear").mT
-            return self.codec.vocode(states, self.timbre[None].to(states))[0].cpu()
-        return self.codec.decode(frames.mT)[0].float().cpu()
-
-    def say(self, text, **how):
-        """The wav (N,) of a text, float32 on the CPU; `how`: the settings of `frames`."""
-        return self.decode(list(self.frames(text, **how)))
-
-    def stream(self, text, **how):
-        """Yields the wav of a text in pieces (n,) while it is generated; `how`: the settings of `frames`."""
-        return self.join(self.frames(text, **how))
-
-    def join(self, frames, block=0.4, context=0.4, ahead=0.15):
-        """Decode frames while they come: yields pieces of wav (n,), together as long as the frames.
-
-        A causal decoder continues from frame to frame, at least 80 ms at a time. Any other decoder needs neighbours:
-        each block of `block` seconds is decoded with `context` seconds before and `ahead` seconds after it. The phases
-        of two blocks may differ where they meet. So the new block slides by up to 5 ms to the best match (WSOLA,
-        Verhelst and Roelands 1993) and is faded in over 10 ms.
-        """
-        if self.codec.streams and not self.vocoder:
-            frames = iter(frames)
-            size = max(1, round(0.08 * self.codec.frame_rate))
-            blocks = iter(lambda: list(itertools.islice(frames, size)), [])
-            codes = (torch.stack(block, 1)[None].to(self.device) for block in blocks)
-            yield from (wav[0].float().cpu() for wav in self.codec.decode_stream(codes))
-            return
-        rate = self.sample_rate
-        frame_rate = self.codec.frame_rate
-        block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
-        reach = rate // 200  # 5 ms, in samples
-        fade = rate // 100
-        up = torch.linspace(0, 1, fade)
-        slides = torch.arange(-reach, reach + 1)
-        frames = iter(frames)
-        seen = []
-        done = 0
-        tail = None
-        ended = False
-        while not ended:
-            seen += itertools.islice(frames, done + block + ahead - len(seen))
-            ended = len(seen) < done + block + ahead
-            end = len(seen) if ended else done + block
-            size = rate / frame_rate / self.speed  # samples of a frame; the speed is known with the first one
-            first = max(0, done - context)
-            wav = torch.cat([self.decode(seen[first : end + ahead]), torch.zeros(math.ceil(size) + reach + fade)])
-            at = round((done - first) * size)
-            if tail is not None:
-                places = wav[at - reach : at + reach + fade].unfold(0, fade, 1)  # (2 * reach + 1, fade)
-                likeness = places @ tail / (places.norm(dim=1) * tail.norm() + 1e-6)
-                at += int(slides[(likeness - 1e-6 * slides.abs()).argmax()])  # in silence it stays
-                wav[at : at + fade] = up * wav[at : at + fade] + (1 - up) * tail
-            stop = at + round(end * size) - round(done * size)
-            yield wav[at:stop]
-            tail = wav[stop : stop + fade]
-            done = end
-
-
-def as_texts(text):
-    """A text in which | divides several, or a list of texts, as a list."""
-    return text.split("|") if isinstance(text, str) else text
-
-
-DIVERGED = "the model's logits are not finite: its training run diverged, or dtype is too narrow for its weights"
-
-
-def need_logits(logits):
-    if not math.isfinite(logits.max()):
-        raise ValueError(DIVERGED)
-
-
-def is_stretch(x):
-    """Whether x is two lengths in seconds, from and to."""
-    return isinstance(x, list) and len(x) == 2 and all(type(y) in NUMBER for y in x) and 0 < x[0] <= x[1] <= 3600
-
-
-def read_run(checkpoint, codec_path=""):
-    """The codec of a checkpoint, or the one at codec_path, and the arguments of Voice.take. Raises ValueError."""
-    path = checkpoint.path
-    pack = checkpoint["codec"]
-    meta = checkpoint["meta"]
-    try:
-        need(meta, MODEL_META, "meta")
-        wanted = {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")} | {"reference_seconds?": is_stretch}
-        need(checkpoint["config"], wanted, "config")
-        codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
-        tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if codec.fingerprint() != checkpoint["codec_fingerprint"]:
-        raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
-                         f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
-    if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model was trained with")
-    return codec, tokenizer, meta, *(checkpoint[key] for key in ("config", "references", "timbres"))
-
-
-def read_probe(probe, model):
-    """The arguments of contract_check from a checkpoint's probe: text, codes, perhaps a reference. Raises ValueError
-    where the model cannot have such an utterance."""
-    c = model.config
-    text, codes = (np.asarray(probe.get(name)) for name in ("text", "codes"))
-    sound = text.dtype.kind == codes.dtype.kind == "i" and text.ndim == 1 and codes.shape[1:] == (c.n_codebooks,)
-    if not sound or not len(codes) or min(text.min(initial=0), codes.min()) < 0:
-        raise ValueError("its probe is no utterance")
-    if text.max(initial=0) >= c.text_vocab_size or codes.max() >= c.codebook_size:
-        raise ValueError("its probe has text ids or codes that the model lacks")
-    if not model.reference or (model.reference == "vector" and "reference" not in probe):
-        return {"text": text, "codes": codes}
-    reference = probe.get("reference")
-    if words := fault(reference):
-        raise ValueError(f"the reference of its probe {words}")
-    return {"text": text, "codes": codes, "reference": reference}
 
 
 def slow_type(device, dtype):
@@ -590,12 +96,6 @@ def slow_type(device, dtype):
     if factor < 1.2:
         return ""
     return f"warning: dtype = {dtype!r}: on this CPU a product takes {factor:.1f} times as long as in float32"
-
-
-def check_settings(**settings):
-    """Check values of this script's keys. Raises ValueError with one line."""
-    for key, value in settings.items():
-        configurator.check_value(key, value, globals()["__annotations__"][key])
 
 
 def read_lines(text, file):

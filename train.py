@@ -65,7 +65,8 @@ from parts.segment import PAD
 from parts.tensors import pick_device, reason
 from parts.text import wording
 from plan import idle_keys, make_batches, predict, steps_in_epoch
-from sample import DRAWS, Voice, slow_type
+from sample import slow_type
+from voice import DRAWS, Voice
 from weights import (
     freeze_parameters,
     load_weights,
@@ -144,8 +145,8 @@ compile = False  # torch.compile
 backend = ""  # of torch.distributed; empty: nccl on GPUs, gloo on CPUs
 
 SHARED = {
-    "sample.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "device", "dtype",
-                  "seed"],
+    "voice.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "dtype"],
+    "sample.py": ["device", "seed"],
     "weights.py": ["base"],
 }  # fmt: skip
 UNTRAINED = {name: torch.zeros(2) for name in ("loss", "c0_accuracy", "grad_norm", "padding")}  # sums before step 1

@@ -32,7 +32,7 @@ from codec import (
     squared_distances,
 )
 from parts.audio import read_audio, resample
-from sample import Voice
+from voice import Voice
 
 NAMES = PUBLISHED
 

@@ -28,18 +28,20 @@ BELOW = {
     "weights": {"released", "export", "layouts", "model", "codec"},
     "prepare": {"codec", "data"},
     "speak": {"weights", "codec", "data", "model"},
-    "sample": {"speak", "released", "weights", "layouts", "codec", "data", "model"},
-    "evaluate": {"sample", "speak", "weights", "codec", "data", "model"},
+    "voice": {"speak", "released", "weights", "codec", "data", "model"},
+    "sample": {"voice", "speak", "released", "weights", "layouts", "codec", "data", "model"},
+    "evaluate": {"sample", "voice", "speak", "weights", "codec", "data", "model"},
     "plan": {"weights", "layouts", "codec", "data", "model"},
-    "train": {"plan", "evaluate", "sample", "speak", "weights", "codec", "data", "model"},
+    "train": {"plan", "evaluate", "sample", "voice", "speak", "weights", "codec", "data", "model"},
     "sweep": {"train", "evaluate"},
-    "bench": {"train", "evaluate", "sample", "speak", "prepare", "weights", "export", "codec", "data", "model"},
+    "bench": {"train", "evaluate", "sample", "voice", "speak", "prepare", "weights", "export", "codec", "data",
+              "model"},
 }
 LONGEST_FUNCTION = 80  # lines
 MOST_PAIRS = 0.02  # share of the statements of a file that may be `a, b = x, y`
 # options that stand in two places on purpose: {name: why}
 DECLARED_TWICE = {
-    "dtype": "sample.py's is that of the arithmetic, weights.py's that of an exported file",
+    "dtype": "voice.py's is that of the arithmetic, weights.py's that of an exported file",
     "out_dir": "train.py's holds a run, sample.py's recordings, weights.py's an export",
     "ckpt": "bench.py measures several, sample.py speaks with several, weights.py exports one",
     "overwrite": "prepare.py replaces a token folder unless told otherwise, train.py never a run",

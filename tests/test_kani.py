@@ -28,7 +28,7 @@ from parts import budget, configurator, lora
 from parts.frontend import read_text
 from parts.metrics import read_metrics
 from parts.text import load_tokenizer, wording
-from sample import Voice
+from voice import Voice
 
 LOSSES = ("all", "audio", "codebook")
 

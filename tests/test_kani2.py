@@ -25,7 +25,7 @@ from export import export
 from model import AUDIO, TEXT, Kani, KaniConfig, contract_check
 from parts import budget, configurator, lora
 from parts.tensors import read_vector
-from sample import Voice
+from voice import Voice
 
 GOLDEN = Path(__file__).parent / "golden"
 SAID = json.loads((GOLDEN / "kani2.json").read_text())

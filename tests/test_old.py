@@ -20,7 +20,7 @@ from codec import load_codec
 from data import Batches, TokenFiles
 from parts import configurator
 from parts.metrics import read_metrics
-from sample import Voice
+from voice import Voice
 from weights import load_checkpoint, load_model
 
 OLD = Path(__file__).parent / "old"

@@ -608,7 +608,7 @@ def test_training_starts_from_them_and_goes_on(tokens, released, tmp_path):
     from helpers import TINY, exact
     from helpers import run as run_tiny
 
-    from sample import Voice
+    from voice import Voice
 
     run = partial(run_tiny, usual=[flag for flag in TINY if not flag.startswith(("--backbone", "--decoder="))])
     folder, model = released

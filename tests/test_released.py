@@ -23,7 +23,8 @@ import released
 import sample
 from parts import configurator
 from parts.audio import read_audio
-from sample import Voice, column_names, find_checkpoints
+from sample import column_names, find_checkpoints
+from voice import Voice
 from weights import load_checkpoint
 
 MIMI = dict(model_type="mimi", hidden_size=128, num_filters=4, num_hidden_layers=1, num_attention_heads=2,

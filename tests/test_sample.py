@@ -24,7 +24,7 @@ import sample
 import weights
 from parts import configurator
 from parts.text import HuggingFace, SentencePiece, train_tokenizer
-from sample import Voice
+from voice import Voice
 
 RATE = 8000
 
@@ -116,7 +116,7 @@ def test_same_seed_same_frames_and_wav(voice):
 def test_draws_as_the_training_run_did_unless_told_otherwise(ckpt, checkpoint, tmp_path, monkeypatch):
     weights.save_checkpoint(tmp_path / "x.pt", {**checkpoint, "config": {"temperature": 0.3, "top_k": 7, "seed": 5}})
     asked, make = [], models.sampler
-    monkeypatch.setattr(sample, "sampler", lambda generator, **how: asked.append(how) or make(**how))
+    monkeypatch.setattr("voice.sampler", lambda generator, **how: asked.append(how) or make(**how))
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path)
     run("--ckpt", tmp_path / "x.pt", "--text=one", "--out_dir", tmp_path, "--temperature=0", "--top_p=0.5")
     run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path)
@@ -160,7 +160,7 @@ def test_cached_generation_equals_uncached(voice, temperature, top_k, top_p, clo
     reference = dict(reference=[np.arange(15).reshape(5, 3)], reference_text="two") if cloning else {}
     choosers = []
     make = models.sampler
-    monkeypatch.setattr(sample, "sampler", lambda **how: choosers.append(how) or make(**how))
+    monkeypatch.setattr("voice.sampler", lambda **how: choosers.append(how) or make(**how))
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, cap_seconds=2.0, **reference)
     prompt, lengths = voice.prompt(**reference)["prompt"] if cloning else None, []
     for seed in range(3):
@@ -363,7 +363,7 @@ class Snippets(nn.Module):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 6, 7, 8, 12, 13, 40])
 def test_pieces_of_a_stream_make_up_the_whole(n):
-    voice = Voice(Mute(1, 1), Snippets(), None, None)
+    voice = Voice(Mute(1, 1), Snippets(), None, {})
     frames = [torch.tensor([i % 4, i % 15]) for i in range(n)]
     pieces = list(voice.join(frames))
     whole = voice.decode(frames)
@@ -373,7 +373,7 @@ def test_pieces_of_a_stream_make_up_the_whole(n):
 
 
 def test_first_piece_comes_before_the_last_frame():
-    voice, drawn = Voice(Mute(1, 1), Snippets(), None, None), []
+    voice, drawn = Voice(Mute(1, 1), Snippets(), None, {}), []
     frames = (drawn.append(i) or torch.tensor([i % 4, i % 15]) for i in range(100))
     pieces = voice.join(frames)
     assert len(next(pieces)) == 5 * 640 and len(drawn) == 7
@@ -389,7 +389,7 @@ def test_blocks_whose_phases_differ_are_joined_without_a_gap():
             return torch.sin(2 * np.pi * 200 * torch.arange(codes.shape[2] * 640) / 8000 + starts[-1])[None]
 
     starts = []
-    wav = torch.cat(list(Voice(Mute(1, 1), Tone(), None, None).join([torch.zeros(2, dtype=torch.long)] * 60)))
+    wav = torch.cat(list(Voice(Mute(1, 1), Tone(), None, {}).join([torch.zeros(2, dtype=torch.long)] * 60)))
     assert len(wav) == 60 * 640 and len(starts) > 5
     level = wav[:-80].unfold(0, 80, 8).square().mean(1)  # of two periods
     assert level.min() > 0.45 and level.max() < 0.55
@@ -402,7 +402,7 @@ def test_blocks_are_faded_into_each_other():
             return torch.full((1, codes.shape[2] * 640), 0.5 + 0.5 * levels[-1])
 
     levels = []
-    wav = torch.cat(list(Voice(Mute(1, 1), Level(), None, None).join([torch.zeros(2, dtype=torch.long)] * 20)))
+    wav = torch.cat(list(Voice(Mute(1, 1), Level(), None, {}).join([torch.zeros(2, dtype=torch.long)] * 20)))
     assert wav.min() == 0.5 and wav.max() == 1 and wav.diff().abs().max() < 0.01
 
 

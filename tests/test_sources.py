@@ -26,7 +26,7 @@ from parts.audio import resample
 from parts.sources import load, read_source, read_sources, utterance_id
 from parts.tables import read_rows
 from parts.text import load_tokenizer
-from sample import Voice
+from voice import Voice
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -24,7 +24,7 @@ from model import build
 from parts import configurator, lora, optim, schedule
 from parts.files import locked
 from parts.metrics import read_metrics
-from sample import Voice
+from voice import Voice
 from weights import from_pretrained, load_checkpoint, load_model, save_checkpoint
 
 

@@ -30,7 +30,7 @@ from model import AUDIO, PROMPT, TEXT, XTTS, XTTSConfig, contract_check
 from parts import configurator, lora
 from parts.audio import read_audio
 from parts.metrics import read_metrics
-from sample import Voice
+from voice import Voice
 from weights import from_pretrained, load_checkpoint, load_model
 
 EARS = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2)
@@ -893,7 +893,7 @@ def test_a_saved_voice_is_heard_once(spoken, monkeypatch):
     cli(sample, *flags, "--speaker=b", "--save_voice=b", "--text=one two", "--out_dir=second")
     monkeypatch.setattr(Voice, "listen", None)
     monkeypatch.setattr(XTTS, "voice_latents", None)
-    monkeypatch.setattr(sample, "contract_check", lambda *args, **side: {"max_difference": 0.0, "loss_at_shift": [],
+    monkeypatch.setattr("voice.contract_check", lambda *args, **side: {"max_difference": 0.0, "loss_at_shift": [],
                                                                          "ln_v": 0.0})  # fmt: skip
     for name, folder in (("three", "first"), ("b", "second")):
         cli(sample, *flags, f"--voice={name}", "--text=one two", f"--out_dir={name}")
