@@ -328,12 +328,12 @@ class Voice:
         given = self.prompt(reference, reference_text, speaker, language)
         if of_language := self.model.config.language_ids([self.known_language(language)]):
             given["language"] = of_language[0]
-        if "prompt" in given and self.model.config.prompt_style == "joined":
-            said = " ".join(as_texts(reference_text))
-            both = self.text_ids(f"{said} {text}", speaker, language)
+        if "prompt" in given and self.model.config.prompt_style == "joined" and isinstance(text, str):
+            said = " ".join(words.strip() for words in as_texts(reference_text))
+            both = self.text_ids(f"{said} {text.strip()}", speaker, language)
             first = min(len(self.text_ids(said, speaker, language)), len(both) - 1)
             ids = both[first:]
-            given = {"prompt": [(both[:first], np.concatenate([codes for _, codes in given["prompt"]]))]}
+            given["prompt"] = [(both[:first], np.concatenate([codes for _, codes in given["prompt"]]))]
         return ids, given
 
     def need_room(self, ids, given):

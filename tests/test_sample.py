@@ -306,6 +306,8 @@ def test_a_reference_and_the_text_as_one_segment(checkpoint, recording, tmp_path
     words = voice.model.config.marked(voice.text_ids("one two three", "awb"))
     assert np.array_equal(rows[: len(words), -1], words) and np.array_equal(rows[len(words) :, :-1], heard)
     assert (segment == models.TEXT).sum() == len(words) and 0 < len(ids) < len(words)
+    same, again = voice.utterance(ids, "awb", recording, "one")  # a text that is ids already
+    assert np.array_equal(same, ids) and np.array_equal(voice.model.layout(ids, None, again["prompt"])[0], rows)
     flags = ("--text=two three", "--speaker=awb", "--reference", recording, "--reference_text=one", "--cap_seconds=1")
     run("--ckpt", tmp_path / "x.pt", *flags, "--prompt_style=joined", "--out_dir", tmp_path / "out")
     wav, _ = soundfile.read(tmp_path / "out/000.wav")
@@ -328,7 +330,7 @@ def test_marvis_reads_the_rows_of_its_authors(name):
     style = "joined" if name.startswith("voice_match") else "segments"
     config = models.CSMConfig(**ids, n_codebooks=32, codebook_size=2048, backbone=stack, decoder=stack, stop="zeros",
                               prompt_style=style)  # fmt: skip
-    meta = dict(text_format="[{speaker}]{text}", lowercase=False, speakers=["0", "1"])
+    meta = dict(text_format="[{speaker}]{text}", front_end="none", lowercase=False, speakers=["0", "1"])
     voice = Voice(models.CSM(config), Snippets(), tokenizer, meta)
     (context,) = case["context"]
     heard = [np.array(context["codes"])[:32].T]
