@@ -79,6 +79,8 @@ def read_file(path, whole, columns):
         if os.path.isdir(path):
             yield from read_folder(path)
             return
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: is not a file")
         with open(path, "rb") as file:
             head = file.read(4)
         if head == b"PAR1":
