@@ -859,6 +859,7 @@ def publications(yard):
         export(weights.load_model(checkpoint), folder)
         given = json.loads((folder / "config.json").read_text())
         found[f"{family} exported"] = load_file(folder / "model.safetensors"), given, False
+    found["kanitts-2"] = golden("kani2"), json.loads((GOLDEN / "kani2.json").read_text())["config_json"], False
     folder = yard.folder / "hub" / "few"
     export(tiny(backbone=dict(d_model=64, d_ff=128)), folder, "mlx-4bit")
     given = json.loads((folder / "config.json").read_text())

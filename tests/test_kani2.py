@@ -475,7 +475,7 @@ RUN = [
     "--arch=kani", "--max_tokens=400", "--warmup_iters=2", "--log_interval=1", "--eval_interval=4", "--eval_samples=0",
     "--device=cpu", "--lr_schedule=constant", "--learning_rate=0.01", "--audio_step=0.5",
     "--backbone={'n_layer': 2, 'n_head': 2, 'n_kv_head': 1, 'd_model': 32, 'd_ff': 48, 'layers': 'ca', "
-    "'rotation_speed': (0.1, 2.0)}",
+    "'qk_norm': True, 'rotation_speed': (0.1, 2.0)}",
 ]  # fmt: skip
 
 
@@ -554,6 +554,37 @@ def test_sample_takes_a_vector_and_refuses_a_recording(spoken):
         speak("me.wav")
     with pytest.raises(ValueError, match="holds 7 numbers, the model takes speaker vectors of 6"):
         speak("other.npy")
+
+
+def test_published_weights_speak(spoken):
+    """As their authors let them: a vector from a file or none, the language before the text."""
+    path, data = spoken[:2]
+    export(weights.from_pretrained(path / "out/best.pt"), path / "hub")
+    parts = dict(codec="mel", codec_path=f"{data}/codec.pt", tokenizer=f"{data}/tokenizer.model")
+    voice = Voice.from_published(path / "hub", "cpu", language="EN", **parts)
+    assert voice.text_ids("one").tolist() == voice.tokenizer.encode("EN: one") and voice.references is None
+    np.save(path / "a.npy", np.ones(6))
+    torch.save(torch.full((1, 6), 3.0), path / "b.pt")
+    files = [path / "a.npy", path / "b.pt"]
+    assert torch.equal(voice.listen(files)[0], voice.model.voice_latents(torch.full((1, 6), 2.0))[0])  # of two the mean
+    logits = []
+    for reference in (None, files[0]):
+        ids, given = voice.utterance("one two", reference=reference)
+        assert given.keys() == ({"voice"} if reference else set())
+        next(voice.model.generate(ids, choose=lambda x, seen: logits.append(x) or x[:16].argmax(), **given))
+        assert len(list(voice.frames("one two", reference=reference, temperature=0.0, cap_seconds=1.0)))
+    assert not torch.allclose(logits[0], logits[3], atol=1e-3)
+
+
+def test_a_voice_is_saved(spoken, monkeypatch):
+    """Also without its vector, which the weights turn into one row."""
+    path = spoken[0]
+    monkeypatch.chdir(path)
+    usual = [f"--ckpt={path}/out/best.pt", "--device=cpu", "--cap_seconds=1", "--temperature=0"]
+    for flags in (["--speaker=b", "--save_voice=b"], ["--speaker=b", "--text=one two", "--out_dir=named"],
+                  ["--voice=b", "--text=one two", "--out_dir=saved"]):  # fmt: skip
+        sample.main(configurator.configure(sample.__file__, [*usual, *flags]))
+    assert (path / "named/000.wav").read_bytes() == (path / "saved/000.wav").read_bytes()
 
 
 @pytest.mark.parametrize("flags", [
