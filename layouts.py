@@ -267,7 +267,8 @@ def recognise(path, device="cpu"):
                 before = key.removesuffix(layout.mark)
                 config = os.path.join(os.path.dirname(path), "config.json")
                 given = {**inside, **(read_json(config) if os.path.exists(config) else {})}
-                tensors = {key.removeprefix(before): tensor.to(device) for key, tensor in tensors.items()}
+                # a tensor without memory cannot move; `assemble` names it
+                tensors = {key.removeprefix(before): x if x.is_meta else x.to(device) for key, x in tensors.items()}
                 return layout, dequantised(tensors, given, path), given, path
     return None
 

@@ -38,6 +38,7 @@ def dequantise(packed, scales, biases, group=GROUP):
     columns = scales.shape[1] * group
     bits, rest = divmod(packed.shape[1] * 32, columns)
     rows = len(packed) == len(scales) and scales.shape == biases.shape
+    rows = rows and scales.is_floating_point() and biases.is_floating_point()
     if packed.dtype != torch.uint32 or rest or bits not in BITS or not rows:
         shapes = ", ".join(str(tuple(x.shape)) for x in (packed, scales, biases))
         raise ValueError(f"no weight in groups of {group} has words ({packed.dtype}), scales and biases of shapes "

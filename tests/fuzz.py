@@ -272,21 +272,21 @@ ODD = [None, True, False, 0, 1, -1, 7, 0.5, -0.5, math.nan, math.inf, -math.inf,
        "x" * 5000, "\ud800", "\0", "a\nb", "../x", [], [[]], ["x"], [None], {}, {"x": 1}, {"path": 3}]  # fmt: skip
 
 
-def alike(a, b):
-    """Whether two nested results are the same, arrays number by number."""
+def alike(a, b, within=0.0):
+    """Whether two nested results are the same, arrays number by number, up to a difference `within`."""
     if isinstance(a, torch.Tensor | np.ndarray) and isinstance(b, torch.Tensor | np.ndarray):
         a, b = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (a, b))
-        return a.shape == b.shape and bool((a == b).all())
+        return a.shape == b.shape and (bool((a == b).all()) or within > 0 and np.allclose(a, b, 0, within))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(alike(a[key], b[key], within) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
+        return len(a) == len(b) and all(alike(x, y, within) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and a == b
 
 
-def unless_same(baseline, otherwise="its result is another one"):
+def unless_same(baseline, otherwise="its result is another one", within=0.0):
     """A judge: what gives the same result as the sound input is harmless."""
-    return lambda result, output: ("accepted" if alike(result, baseline) else
+    return lambda result, output: ("accepted" if alike(result, baseline, within) else
                                    "named" if warned(output) else otherwise)  # fmt: skip
 
 

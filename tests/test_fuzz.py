@@ -996,7 +996,8 @@ def published_folders(rng, yard):
 
         def judge(result, output, layout=layout):
             sound = lambda: sized(put_published(fresh("hub"), *found[layout], "safetensors"))  # noqa: E731
-            return unless_same(yard.once(("sized", layout), sound))(result, output)
+            # where a tensor begins in memory changes how its products are rounded
+            return unless_same(yard.once(("sized", layout), sound), within=1e-4)(result, output)
 
         yield Case(f"{layout}, {form}: {label}", call, expect, kind, judge)
 
