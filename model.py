@@ -2005,11 +2005,11 @@ def build(arch, meta, options):
 def contradiction(config, options):
     """The first of these options that contradicts the config of trained weights, or None.
 
-    A backbone or decoder is a dict, or a preset's name. Of a dict all sizes are compared except those that may change
-    from run to run, of a preset only the shapes. Raises ValueError for impossible sizes.
+    A backbone or decoder is a dict, or a preset's name; empty, it asks for nothing. Of a dict all sizes are compared
+    except those that may change from run to run, of a preset only the shapes. Raises ValueError for impossible sizes.
     """
     for f in fields(config):
-        if f.name not in options or not f.init or f.metadata.get("key") == "free":
+        if options.get(f.name, "") == "" or not f.init or f.metadata.get("key") == "free":
             continue
         asked = options[f.name]
         wanted = getattr(replace(config, **{f.name: asked}), f.name)

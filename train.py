@@ -85,7 +85,7 @@ dry_run = False  # print what the run would need (parameters, memory, batches, h
 overwrite = False  # remove the run that out_dir holds and start over
 # model; each family has further keys: the fields of its config in model.py that are `fixed` or `free`
 arch = "csm"  # how the codebooks of a frame are predicted: csm, kani, xtts, valle, or a family that you add to model.py
-# a preset of model.py, or a dict of sizes
+# a preset of model.py, or a dict of sizes; empty: those of the weights in init_from
 backbone: str | dict = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "d_model": 128, "d_ff": 384, "rope_theta": 10_000.0}
 # csm: the depth decoder, likewise
 decoder: str | dict = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 96, "d_ff": 256, "rope_theta": 10_000.0}

@@ -281,14 +281,17 @@ def starting_point(cfg, codec, meta, say=print):
     config = model.config
     if key := contradiction(config, given):
         fixed = getattr(config, key)
-        fixed = vars(fixed) if is_dataclass(fixed) else fixed
+        advice = "leave it out, or start from scratch"
+        if is_dataclass(fixed):
+            fixed = vars(fixed)
+            advice = f"--{key}= takes these sizes"
         raise ValueError(f"{cfg.given[key]}: {key} = {configurator.show(given[key])}, but {path:.100} was trained with "
-                         f"{fixed!r:.120}: leave it out, or start from scratch")  # fmt: skip
+                         f"{fixed!r:.120}: {advice}")  # fmt: skip
     for key in vars(cfg).keys() & {f.name for f in fields(config)}:
         value = getattr(config, key)
         if not is_dataclass(value):
             setattr(cfg, key, value)
-        elif contradiction(config, {key: getattr(cfg, key)}):
+        elif not getattr(cfg, key) or contradiction(config, {key: getattr(cfg, key)}):
             setattr(cfg, key, asdict(value))
     return model, checkpoint
 

@@ -986,8 +986,14 @@ def test_what_a_checkpoint_fixes_comes_from_it(tokens, trained, tmp_path):
     recorded = json.loads((tmp_path / "config.json").read_text())
     for part, sizes in (("backbone", "{'n_layer': 1"), ("decoder", "{'n_layer': 1")):
         assert str(recorded[part]).startswith(sizes)
-        with pytest.raises(ValueError, match=f"--{part}: {part} = 'llama-60M', but .*best.pt was trained with {sizes}"):
+        with pytest.raises(ValueError, match=f"--{part}: {part} = 'llama-60M', but .*best.pt was trained with {sizes}"
+                           f".*: --{part}= takes these sizes"):  # fmt: skip
             train.main(configurator.configure(train.__file__, [*flags, "--overwrite=True", f"--{part}=llama-60M"]))
+    (tmp_path / "recipe.py").write_text("backbone = decoder = 'llama-60M'\n")
+    empty = [str(tmp_path / "recipe.py"), "--overwrite=True", "--backbone=", "--decoder="]
+    train.main(configurator.configure(train.__file__, [*flags, *empty]))
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert all(again[part] == recorded[part] for part in ("backbone", "decoder"))
     flags += ["--init_from=resume", "--max_iters=2"]
     train.main(configurator.configure(train.__file__, flags))  # its config holds sizes, as those of an older run
     assert json.loads((tmp_path / "config.json").read_text())["backbone"] == recorded["backbone"]
