@@ -404,17 +404,12 @@ def clips(folder):
 
 
 def read_folder(path):
-    """Rows of a folder with files for each clip. Recordings stay where they are; a broken file is a problem of its row
-    alone."""
+    """Rows of a folder with files for each clip. Recordings stay where they are."""
     for stem, names in clips(path):
         sounds = [name for name in names if name.rpartition(".")[2].lower() in EXTENSIONS]
         others = [name for name in names if name not in sounds]
         files = ((name, os.path.getsize(os.path.join(path, name)), Path(path, name).read_bytes) for name in others)
-        try:
-            row = read_members(files, stem, path, whole=False)
-        except ValueError as error:
-            yield stem, {"id": stem}, str(error)
-            continue
+        row = read_members(files, stem, path, whole=False)
         if any(name.rpartition(".")[2].lower() in CODED for name in others):
             row = {"speaker": os.path.basename(os.path.dirname(stem)), **row}
         yield stem, {"id": stem, **row, **({"audio": sounds[0]} if sounds else {})}, ""

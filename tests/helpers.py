@@ -199,3 +199,12 @@ def command(folder, *words):
     done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def shell(folder, session):
+    """What a session of commands prints that bash runs in `folder`, where `python` is this one. Each must succeed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    script = 'set -e -x -o pipefail\npython() { "$PYTHON" "$@"; }\n' + session
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
