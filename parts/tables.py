@@ -404,12 +404,17 @@ def clips(folder):
 
 
 def read_folder(path):
-    """Rows of a folder with files for each clip. Recordings stay where they are."""
+    """Rows of a folder with files for each clip. Recordings stay where they are; a broken file is a problem of its row
+    alone."""
     for stem, names in clips(path):
         sounds = [name for name in names if name.rpartition(".")[2].lower() in EXTENSIONS]
         others = [name for name in names if name not in sounds]
         files = ((name, os.path.getsize(os.path.join(path, name)), Path(path, name).read_bytes) for name in others)
-        row = read_members(files, stem, path, whole=False)
+        try:
+            row = read_members(files, stem, path, whole=False)
+        except ValueError as error:
+            yield stem, {"id": stem}, str(error)
+            continue
         if any(name.rpartition(".")[2].lower() in CODED for name in others):
             row = {"speaker": os.path.basename(os.path.dirname(stem)), **row}
         yield stem, {"id": stem, **row, **({"audio": sounds[0]} if sounds else {})}, ""

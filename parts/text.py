@@ -381,5 +381,6 @@ def alphabets(wanted, most=1000):
     for c in map(chr, range(0x20000)):
         form = unicodedata.decomposition(c).startswith(("<isolated", "<initial", "<medial", "<final", "<font"))
         if unicodedata.category(c)[0] in "LMNPS" and not form:
-            found.get(unicodedata.name(c, "?").split()[0], set()).add(c)
+            name = unicodedata.name(c, "?").removeprefix("MODIFIER LETTER ")
+            found.get(name.split()[0], set()).add(c)
     return set().union(*(letters for letters in found.values() if len(letters) <= most))

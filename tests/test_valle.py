@@ -870,7 +870,7 @@ def test_one_model_speaks_two_languages(tmp_path):
 
 
 EVERYTHING = ["--random_level=True", "--voice_prompt=0.5", "--muon=True", "--dropout=0.1", "--sparse_embeddings=True",
-              "--ema=0.9", "--gradient_accumulation_steps=2"]  # fmt: skip
+              "--ema=0.9", "--gradient_accumulation_steps=2", "--reference_seconds=[0.4,0.8]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", [
