@@ -33,6 +33,7 @@ from layouts import (
     CSM_MLX,
     CSM_ORIGINAL,
     CSM_TRANSFORMERS,
+    INSIDE,
     KANI_LFM2,
     LLAMA,
     ROPE,
@@ -43,7 +44,7 @@ from layouts import (
 from model import LLAMA3_ROPE, PRESETS, TAPS, transformer_config
 from parts.affine import GROUP, quantise
 from parts.files import whole
-from parts.tensors import read_metadata, read_weights, reason, write_safetensors
+from parts.tensors import read_metadata, read_weights, write_pickle, write_safetensors
 from parts.text import Tokenizer, around, fast_tokenizer, wording
 
 
@@ -126,15 +127,7 @@ def safetensors(tensors, **metadata):
 
 def pickled(content):
     """The content of a file by torch.save, for `export`."""
-    return partial(write_pickle, content=content)
-
-
-def write_pickle(file, content):
-    """torch.save into an open file. Raises OSError, which names the file."""
-    try:
-        torch.save(alone(content), file)
-    except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise OSError(f"{file.name} could not be written, the disk may be full ({reason(error)})") from None
+    return lambda file: write_pickle(file, alone(content), file.name)
 
 
 def alone(x):
@@ -344,7 +337,7 @@ def mimi(source):
 
 def codec_model(tensors):
     """The tensors of the codec inside a CSM."""
-    return {key.removeprefix("codec_model."): x for key, x in tensors.items() if key.startswith("codec_model.")}
+    return {key.removeprefix(INSIDE): x for key, x in tensors.items() if key.startswith(INSIDE)}
 
 
 def mimi_config(tensors):
@@ -578,6 +571,7 @@ def valle_config(c):
             "capabilities": ["ar"] if c.mode == "ar" else ["nar", "len"]}  # fmt: skip
 
 
+WITH_CODEC = ("csm", "xtts")  # the families whose exports hold the codec
 EXPORTS = {
     "csm": {
         "transformers": csm_transformers, "original": csm_original,

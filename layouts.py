@@ -13,14 +13,14 @@ import itertools
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, KaniConfig, PerceiverBlock, facts
+from model import ARCHS, LLAMA3_ROPE, PRESETS, CSMConfig, KaniConfig, PerceiverBlock, facts, field_names
 from parts import lora
 from parts.affine import GROUP, dequantise
 from parts.files import need
@@ -36,6 +36,7 @@ from parts.tensors import (
     reason,
 )
 
+INSIDE = "codec_model."  # begins the published names of the tensors of a codec inside a model
 ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin")  # of files of weights; the last three are pickles
 
 
@@ -114,7 +115,7 @@ def start(path, arch, meta, habits, say=print, grown=True):
     if layout.arch != arch:
         raise ValueError(f"arch = {arch!r}, but {path} is of the family {layout.arch!r}")
     own = facts(meta)
-    habits = {key: habits[key] for key in habits.keys() & {f.name for f in fields(ARCHS[arch][1]) if f.init}}
+    habits = {key: habits[key] for key in habits.keys() & field_names(ARCHS[arch][1])}
     model = assemble(layout, *found, **{**habits, **outer_fields(arch, own)}).train()
     c = model.config
     K, V, most = (own[key] for key in ("n_codebooks", "codebook_size", "text_vocab_size"))
@@ -142,7 +143,7 @@ def start(path, arch, meta, habits, say=print, grown=True):
 def outer_fields(arch, own):
     """Those of the facts of a meta.json, own, that are fields of a family's config and in no weights: the marks around
     a text, and how many features of a recording a second has."""
-    names = {f.name for f in fields(ARCHS[arch][1])} & own.keys()
+    names = field_names(ARCHS[arch][1]) & own.keys()
     return {key: own[key] for key in ("text_bos", "text_eos", "reference_rate") if key in names}
 
 
@@ -171,7 +172,7 @@ def grow(model):
 def known_fields(arch, changes):
     """The changes that are not None. Raises ValueError for one that is no field of the family's config."""
     changes = {key: value for key, value in changes.items() if value is not None}
-    if foreign := changes.keys() - {f.name for f in fields(ARCHS[arch][1]) if f.init}:
+    if foreign := changes.keys() - field_names(ARCHS[arch][1]):
         name = min(foreign)
         raise ValueError(f"{name} = {changes[name]!r}: the family {arch!r} has no such setting")
     return changes
@@ -287,6 +288,11 @@ def dequantised(tensors, given, path):
         except UNBUILT as error:
             raise ValueError(f"{path}: {stem}: {reason(error)}") from None
     return tensors
+
+
+def holds_codec(names):
+    """Whether a model with tensors of these published names has its codec inside."""
+    return any(name.startswith(INSIDE) for name in names)
 
 
 class WithoutMemory(TorchFunctionMode):

@@ -548,6 +548,10 @@ class FamilyConfig:
                 raise ValueError(f"{name} = {mark} is none of the {self.text_vocab_size} text ids")
         self.backbone = transformer_config(self.backbone, self.dropout, self.recompute)
 
+    def idle(self):
+        """{field: why} of the fields that have no effect beside the others."""
+        return {}
+
     def language_ids(self, names):
         """The ids of languages by their names, a list; None for a family that tells languages by the text alone."""
         return None
@@ -733,6 +737,9 @@ class CSMConfig(FamilyConfig):
     @property
     def audio_vocab_size(self):
         return self.codebook_size + self.SPARE
+
+    def idle(self):
+        return {} if self.stop == "zeros" else {"loose_stop": "the model has a class to stop with"}
 
     def stop_frame(self):
         """See FamilyConfig. The released weights end with K zeros (stop = "zeros"), which speech may contain."""
@@ -1998,8 +2005,13 @@ def build(arch, meta, options):
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r:.60}; choose from {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
-    names = {f.name for f in fields(config) if f.init}
-    return model(config(**{k: v for k, v in {**facts(meta), **options}.items() if k in names and v is not None}))
+    known = {**facts(meta), **options}
+    return model(config(**{k: known[k] for k in known.keys() & field_names(config) if known[k] is not None}))
+
+
+def field_names(config):
+    """The names of the fields that a config, or its class, takes."""
+    return {f.name for f in fields(config) if f.init}
 
 
 def contradiction(config, options):

@@ -102,9 +102,9 @@ def duration(cfg, codec, files, needed, device):
     """A line that says how long the run would take, from a few steps of it on this device. needed: bytes of memory."""
     if needed > (free := budget.free_memory(device)):
         return f"not timed: {device} has {budget.gigabytes(free)} GB free"
-    said = []  # once more
-    model, checkpoint = planned_model(cfg, codec, files.meta, "cpu", said.append)
-    prepare_weights(model, len(files), cfg, checkpoint, said.append)
+    printed = []  # the same lines as those of the model without memory
+    model, checkpoint = planned_model(cfg, codec, files.meta, "cpu", printed.append)
+    prepare_weights(model, len(files), cfg, checkpoint, printed.append)
     model = model.train().to(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from codec import CODECS, PUBLISHED, load_codec
-from layouts import assemble, find, outer_fields, read_sizes, recognise
+from layouts import assemble, find, holds_codec, outer_fields, read_sizes, recognise
 from model import ARCHS, facts
 from parts.frontend import language_name
 from parts.tensors import fault, is_index, read_json, read_pickle
@@ -88,8 +88,7 @@ def open_release(path, device="cpu", dtype=torch.float32, codec="", codec_path="
     if language and not text_format and "[{language}]" in release.text_format:
         need_tag(f"[{language_name(language)}]", tokenizer, file)
     K, V = (sizes.get(key, 1) for key in ("n_codebooks", "codebook_size"))
-    inside = any(key.startswith("codec_model.") for key in tensors)
-    codec = find_codec(codec or release.codec(K, V), codec_path, file, inside)
+    codec = find_codec(codec or release.codec(K, V), codec_path, file, holds_codec(tensors))
     if (codec.n_codebooks, codec.codebook_size) != (K, V):
         raise ValueError(f"{file} speaks in {K} codebooks of {V}, the codec {codec.name} in {codec.n_codebooks} of "
                          f"{codec.codebook_size}: name that of these weights by --codec and --codec_path")  # fmt: skip
@@ -161,7 +160,7 @@ def find_codec(name, path, file, inside):
 def shards_with_codec(folder):
     """The indexes of shards in a folder that hold a codec too: CSM-1B lies there twice, once with its codec."""
     indexes = sorted(os.path.join(folder, name) for name in os.listdir(folder) if is_index(name))
-    return [path for path in indexes if any(key.startswith("codec_model.") for key in read_json(path)["weight_map"])]
+    return [path for path in indexes if holds_codec(read_json(path)["weight_map"])]
 
 
 def read_voices(path, model, codec):

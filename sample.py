@@ -38,7 +38,7 @@ from parts.frontend import needs_language
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.voices import save_voice as write_voice
-from voice import DRAWS, Voice, as_texts, is_stretch
+from voice import DRAWS, Voice, as_texts, need_stretch
 from weights import peft_base
 
 # a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
@@ -203,8 +203,7 @@ def get_ready(cfg, path, lines, out_dir):
         setattr(voice.model.config, key, getattr(cfg, key))
     configurator.refuse_idle(cfg, idle_keys(cfg, voice), partial(print, file=messages))
     if "reference_seconds" in cfg.given:
-        if not is_stretch(cfg.reference_seconds):
-            raise ValueError(f"reference_seconds = {cfg.reference_seconds!r:.60}: give the shortest and the longest")
+        need_stretch(cfg.reference_seconds)
         voice.reference_seconds = cfg.reference_seconds
     reference, texts = heard_voice(cfg, voice, partial(print, file=messages))
     prompt = voice.prompt(reference, texts, cfg.speaker, cfg.language)
@@ -221,8 +220,8 @@ def get_ready(cfg, path, lines, out_dir):
 
 
 def heard_voice(cfg, voice, say):
-    """What the model hears of the voice that `voice`, `reference` or, to save it, `speaker` names, and its texts; None
-    and [] without one. Raises ValueError or OSError."""
+    """What the model hears of the voice that `voice`, `reference` or `speaker` names, and its texts; None and [] where
+    it needs none. Raises ValueError or OSError."""
     if cfg.voice:
         heard, texts, note = voice.recall(cfg.voice)
         if note:
@@ -231,11 +230,11 @@ def heard_voice(cfg, voice, say):
     texts = as_texts(cfg.reference_text) if cfg.reference_text else []
     if cfg.reference:
         return voice.listen([path for _, path in named(cfg.reference, "recording")]), texts
-    if not cfg.save_voice:
-        return None, texts
-    if not voice.model.reference:
+    if cfg.save_voice and not voice.model.reference:
         raise ValueError(f"save_voice = {cfg.save_voice!r:.60}: give the reference whose voice is to be saved")
-    return voice.own_voice(cfg.speaker), texts
+    # latents of a recording are computed once, not for every line
+    own = cfg.save_voice or voice.model.reference == "recording"
+    return voice.own_voice(cfg.speaker) if own else None, texts
 
 
 def read_out(cfg, path, lines, out_dir):
@@ -339,8 +338,7 @@ def idle_keys(cfg, voice):
         idle["reference_seconds"] = f"arch = {c.arch!r} takes a reference as long as it is"
     if not voice.vocoder:
         idle["speed"] = "only the vocoder of XTTS-v2 changes it"
-    if c.arch == "csm" and c.stop != "zeros":
-        idle["loose_stop"] = "the model has a class to stop with"
+    idle.update(c.idle())
     if not lora.adapters(voice.model):
         idle["base"] = "the model is no adapter"
     if not cfg.reference:

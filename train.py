@@ -66,7 +66,7 @@ from parts.tensors import pick_device, reason
 from parts.text import wording
 from plan import idle_keys, make_batches, predict, steps_in_epoch
 from sample import slow_type
-from voice import DRAWS, Voice
+from voice import DRAWS, Voice, need_stretch
 from weights import (
     freeze_parameters,
     load_weights,
@@ -155,9 +155,7 @@ FEWEST_TARGETS = 0.2  # share of the frames; with fewer targets a model does not
 
 def check(cfg, world, device):
     """Validate the config: ValueError with one line."""
-    stretch = cfg.reference_seconds
-    if len(stretch) != 2 or stretch[0] > stretch[1]:
-        raise ValueError(f"reference_seconds = {stretch!r:.60}: give the shortest and the longest, as [3.0, 6.0]")
+    need_stretch(cfg.reference_seconds)
     if cfg.dtype == "float16" and device.type != "cuda" and not cfg.dry_run:
         raise ValueError(f"dtype = 'float16' needs a GPU, not {device.type}: take bfloat16 or float32")
     if cfg.sparse_embeddings and world > 1 and (cfg.backend or device.type) not in ("gloo", "cpu"):
@@ -197,7 +195,7 @@ class Run:
         if cfg.lora_rank and cfg.init_from == "scratch":
             raise ValueError("lora_rank: LoRA needs trained weights to add to, name them by init_from")
         model, checkpoint = starting_point(cfg, codec, meta, self.say)
-        if cfg.voice_prompt and cfg.arch == "csm" and cfg.prompt_style == "joined":
+        if cfg.voice_prompt and model.config.prompt_style == "joined":
             raise ValueError(f"voice_prompt = {cfg.voice_prompt}: prompts in training need prompt_style='segments'; in "
                              "one segment, as Marvis clones a voice, they are for speaking alone")  # fmt: skip
         self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)

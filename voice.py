@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import math
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 
 from codec import load_codec
 from data import MODEL_META, completed
-from model import contract_check, sampler
+from model import contract_check, field_names, sampler
 from parts import configurator, lora, peft
 from parts.audio import read_audio
 from parts.files import NUMBER, need
@@ -181,7 +181,7 @@ class Voice:
         if codec.fingerprint() != self.codec.fingerprint():
             raise ValueError(f"{path} speaks in the codes of another codec: give it as ckpt")
         try:
-            known = {f.name for f in fields(config) if f.init} & checkpoint["model_config"].keys()
+            known = field_names(config) & checkpoint["model_config"].keys()
             settings = replace(config, **{key: checkpoint["model_config"][key] for key in known})
             lora.load_adapter(self.model, checkpoint["ema"] or checkpoint["model"], name)
         except UNBUILT as error:
@@ -479,6 +479,13 @@ def need_logits(logits):
 def is_stretch(x):
     """Whether x is two lengths in seconds, from and to."""
     return isinstance(x, list) and len(x) == 2 and all(type(y) in NUMBER for y in x) and 0 < x[0] <= x[1] <= 3600
+
+
+def need_stretch(reference_seconds):
+    """Raise ValueError for a value of that key which is_stretch refuses."""
+    if not is_stretch(reference_seconds):
+        raise ValueError(f"reference_seconds = {reference_seconds!r:.60}: give the shortest and the longest, as "
+                         "[3.0, 6.0]")  # fmt: skip
 
 
 def read_run(checkpoint, codec_path=""):

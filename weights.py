@@ -20,13 +20,34 @@ from typing import Literal
 import torch
 
 from codec import load_codec
-from export import export
-from layouts import assemble, find, is_published, known_fields, load, new_rows, peft_names, published_names, start
-from model import ARCHS, build, contradiction
+from export import WITH_CODEC, export
+from layouts import (
+    assemble,
+    find,
+    holds_codec,
+    is_published,
+    known_fields,
+    load,
+    new_rows,
+    peft_names,
+    published_names,
+    start,
+)
+from model import ARCHS, build, contradiction, field_names
 from parts import configurator, lora, peft
 from parts.files import need, whole
 from parts.folder import kept_checkpoints
-from parts.tensors import UNBUILT, need_tensors, read_weights, reason, undamaged, unpickle, what_is, why_unread
+from parts.tensors import (
+    UNBUILT,
+    need_tensors,
+    read_weights,
+    reason,
+    undamaged,
+    unpickle,
+    what_is,
+    why_unread,
+    write_pickle,
+)
 from parts.text import load_tokenizer
 from released import RELEASES, find_codec, find_tokenizer
 
@@ -75,11 +96,8 @@ def save_checkpoint(path, checkpoint):
 
     Raises OSError if that fails; an older file at `path` then stays.
     """
-    try:
-        with whole(path) as f:
-            torch.save({"format": FORMAT, **checkpoint}, f)
-    except RuntimeError as e:  # torch's zip writer reports a full disk so, without naming it
-        raise OSError(f"{path}: the checkpoint could not be written, the disk may be full ({reason(e)})") from None
+    with whole(path) as file:
+        write_pickle(file, {"format": FORMAT, **checkpoint}, f"{path}: the checkpoint")
 
 
 class Checkpoint(dict):
@@ -126,9 +144,8 @@ def load_model(checkpoint, device="cpu", dtype=torch.float32, base="", **changes
     if arch not in ARCHS:
         raise ValueError(f"{where} is of the unknown family {arch!r:.60}; this code has {', '.join(ARCHS)}")
     model, config = ARCHS[arch]
-    names = {f.name for f in fields(config) if f.init}
     given = {**checkpoint["model_config"], **known_fields(arch, changes)}
-    given = {key: value for key, value in given.items() if key in names}
+    given = {key: given[key] for key in given.keys() & field_names(config)}
     if checkpoint.get("base"):
         model = load_adapted(checkpoint, checkpoint.get("ema") or checkpoint["model"], given, device, base)
         return model.to(dtype=dtype).eval()
@@ -313,8 +330,8 @@ def trained_weights(path, cfg, given, codec, meta, say, resume=False):
     checkpoint["config"] |= config  # older versions recorded the keys as given, even where the model differed
     state = checkpoint["model"] if resume else checkpoint["ema"] or checkpoint["model"]
     if checkpoint.get("base"):
-        names = {f.name for f in fields(ARCHS[cfg.arch][1]) if f.init}
-        own = {key: value for key, value in checkpoint["model_config"].items() if key in names}
+        names = field_names(ARCHS[cfg.arch][1]) & checkpoint["model_config"].keys()
+        own = {key: checkpoint["model_config"][key] for key in names}
         return load_adapted(checkpoint, state, {**own, **free}, base=cfg.base).train(), checkpoint
     try:
         model = build(cfg.arch, meta, {**checkpoint["model_config"], **free})
@@ -434,9 +451,10 @@ def source_of(path, dtype=None, base=""):
         model = assemble(layout, tensors, given, file, dtype=dtype)
         release = RELEASES[layout.arch]
         name = release.codec(model.config.n_codebooks, model.config.codebook_size)
-        inside = any(key.startswith("codec_model.") for key in tensors)
         tokenizer = at_hand(notes, find_tokenizer, "", file, release)
-        codec = at_hand(notes, find_codec, name, "", file, inside) if layout.arch in ("csm", "xtts") else None
+        codec = None
+        if layout.arch in WITH_CODEC:
+            codec = at_hand(notes, find_codec, name, "", file, holds_codec(tensors))
         text_format = release.text_format
     else:
         checkpoint = load_checkpoint(path)
@@ -509,9 +527,8 @@ def describe(path):
     arch, config = (checkpoint[key] for key in ("arch", "config"))
     lines = [f"{path}: a checkpoint of the family {arch}, made at iter {checkpoint['iter']:,} {trained}"]
     if arch in ARCHS:
-        names = {f.name for f in fields(ARCHS[arch][1]) if f.init}
-        given = {key: value for key, value in checkpoint["model_config"].items() if key in names}
-        lines += sizes(ARCHS[arch][1](**given))
+        names = field_names(ARCHS[arch][1]) & checkpoint["model_config"].keys()
+        lines += sizes(ARCHS[arch][1](**{key: checkpoint["model_config"][key] for key in names}))
     if base := checkpoint["base"]:
         lines.append(f"an adapter of rank {config.get('lora_rank')} on {base}"
                      f"{'' if os.path.exists(base) else ', which does not exist'}")  # fmt: skip
@@ -553,7 +570,7 @@ def beside(file, arch, tensors):
     notes = []
     tokenizer = at_hand(notes, find_tokenizer, "", file, RELEASES[arch])
     lines = [f"tokenizer: {tokenizer.vocab_size:,} ids" if tokenizer else f"tokenizer: {notes[0]}"]
-    codecs = ["inside (codec_model)"] if any(key.startswith("codec_model.") for key in tensors) else []
+    codecs = ["inside (codec_model)"] if holds_codec(tensors) else []
     codecs += [name for name in names if name == "dvae.pth" or name.endswith(".nemo") or name.startswith("tokenizer-")]
     lines.append(f"codec: {', '.join(codecs) or 'none beside it'}")
     texts = [name for name in names if re.match(r"(readme|license|licence|copying)", name, re.I)]

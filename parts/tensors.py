@@ -135,6 +135,14 @@ def read_vector(path):
     return vector
 
 
+def write_pickle(file, content, where):
+    """torch.save into an open file. Raises OSError, which begins with `where`."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch's zip writer reports a full disk so, without naming it
+        raise OSError(f"{where} could not be written, the disk may be full ({reason(error)})") from None
+
+
 def is_index(path):
     """Whether a path names the index of a model in several safetensors files."""
     return str(path).endswith(".safetensors.index.json")

@@ -11,7 +11,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import sentencepiece
 
@@ -86,7 +86,7 @@ class Tokenizer:
         ids = {c: self.encode(c) for c in set(text) - halves if not c.isspace()}
         return halves | {c for c in ids if (self.unk_id in ids[c] if self.unk_id >= 0 else not ids[c])}
 
-    @property
+    @cached_property  # every text asks, and a vocabulary may have 100,000 pieces
     def phonemic(self):
         """Whether it reads phonemes: one in eight of its pieces, or more, has a symbol that only they have."""
         pieces = [piece for i in range(self.vocab_size) if (piece := self.piece(i)) and not piece.startswith("<0x")]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from parts.files import need, whole
-from parts.tensors import fault, read_pickle, reason
+from parts.tensors import fault, read_pickle, write_pickle
 
 FORMAT = "parlando-voice-1"
 FOLDER = "voices"
@@ -61,11 +61,8 @@ def save_voice(name, heard, texts, made_for, note=""):
     tensors = {key: None if x is None else x.detach().float().cpu() for key, x in
                (("latents", latents), ("timbre", timbre))}  # fmt: skip
     content = {"format": FORMAT, "made_for": made_for, "texts": list(texts), "codes": codes, "note": note, **tensors}
-    try:
-        with whole(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch's zip writer reports a full disk so, without naming it
-        raise OSError(f"{path}: the voice could not be written, the disk may be full ({reason(error)})") from None
+    with whole(path) as file:
+        write_pickle(file, content, f"{path}: the voice")
     return path
 
 
