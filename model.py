@@ -177,32 +177,72 @@ TAPS = 3  # of the short convolution
 
 
 class Cache:
-    """Keys and values of earlier rows, sized up front.
+    """Keys and values of the earlier rows of B sequences: static buffers, sized up front and written in place.
 
     `memory` holds for each attention layer its keys and values (2, B, n_kv_head, length, head_dim), for each short
-    convolution its last inputs (B, D, TAPS - 1). `used` counts the stored rows; the transformer advances it when all
-    layers have stored theirs.
+    convolution its last inputs (1, B, D, TAPS - 1). `used` counts the stored rows of each sequence, (B,), or is one
+    number for all. The transformer advances it when all layers have stored theirs.
     """
 
-    def __init__(self, config, batch, length, device, dtype):
-        attention = (2, batch, config.n_kv_head, length, config.head_dim)
-        convolution = (batch, config.d_model, TAPS - 1)
-        shapes = [attention if letter == "a" else convolution for letter in config.layers]
-        self.memory = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.used = 0
+    def __init__(self, config, memory, used=0):
+        self.config = config
+        self.memory = memory
+        self.used = used
 
-    def extend(self, layer, k, v):
-        """Store the keys and values of the new rows; return those of all rows so far."""
-        end = self.used + k.shape[2]
+    @classmethod
+    def new(cls, config, batch, length, device, dtype):
+        attention = (2, batch, config.n_kv_head, length, config.head_dim)
+        convolution = (1, batch, config.d_model, TAPS - 1)
+        shapes = [attention if letter == "a" else convolution for letter in config.layers]
+        return cls(config, [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes])
+
+    def part(self, places, used=None):
+        """The cache of these sequences alone, a slice, on the same memory. used: None: its own part of `used`."""
+        return Cache(self.config, [x[:, places] for x in self.memory], self.used[places] if used is None else used)
+
+    def clear(self):
+        """Forget all rows."""
+        self.used = 0
+        for letter, memory in zip(self.config.layers, self.memory, strict=True):
+            if letter == "c":
+                memory.zero_()
+
+    def snapshot(self):
+        """A copy of what is stored, for `restore`. All sequences must have as many rows."""
+        return self.used, [x[..., : self.used, :].clone() if letter == "a" else x.clone()
+                           for letter, x in zip(self.config.layers, self.memory, strict=True)]  # fmt: skip
+
+    def restore(self, snapshot):
+        self.used, kept = snapshot
+        for letter, memory, x in zip(self.config.layers, self.memory, kept, strict=True):
+            (memory[..., : self.used, :] if letter == "a" else memory).copy_(x)
+
+    def start(self):
+        """The number of stored rows, where all sequences have as many and the host can see that without waiting for a
+        GPU; else `used`."""
+        if isinstance(self.used, int) or self.used.is_cuda:
+            return self.used
+        least, most = self.used.aminmax()
+        return int(most) if least == most else self.used
+
+    def extend(self, layer, k, v, rows, end):
+        """Store the keys and values (B, H, S, head_dim) of new rows, whose numbers are rows (S,) or (B, S); return
+        those of the rows below `end`."""
         keys, values = self.memory[layer]
-        keys[:, :, self.used : end] = k
-        values[:, :, self.used : end] = v
+        if rows.ndim == 1:
+            keys[:, :, end - len(rows) : end] = k
+            values[:, :, end - len(rows) : end] = v
+        else:
+            place = torch.arange(len(k), device=k.device)[:, None]
+            keys[place, :, rows] = k.transpose(1, 2)
+            values[place, :, rows] = v.transpose(1, 2)
         return keys[:, :, :end], values[:, :, :end]
 
     def lead(self, layer, x):
         """The new inputs x (B, D, S) of a convolution, with the TAPS - 1 inputs before them in front."""
-        x = torch.cat([self.memory[layer] * (self.used > 0), x], -1)
-        self.memory[layer] = x[..., 1 - TAPS :]
+        before = self.memory[layer][0]
+        x = torch.cat([before, x], -1)
+        before.copy_(x[..., 1 - TAPS :])
         return x
 
 
@@ -309,6 +349,9 @@ class Attention(nn.Module):
     speed at which it turns (KaniTTS-2).
     """
 
+    together = ("q_proj", "k_proj", "v_proj")  # one product where weights are packed, see parts/packed.py
+    joined = None
+
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
@@ -322,10 +365,9 @@ class Attention(nn.Module):
         if c.rotation_speed:
             self.speed = nn.Parameter(torch.empty(()))  # between the two speeds by its sigmoid
 
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        S = x.shape[1]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)  # (B, S, H, head_dim)
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
+        B, S, _ = x.shape
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))  # (B, S, H, head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.speeds:
             slow, fast = self.speeds
@@ -333,14 +375,18 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # views, and so is y below: nothing is copied
-        causal = S > 1 and mask is None
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            if causal and cache.used:  # is_causal aligns its triangle to the first key, here it must end at the last
-                causal = False
-                mask = torch.ones(S, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.used)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
+            k, v = cache.extend(layer, k, v, *rows)
+        if S == 1:  # the heads that share keys become rows that read the same keys: none is repeated
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, mask)
+            return self.o_proj(y.reshape(B, 1, -1))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def project(self, x):
+        if self.joined is not None:
+            return self.joined(x).split(self.widths, -1)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class ShortConvolution(nn.Module):
@@ -353,7 +399,7 @@ class ShortConvolution(nn.Module):
         self.taps = nn.Parameter(torch.empty(c.d_model, 1, TAPS))  # the last one is the row's own
         self.out_proj = nn.Linear(c.d_model, c.d_model, bias=False)
 
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
         before, after, x = self.in_proj(x).chunk(3, -1)
         x = (before * x).mT  # (B, D, S)
         x = F.pad(x, (TAPS - 1, 0)) if cache is None else cache.lead(layer, x)
@@ -362,6 +408,9 @@ class ShortConvolution(nn.Module):
 
 class FeedForward(nn.Module):
     """Two matrices with a GELU between them (GPT-2), or with a gate: SwiGLU, GEGLU (Shazeer 2020)."""
+
+    together = ("gate_proj", "up_proj")  # as for Attention, where there is a gate
+    joined = None
 
     def __init__(self, c):
         super().__init__()
@@ -372,6 +421,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.bias)
 
     def forward(self, x):
+        if self.joined is not None:
+            return self.narrow(*self.joined(x).chunk(2, -1))
         wide = [self.up_proj(x)] if self.kind == "gelu" else [self.gate_proj(x), self.up_proj(x)]
         return recompute(self.narrow, *wide, least=SMALL)  # the other tensors of width d_ff are cheap to recompute
 
@@ -391,8 +442,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(c)
         self.dropout = c.dropout
 
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache, layer), self.dropout, self.training)
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache, layer, rows), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
@@ -416,30 +467,39 @@ class Transformer(nn.Module):
 
     def cache(self, batch, length):
         weight = self.layers[0].attn_norm.weight
-        return Cache(self.config, batch, length, weight.device, weight.dtype)
+        return Cache.new(self.config, batch, length, weight.device, weight.dtype)
 
     def forward(self, x, cache=None, mask=None, positions=None):
-        start = cache.used if cache is not None else 0
-        end = start + x.shape[1]
+        S = x.shape[1]
+        start = 0 if cache is None else cache.start()
+        new = torch.arange(S, device=x.device)
+        rows = start + new if isinstance(start, int) else start[:, None] + new
+        if isinstance(start, int):
+            end = start + S
+        elif x.is_cuda:  # the host does not look: it reads all rows, and rows beyond the last are written there
+            end = cache.memory[self.config.layers.index("a")].shape[-2]
+            rows = rows.clamp(max=end - 1)
+        else:
+            end = int(rows.max()) + 1
         if end > self.config.max_positions:
             raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
-        rope = self.rotation(start, end, positions, x.device) if self.config.rope_theta else None
+        rope = self.rotation(rows if positions is None else positions) if self.config.rope_theta else None
+        if mask is None and (rows.ndim == 2 or (start and S > 1)):
+            mask = torch.arange(end, device=x.device) <= rows[..., None]  # is_causal would begin at the first key
+            mask = mask.unsqueeze(-3)
         for i, block in enumerate(self.layers):
             if self.config.recompute and self.training:  # training has no cache
                 x = recompute(block, x, rope, mask)
             else:
-                x = block(x, rope, mask, cache, i)
+                x = block(x, rope, mask, cache, i, (rows, end))
         if cache is not None:
-            cache.used = end
+            cache.used += S
         return self.norm(x)
 
-    def rotation(self, start, end, positions, device):
-        """`rope` as Attention takes it, for rows start .. end - 1 or for positions ([B,] S)."""
+    def rotation(self, positions):
+        """`rope` as Attention takes it, for positions ([B,] S)."""
         if self.config.rotation_speed:
-            positions = torch.arange(start, end, device=device) if positions is None else positions
             rope = rope_angles(self.config, positions)
-        elif positions is None:
-            rope = self.rope[:, start:end]
         elif positions.is_floating_point():
             rope = turns(rope_angles(self.config, positions))
         else:
@@ -470,51 +530,172 @@ def init_weights(model):
 # sampling
 
 
-def sample_code(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-                repetition_decay=0.0, seen=None, generator=None):  # fmt: skip
+def sample_code(logits, key=None, age=None, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+                repetition_decay=0.0):  # fmt: skip
     """Draw classes (...) from logits (..., V): temperature 0 takes the likeliest; top_k, top_p and min_p cut the tail.
 
     top_k 0, top_p 1 and min_p 0 cut nothing. top_p (Holtzman et al. 2019) keeps the likeliest classes that together
     reach it, min_p (Nguyen et al. 2024) those at least min_p times as likely as the likeliest. repetition_penalty and
-    repetition_decay make the classes `seen` less likely, see `penalised`.
+    repetition_decay make earlier classes, of this `age` (..., V), less likely, see `penalised`. key (...): a number for
+    each draw, on which its random numbers depend, see `gumbel`; None: 0.
     """
-    if seen is not None and repetition_penalty != 1:
-        logits = penalised(logits.float(), seen, repetition_penalty, repetition_decay)
+    if age is not None and repetition_penalty != 1:
+        logits = penalised(logits.float(), age, repetition_penalty, repetition_decay)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = p.sort(descending=True)
-        kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
-        p = torch.zeros_like(p).scatter(-1, order, kept)
-    if min_p:
-        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
-    return torch.multinomial(p.flatten(0, -2) if p.ndim > 1 else p[None], 1, generator=generator).view(p.shape[:-1])
+    V = logits.shape[-1]
+    cut = 0 < top_k < V
+    classes = None
+    if cut or top_p < 1:
+        logits, classes = logits.topk(top_k if cut else V)  # the likeliest first
+    if top_p < 1 or min_p:
+        p = logits.softmax(-1)
+        tail = p < min_p * p.amax(-1, keepdim=True)
+        if top_p < 1:
+            tail = tail | (p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(tail, -math.inf)
+    if key is None:
+        key = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    noise = gumbel(key, torch.arange(V, device=logits.device) if classes is None else classes)
+    drawn = (logits + noise).argmax(-1, keepdim=True)
+    return (drawn if classes is None else classes.gather(-1, drawn))[..., 0]
 
 
-def penalised(logits, seen, penalty, decay):
-    """Logits (..., V) in which the classes seen (n, ...), the oldest first, are less likely: the positive ones are
-    divided by the penalty (Keskar et al. 2019), the negative ones multiplied by it; 1: off.
+def mix(x):
+    """A hash of whole numbers (...) below 2 ** 32: each bit of the input changes half of the bits of the result. The
+    constants are those that Wellons' search for hashes found least biased (github.com/skeeto/hash-prospector)."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 15)
 
-    With a decay, a class that was last chosen m codes ago has the penalty 1 + (penalty - 1) / m ** decay; 0: all have
-    the same. The code of VALL-E's author names such a decay, but applies the penalty once more for each repetition, and
-    divides negative logits too, which makes them likelier.
+
+def gumbel(key, classes):
+    """Standard Gumbel numbers (..., V) of these classes (..., V) or (V,): the largest sum of a logit and its number is
+    a draw from the softmax of the logits (Gumbel 1954).
+
+    A hash of key (...) and class makes them. So a draw depends on nothing but its logits and key, neither on the device
+    nor on what is drawn beside it; and draws from similar logits by one key are mostly equal (see CSM.foresee).
     """
-    n = len(seen)
-    if not n:
-        return logits
-    place = torch.arange(1, n + 1, device=seen.device).expand(*seen.shape[1:], n)
-    last = place.new_zeros(logits.shape).scatter_reduce(-1, seen.movedim(0, -1), place, "amax")  # 0: never
-    factor = torch.where(last > 0, 1 + (penalty - 1) * (n + 1 - last) ** -float(decay), 1)
+    bits = mix((mix(key)[..., None] + classes * 0x9E3779B1) & 0xFFFFFFFF) >> 9
+    return -torch.log(-torch.log((bits + 0.5) * 2**-23))
+
+
+def penalised(logits, age, penalty, decay):
+    """Logits (..., V) in which the classes with an age (..., V) are less likely: the positive ones are divided by the
+    penalty (Keskar et al. 2019), the negative ones multiplied by it; 1: off. The age counts the codes since a class was
+    last chosen, 1 for the latest one; 0: never.
+
+    With a decay the penalty of a class of age m is 1 + (penalty - 1) / m ** decay; 0: all have the same. The code of
+    VALL-E's author names such a decay, but applies the penalty once more for each repetition, and divides negative
+    logits too, which makes them likelier.
+    """
+    factor = torch.where(age > 0, 1 + (penalty - 1) * age.clamp(min=1) ** -float(decay), 1)
     return torch.where(logits > 0, logits / factor, logits * factor)
 
 
-def sampler(generator=None, **draw):
-    """A `choose` for `generate` with these settings of `sample_code`."""
-    return lambda logits, seen=None: sample_code(logits, **draw, seen=seen, generator=generator)
+class Stage:
+    """B utterances in the making, each at a place of its own: all that `Family.step` reads and writes.
+
+    Every tensor has the places as its first axis, has its size from the beginning, and is written in place. So a step
+    can be captured as a CUDA graph, and an utterance can leave and another one take its place while the others go on.
+
+        cache, x (B, 1, D)   the backbone's rows so far, and the row that the next step reads
+        where (B,)           position of that row, in a family that gives its rows positions
+        codes (B, T, K)      the frames so far, `made` (B,) of them
+        states (B, T, D)     or, with `latents`, the states that predicted them
+        ended (B,)           whether the model ended the utterance
+        seed (B,)            its random numbers depend on that alone
+        chosen (B, K, V)     when each class was chosen last, in frame n - 1; 0: never; None without a penalty
+        sound (B,)           whether all logits so far were finite
+
+    draw: settings of sample_code, in whose place `choose` may choose the codes.
+    """
+
+    def __init__(self, model, places, rows, frames, draw=None, choose=sample_code, latents=False):
+        c = model.config
+        self.draw = draw or {}
+        self.choose_code = choose
+        like = dict(device=model.device)
+        whole = dict(dtype=torch.long, **like)
+        self.cache = model.backbone.cache(places, rows)
+        self.cache.used = torch.zeros(places, **whole)
+        self.x = torch.zeros(places, 1, c.backbone.d_model, dtype=self.cache.memory[0].dtype, **like)
+        self.where = torch.zeros(places, **like)
+        self.codes = torch.zeros(places, frames, c.n_codebooks, **whole)
+        self.states = torch.zeros(places, frames, c.backbone.d_model, dtype=self.x.dtype, **like) if latents else None
+        self.made = torch.zeros(places, **whole)
+        self.ended = torch.zeros(places, dtype=torch.bool, **like)
+        self.sound = torch.ones(places, dtype=torch.bool, **like)
+        self.seed = torch.zeros(places, **whole)
+        self.keys = torch.zeros(places, c.n_codebooks, **whole)
+        self.chosen = None
+        if self.draw.get("repetition_penalty", 1) != 1:
+            self.chosen = torch.zeros(places, c.n_codebooks, c.codebook_size + 2, **whole)
+
+    def part(self, places):
+        """The stage of these places alone, a slice, on the same memory."""
+        return self.like({name: x[places] if isinstance(x, torch.Tensor) else x.part(places)
+                          for name, x in self.buffers().items()})  # fmt: skip
+
+    def like(self, buffers):
+        stage = object.__new__(type(self))
+        vars(stage).update(vars(self) | buffers)
+        return stage
+
+    def buffers(self):
+        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor | Cache)}
+
+    def move(self, here, there):
+        """Let the utterance at one place go on at another."""
+        for x in self.buffers().values():
+            if isinstance(x, torch.Tensor):
+                x[there] = x[here]
+            else:
+                for memory in x.memory:
+                    memory[:, there] = memory[:, here]
+                if not isinstance(x.used, int):
+                    x.used[there] = x.used[here]
+
+    def take(self, place, seed):
+        """Make a place ready for a new utterance."""
+        for x in (self.made, self.ended, self.where, self.chosen):
+            if x is not None:
+                x[place] = 0
+        self.sound[place] = True
+        self.seed[place] = seed
+        return self.cache.part(slice(place, place + 1), used=0)
+
+    def begin(self):
+        """Begin a step: the keys of its draws."""
+        codebook = torch.arange(self.keys.shape[1], device=self.keys.device)
+        self.keys.copy_(mix(mix(self.seed ^ mix(self.made + 1))[:, None] ^ codebook))
+
+    def choose(self, logits, k=slice(None), chosen=True):
+        """Codes (B,) for the logits (B, V) of codebook k, or (B, K) for those (B, K, V) of all codebooks. With `chosen`
+        they count as chosen."""
+        self.sound &= logits.amax(-1).isfinite().view(len(logits), -1).all(-1)
+        key = self.keys[:, k]
+        if self.chosen is None:
+            return self.choose_code(logits, key=key, **self.draw)
+        now = (self.made + 1).view(-1, *[1] * (logits.ndim - 1))
+        last = self.chosen[:, k, ..., : logits.shape[-1]]
+        code = self.choose_code(logits, key=key, age=torch.where(last > 0, now - last, 0), **self.draw)
+        if chosen:
+            last.scatter_(-1, code[..., None], now.expand(*code.shape, 1))
+        return code
+
+    def commit(self, codes, ended, state=None, spoken=None):
+        """End a step: the frame codes (B, K), or its state (B, D), belongs to the utterance where it has not `ended`
+        (B,), or where it is `spoken` nevertheless."""
+        place = torch.arange(len(codes), device=codes.device)
+        frame = self.made.clamp(max=self.codes.shape[1] - 1)
+        self.codes[place, frame] = codes
+        if state is not None:
+            self.states[place, frame] = state
+        spoken = ~ended if spoken is None else spoken
+        self.made += spoken & ~self.ended
+        self.ended |= ended
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,19 +788,30 @@ class Family(nn.Module):
         eval mode) counts the stop frames that the model does not predict.
     teacher_forced_logits(text, codes) -> (T + 1, K, V)
         The logits of an utterance's frames and its stop frame, from one pass over all of its rows.
-    generate(text, prompt=None, max_frames=1125, choose=sample_code)
+    opening(text, prompt=None) -> x (1, S, D), positions (1, S) or None, lead
+        The rows that the backbone reads before the first frame. The first `lead` rows belong to the voice: they are the
+        same for all texts.
+    head_weights() -> [(weight (V, D), bias (V,) or None)] * K
+        What scores the classes that are allowed in each codebook.
+    step(stage)
+        Makes the next frame of every utterance on a Stage: reads `stage.x`, lets the backbone read it, calls
+        `stage.choose`, writes the next `stage.x` and ends with `stage.commit`. It never looks at values, so that a GPU
+        need not wait for the host.
+
+    From these follows
+
+    generate(text, prompt=None, max_frames=1125, draw=None, choose=sample_code, seed=0)
         A generator that yields frames (K,) int64 as they are made. It returns True where the model ended the utterance,
-        False where max_frames or the last position cut it off. `choose(logits of the allowed classes, seen=earlier
-        codes of this codebook, the oldest first) -> class` picks a code; see `sampler`. Raises ValueError where text
-        and prompt leave no position for a frame.
+        False where max_frames or the last position cut it off. draw: settings of sample_code. Raises ValueError where
+        text and prompt leave no position for a frame.
 
     A model with `reference` also takes what says the voice, `reference` (B, R, M): the last argument of forward and
-    teacher_forced_logits, and a keyword of generate. "recording": features of a recording; "vector": a speaker
-    encoder's vector as a single row, which may be missing. voice_latents(reference (R, M)) -> (1, L, D) is all that it
-    takes from that, and generate takes those as well: voice=(L, D).
+    teacher_forced_logits, and a keyword of opening and generate. "recording": features of a recording; "vector": a
+    speaker encoder's vector as a single row, which may be missing. voice_latents(reference (R, M)) -> (1, L, D) is all
+    that it takes from that, and opening takes those as well: voice=(L, D).
 
     A family whose config has `language_ids` also takes the id of a language: `language` is a keyword of layout,
-    teacher_forced_logits and generate.
+    teacher_forced_logits, opening and generate.
 
     In training the batch lies on the host, and forward picks its rows there: the length of a selection depends on its
     values, so on a GPU each nonzero() would make the host wait. Row numbers and targets then follow by `to_device`.
@@ -632,6 +824,9 @@ class Family(nn.Module):
     reference_weights = "(?!)"  # regular expression: parameters that only a vector trains
     transcript = False  # a voice prompt needs its text
     fits_prompts = False  # a voice prompt is cut or repeated until it has one of the usual lengths
+    rows_per_frame = 1
+    rows_before = 0  # of the backbone, beside those of `layout`
+    packed_heads = None  # the scorers in a form that is fast, see speak.ready
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
     text_tables = ()  # names of the parameters with a row for each text id, where a tokenizer may bring more ids
     front_end = "plain"  # what its authors do to a text before a tokenizer reads it, see parts/frontend.py
@@ -698,12 +893,61 @@ class Family(nn.Module):
             "accuracy_by_codebook": (correct, counts),
         }
 
-    def frames_left(self, taken, max_frames, rows_per_frame=1):
-        """How many frames fit behind `taken` rows, at most max_frames. Raises ValueError where none fits."""
-        left = (self.max_rows - taken) // rows_per_frame
-        if left < 1:
+    def room(self, text, prompt=None, max_frames=1125):
+        """The frames that can follow a text and its prompt, at most max_frames, and the rows of a cache that all take.
+        Raises ValueError where none can follow."""
+        taken = len(self.layout(text, None, prompt)[0])
+        frames = min(max_frames, (self.max_rows - taken) // self.rows_per_frame)
+        if frames < 1:
             raise ValueError(f"text and prompt take {taken} rows, the model has {self.max_rows} positions")
-        return min(max_frames, left)
+        return frames, self.rows_before + taken + frames * self.rows_per_frame
+
+    def stage(self, places, rows, frames, **how):
+        """A Stage for utterances of at most so many rows and frames; how: its other arguments."""
+        stage = Stage(self, places, rows, frames, **how)
+        stage.scorers = self.scorers()
+        return stage
+
+    def scorers(self):
+        """For each codebook the function from states (B, D) to logits (B, V), as head_weights says."""
+        return self.packed_heads or [partial(F.linear, weight=w, bias=bias) for w, bias in self.head_weights()]
+
+    @torch.no_grad()
+    def seat(self, stage, place, text, prompt=None, seed=0, kept=None, **side):
+        """Let a new utterance take a place of a stage: the backbone reads all rows before its first frame but the last,
+        which is the next step's. kept: a dict for the state behind the rows of a voice, which other texts then share.
+        """
+        x, positions, lead = self.opening(text, prompt, **side)
+        cache = stage.take(place, seed)
+        cache.clear()
+        split = lead if kept is not None and lead > 1 else 0
+        if split and "rows" in kept and torch.equal(kept["rows"], x[:, :split]):
+            cache.restore(kept["cache"])
+        elif split:
+            self.backbone(x[:, :split], cache, positions=None if positions is None else positions[:, :split])
+            kept.update(rows=x[:, :split].clone(), cache=cache.snapshot())
+        if x.shape[1] - 1 > split:
+            rows = slice(split, x.shape[1] - 1)
+            self.backbone(x[:, rows], cache, positions=None if positions is None else positions[:, rows])
+        stage.cache.used[place] = x.shape[1] - 1
+        stage.x[place] = x[0, -1:]
+        if positions is not None:
+            stage.where[place] = positions[0, -1]
+
+    @torch.no_grad()
+    def generate(self, text, prompt=None, max_frames=1125, draw=None, choose=sample_code, seed=0, latents=False,
+                 **side):  # fmt: skip
+        """See above. With `latents` it yields in place of each frame the state (D,) that predicted it."""
+        frames, rows = self.room(text, prompt, max_frames)
+        stage = self.stage(1, rows, frames, draw=draw, choose=choose, latents=latents)
+        frames = self.seat(stage, 0, text, prompt, seed, **side) or frames
+        given = 0
+        while given < frames and not stage.ended[0]:
+            self.step(stage)
+            made = int(stage.made[0])
+            yield from (stage.states if latents else stage.codes)[0, given:made]
+            given = made
+        return bool(stage.ended[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -892,47 +1136,78 @@ class CSM(Family):
         others = torch.einsum("nkd,kvd->nkv", depth, self.decoder_heads)
         return torch.cat([first[:, None], others], 1)
 
+    def head_weights(self):
+        c = self.config
+        first = self.codebook0_head[: c.codebook_size + (c.stop == "class")]
+        return [(first, None), *((head[: c.codebook_size], None) for head in self.decoder_heads)]
+
     @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
+    def opening(self, text, prompt=None):
+        tokens, segment = self.rows(text, None, prompt)
+        lead = int((segment == PROMPT).nonzero()[-1, 1]) + 1 if prompt and self.config.prompt_style == "segments" else 0
+        return self.embed(tokens, segment), None, lead
+
+    def stage(self, places, rows, frames, ahead=0, **how):
+        """See Family. ahead: how many codebooks the depth decoder foresees, with a single place, see `foresee`."""
+        stage = super().stage(places, rows, frames, **how)
+        stage.depth = self.decoder.cache(places, self.config.n_codebooks)
+        stage.ahead = ahead
+        return stage
+
+    @torch.no_grad()
+    def step(self, stage):
         """See Family. The released weights end where all codebooks are 0; with `loose_stop`, as in transformers, where
         all but the last are, and that frame is spoken unless it is all 0."""
         c = self.config
-        tokens, segment = self.rows(text, None, prompt)
-        taken = tokens.shape[1]
-        max_frames = self.frames_left(taken, max_frames)
-        cache = self.backbone.cache(1, taken + max_frames)
-        depth_cache = self.decoder.cache(1, c.n_codebooks)
-        row = torch.zeros(1, 1, c.n_codebooks + 1, dtype=torch.long, device=self.device)
-        audio = torch.full((1, 1), AUDIO, device=self.device)
-        x = self.embed(tokens, segment)
-        for _ in range(max_frames):
-            state = self.backbone(x, cache)[:, -1]
-            frame = self._frame(state, depth_cache, choose)
-            if frame is None:
-                return True
-            ended = c.stop == "zeros" and not frame[: c.n_codebooks - c.loose_stop].any()
-            if not ended or frame[-1]:
-                yield frame
-            if ended:
-                return True
-            row[0, 0, :-1] = frame
-            x = self.embed(row, audio)
-        return False
+        stage.begin()
+        state = self.backbone(stage.x, stage.cache)[:, -1]
+        first = stage.choose(stage.scorers[0](state), 0)
+        stage.depth.clear()  # each frame is a sequence of its own
+        complete = self.foresee if stage.ahead and len(first) == 1 else self.complete
+        frame = complete(stage, state, first)
+        codes = self.audio_embedding(frame + self.offset)
+        stage.x.copy_(codes.sum(1, keepdim=True))
+        if c.stop == "class":
+            stage.commit(frame, first == c.codebook_size)
+        else:
+            stage.commit(frame, ~frame[:, : c.n_codebooks - c.loose_stop].any(1), spoken=frame.any(1))
 
-    def _frame(self, state, cache, choose):
-        """The frame (K,) that follows state (1, D), or None where codebook 0 says stop."""
-        c = self.config
-        logits = state[0] @ self.codebook0_head.T
-        frame = [choose(logits[: c.codebook_size + (c.stop == "class")])]
-        if frame[0] == c.codebook_size:
-            return None
-        cache.used = 0  # each frame is a sequence of its own
-        x = self.depth_inputs(state, frame[0].view(1, 1))
-        for k in range(1, c.n_codebooks):
-            depth = self.decoder(x, cache)[0, -1]
-            frame.append(choose((depth @ self.decoder_heads[k - 1].T)[: c.codebook_size]))
-            x = self.projection(self.audio_embedding(frame[k].view(1, 1) + self.offset[k]))
-        return torch.stack(frame)
+    def complete(self, stage, state, code):
+        """The frame (B, K) that begins with code (B,), after states (B, D) of the backbone."""
+        frame = [code]
+        x = self.depth_inputs(state, code[:, None])
+        for k in range(1, self.config.n_codebooks):
+            depth = self.decoder(x, stage.depth)[:, -1]
+            frame.append(stage.choose(stage.scorers[k](depth), k))
+            x = self.projection(self.audio_embedding(frame[k] + self.offset[k]))[:, None]
+        return torch.stack(frame, 1)
+
+    def foresee(self, stage, state, code):
+        """`complete` for one utterance, in fewer passes (speculative sampling, Leviathan et al. 2023).
+
+        The heads of the next codebooks guess their codes from the present state, which has not read the codes between.
+        The next pass reads the guesses too, and up to the first wrong one its states are those of the codes themselves.
+        A guess and the code that is then chosen have the same key: they mostly agree (see gumbel), and the frame is
+        the one that `complete` makes.
+        """
+        K = self.config.n_codebooks
+        frame = [code]
+        guesses = []
+        x = self.depth_inputs(state, code[:, None])
+        while len(frame) < K:
+            depth = self.decoder(x, stage.depth)[:, -1 - len(guesses) :]
+            for i in range(depth.shape[1]):
+                k = len(frame)
+                frame.append(stage.choose(stage.scorers[k](depth[:, i]), k))
+                if k + 1 == K or i == len(guesses) or frame[k] != guesses[i]:
+                    break
+            stage.depth.used = len(frame)  # the rows of wrong guesses are written over
+            ahead = range(len(frame), min(len(frame) + stage.ahead, K - 1))
+            guesses = [stage.choose(stage.scorers[k](depth[:, i]), k, chosen=False) for k in ahead]
+            row = torch.stack([frame[-1], *guesses], 1)
+            places = self.offset[len(frame) - 1 : len(frame) + len(guesses)]
+            x = self.projection(self.audio_embedding(row + places))
+        return torch.stack(frame, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1014,6 +1289,7 @@ class Kani(Family):
     """
 
     transcript = True
+    rows_before = 1
     front_end = "none"
     reference_weights = r"^speaker_projection\."
     # top_k, which its authors do not name, is the default of transformers
@@ -1036,6 +1312,10 @@ class Kani(Family):
     def max_rows(self):
         return self.config.backbone.max_positions - (self.config.speaker_size > 0)
 
+    @property
+    def rows_per_frame(self):
+        return self.config.n_codebooks
+
     def embed(self, tokens):
         """tokens (B, S, 1) -> (B, S, D)."""
         return F.embedding(self.to_device(tokens[..., 0]), self.embedding)
@@ -1055,14 +1335,18 @@ class Kani(Family):
         frames = (code.cumsum(1) - code) // c.n_codebooks
         return (1 - code).cumsum(1) - (1 - code) + frames * c.audio_step
 
-    def states(self, x, places, voice=None, cache=None):
-        """Final states (B, S, D) of rows x (B, S, D): that of row s predicts row s + 1. places (B, S): their positions,
-        or None; voice (B, 1, D): the row behind the first one."""
-        if voice is not None:
-            x = torch.cat([x[:, :1], voice.to(x.dtype), x[:, 1:]], 1)
-            if places is not None:
-                places = torch.cat([places[:, :1], places + 1], 1)
-        hidden = self.backbone(x, cache, positions=places)
+    def with_voice(self, x, places, voice):
+        """Rows x (B, S, D) and their positions (B, S), or None, with voice (B, 1, D), or None, behind the first row."""
+        if voice is None:
+            return x, places
+        if places is not None:
+            places = torch.cat([places[:, :1], places + 1], 1)
+        return torch.cat([x[:, :1], voice.to(x.dtype), x[:, 1:]], 1), places
+
+    def states(self, x, places, voice=None):
+        """Final states (B, S, D) of rows x (B, S, D): that of row s predicts row s + 1. See with_voice."""
+        x, places = self.with_voice(x, places, voice)
+        hidden = self.backbone(x, positions=places)
         return hidden if voice is None else hidden[:, 1:]
 
     def heads(self):
@@ -1148,39 +1432,47 @@ class Kani(Family):
         state = F.pad(hidden, (0, 0, 0, K - 1)).unflatten(0, (T + 1, K))
         return torch.einsum("tkd,kvd->tkv", state, self.heads()) + self.barred
 
-    @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference=None, voice=None):
+    def head_weights(self):
         """See Family. Allowed are the codes of the next codebook, and before a frame end of speech: whatever is chosen
         can be decoded, and no other class is scored."""
         c = self.config
-        K = c.n_codebooks
-        tokens, _ = self.rows(text, None, prompt)
-        taken = tokens.shape[1]
-        max_frames = self.frames_left(taken, max_frames, rows_per_frame=K)
+        end = c.first_code + c.n_codebooks * c.codebook_size
+        codes = self.embedding[c.first_code : end].split(c.codebook_size)
+        return [(torch.cat([codes[0], self.embedding[c.end_of_speech, None]]), None), *((x, None) for x in codes[1:])]
+
+    @torch.no_grad()
+    def opening(self, text, prompt=None, *, reference=None, voice=None):
+        tokens, segment = self.rows(text, None, prompt)
         if voice is not None:
             voice = voice[None]
         elif reference is not None:
             voice = self.voice_latents(reference)
-        cache = self.backbone.cache(1, taken + (voice is not None) + max_frames * K)
-        heads = self.heads()
-        frames = torch.zeros(max_frames, K, dtype=torch.long, device=heads.device)
-        x = self.embed(tokens)
-        places = self.places(F.pad(tokens, (0, 0, 0, max_frames * K), value=c.first_code))  # with those of all frames
-        new = slice(0, taken)  # rows that are not in the cache
-        for t in range(max_frames):
-            for k in range(K):
-                state = self.states(x, None if places is None else places[:, new], voice, cache)[0, -1]
-                new = slice(new.stop, new.stop + 1)
-                if voice is not None:  # it is in the cache now, and moves the rows behind it
-                    places = None if places is None else places + 1
-                    voice = None
-                code = choose((heads[k] if k == 0 else heads[k, :-1]) @ state, seen=frames[:t, k])
-                if k == 0 and code == c.codebook_size:
-                    return True
-                frames[t, k] = code
-                x = heads[k, code].view(1, 1, -1)
-            yield frames[t]
-        return False
+        x, places = self.with_voice(self.embed(tokens), self.places(tokens), voice)
+        lead = int((segment == PROMPT).nonzero()[-1, 1]) + 1 if prompt else 0
+        return x, places, lead and lead + (voice is not None)
+
+    def stage(self, places, rows, frames, **how):
+        stage = super().stage(places, rows, frames, **how)
+        stage.first = torch.zeros(places, device=self.device)  # position of the first frame
+        return stage
+
+    def seat(self, stage, place, *utterance, **how):
+        super().seat(stage, place, *utterance, **how)
+        stage.first[place] = stage.where[place] + 1
+
+    @torch.no_grad()
+    def step(self, stage):
+        c = self.config
+        stage.begin()
+        frame = []
+        for k, scorer in enumerate(stage.scorers):
+            where = stage.where[:, None] if c.audio_step else None
+            code = stage.choose(scorer(self.backbone(stage.x, stage.cache, positions=where)[:, -1]), k)
+            frame.append(code)
+            stage.x.copy_(self.embedding[c.first_code + k * c.codebook_size + code][:, None])
+            if k == 0:
+                stage.where.copy_(stage.first + stage.made * c.audio_step)
+        stage.commit(torch.stack(frame, 1), frame[0] == c.codebook_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1465,30 +1757,34 @@ class XTTS(Family):
         """
         return self._states(text, torch.as_tensor(codes).cpu().numpy(), reference)[:-1]
 
-    @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, *, reference=None, voice=None,
-                 latents=False):  # fmt: skip
-        """See Family. With `latents` it yields in place of each frame the state (D,) that predicted it.
+    @property
+    def rows_before(self):
+        return self.config.n_latents
 
-        voice: the latents (L, D) of a voice, in place of a `reference` to read them from. All classes are allowed; a
-        start code ends the utterance as a stop code does. A prompt changes nothing. Raises ValueError for a text that
-        is too long.
-        """
-        c = self.config
+    def room(self, text, prompt=None, max_frames=1125):
+        """See Family. Raises ValueError for a text that is too long."""
+        frames = min(max_frames, self.config.max_frames)
+        return frames, self.rows_before + len(self.layout(text)[0]) + frames
+
+    def scorers(self):
+        """See Family. All classes are allowed; a start code ends the utterance as a stop code does."""
+        return [self.code_head]
+
+    @torch.no_grad()
+    def opening(self, text, prompt=None, *, reference=None, voice=None):
+        """See Family. voice: the latents (L, D) of a voice, in place of a `reference` to read them from. A prompt
+        changes nothing."""
         heard = self.voice_latents(reference) if voice is None else voice[None].to(self.conditioning.latents)
-        x = self.embed(heard, *self.rows(text))
-        max_frames = min(max_frames, c.max_frames)
-        cache = self.backbone.cache(1, x.shape[1] + max_frames)
-        frames = torch.zeros(max_frames, 1, dtype=torch.long, device=x.device)
-        for t in range(max_frames):
-            state = self.final_norm(self.backbone(x, cache)[0, -1])
-            code = choose(self.code_head(state), seen=frames[:t, 0])
-            if code >= c.codebook_size:
-                return True
-            frames[t] = code
-            yield state if latents else frames[t]
-            x = (self.code_embedding(frames[t]) + self.code_positions.weight[t + 1])[None]
-        return False
+        return self.embed(heard, *self.rows(text)), None, self.config.n_latents
+
+    @torch.no_grad()
+    def step(self, stage):
+        stage.begin()
+        state = self.final_norm(self.backbone(stage.x, stage.cache)[:, -1])
+        code = stage.choose(stage.scorers[0](state), 0)
+        place = self.code_positions((stage.made + 1).clamp(max=self.config.max_frames))
+        stage.x.copy_((self.code_embedding(code) + place)[:, None])
+        stage.commit(code[:, None], code >= self.config.codebook_size, state if stage.states is not None else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1909,17 +2205,23 @@ class VallE(Family):
         return loss, {"length_loss": (loss.detach() * n, n), "length_error": (error, n)}
 
     def frame_logits(self, tokens, segment):
-        """Logits (T, K, V + 1) of the frames of one utterance, tokens (1, S, K + 1), segment (1, S).
+        """Logits (N, K, V + 1) of all frames, in mode nar, of tokens (B, S, K + 1), segment (B, S).
 
         Classifier-free guidance (Ho and Salimans 2022) moves them away from the logits without text and prompt; then
-        their spread over the frames is set back in part (Lin et al. 2024).
+        the spread over the frames of an utterance is set back in part (Lin et al. 2024).
         """
         if self.config.guidance == 1:
             return self.logits(self.states(tokens, segment)[segment == AUDIO])
         both = torch.cat([segment, self.without_text(tokens, segment)])
-        logits, free = self.logits(self.states(tokens.expand(2, -1, -1), both)[both == AUDIO]).chunk(2)
+        logits, free = self.logits(self.states(tokens.repeat(2, 1, 1), both)[both == AUDIO]).chunk(2)
         guided = free + self.config.guidance * (logits - free)
-        if len(logits) == 1:
+        counts = (segment == AUDIO).sum(1).tolist()
+        pairs = zip(guided.split(counts), logits.split(counts), strict=True)
+        return torch.cat([self.respread(*pair) for pair in pairs])
+
+    def respread(self, guided, logits):
+        """Guided logits (T, K, V + 1) of an utterance with a part of the spread that they had before."""
+        if len(logits) < 2:
             return guided
         spread = (logits.std(0) / guided.std(0)).nan_to_num(1.0, 1.0)  # 1 where frames do not differ
         return guided * (self.RESCALE * spread + 1 - self.RESCALE)
@@ -1932,61 +2234,105 @@ class VallE(Family):
             return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])
         return self.frame_logits(tokens.masked_fill(spoken[..., None], self.config.mask_class), segment)
 
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code, frames=None, rounds=None,
-                 language=None):  # fmt: skip
-        """See Family. `choose(logits (..., V + 1)) -> classes (...)` picks all codes of a frame, or of all frames in a
-        round. A stop in any codebook ends an utterance.
+    def head_weights(self):
+        return list(zip(self.heads, self.head_bias, strict=True))
 
-        Mode nar predicts the number of `frames` where it is None, and then returns True if all of them fit. rounds:
-        None: as the config says.
-        """
-        max_frames = self.frames_left(len(self.layout(text, None, prompt)[0]), max_frames)
-        lay = partial(self.rows, text, prompt=prompt, language=language)
+    @torch.no_grad()
+    def opening(self, text, prompt=None, *, language=None):
+        tokens, segment = self.rows(text, None, prompt, language=language)
+        return self.embed(tokens, segment), self.positions(tokens, segment), 0
+
+    def stage(self, places, rows, frames, **how):
+        """See Family. Mode nar needs no cache. It keeps all rows, tokens (B, S, K + 1) and segment (B, S), of each
+        frame the scores of its codes (B, T, K), and for each utterance the number of rounds, that of those done, the
+        number of frames, and whether that is the number the model asked for."""
+        K = self.config.n_codebooks
+        stage = super().stage(places, rows if self.causal else 1, frames, **how)
+        if not self.causal:
+            stage.tokens = stage.codes.new_zeros(places, rows, K + 1)
+            stage.segment = stage.codes.new_full((places, rows), PAD)
+            stage.score = torch.ones(places, frames, K, device=self.device)
+            stage.rounds, stage.done, stage.count = torch.zeros(3, places, dtype=torch.long)  # the host needs them
+            stage.fits = torch.zeros(places, dtype=torch.bool, device=self.device)
+        return stage
+
+    @torch.no_grad()
+    def seat(self, stage, place, text, prompt=None, seed=0, kept=None, language=None, frames=None, rounds=None):
+        """See Family. Mode nar predicts the number of `frames` where it is None, at most as many as there is room for,
+        and returns it. rounds: None: as the config says."""
         if self.causal:
-            return (yield from self._speak(lay, max_frames, choose))
-        return (yield from self._demask(lay, max_frames, choose, frames, rounds or self.config.rounds))
-
-    @torch.no_grad()
-    def _speak(self, lay, max_frames, choose):
-        tokens, segment = lay(codes=None)
-        x = self.embed(tokens, segment)
-        positions = self.positions(tokens, segment)
-        cache = self.backbone.cache(1, x.shape[1] + max_frames)
-        frames = torch.zeros(max_frames, self.config.n_codebooks, dtype=torch.long, device=x.device)
-        for t in range(max_frames):
-            logits = self.likely(self.logits(self.backbone(x, cache, positions=positions)[:, -1])[0])
-            frames[t] = frame = choose(logits, seen=frames[:t])
-            if (frame == self.config.codebook_size).any():
-                return True
-            yield frame
-            x = self.frame_encoder(frame[None])[None]
-            positions = positions.new_full((1, 1), t)
-        return False
-
-    @torch.no_grad()
-    def _demask(self, lay, max_frames, choose, frames, rounds):
-        """All frames at once. A code's score is its probability in the last round, for codes that were kept too."""
+            return super().seat(stage, place, text, prompt, seed, kept, language=language)
         c = self.config
+        lay = partial(self.rows, text, prompt=prompt, language=language, stop=False)
         if frames is None:
-            tokens, segment = lay(codes=np.zeros((1, c.n_codebooks)), stop=False)
-            frames = int(self.guess_length(self.length_state(tokens, segment)))
-        T = max(1, min(frames, max_frames))
-        tokens, segment = lay(codes=np.full((T, c.n_codebooks), c.mask_class), stop=False)
-        codes = tokens[0, -T:, :-1]  # a view: the rows change with it
-        score = torch.ones(T, c.n_codebooks, device=tokens.device)
-        for s, time in enumerate(torch.linspace(0, 1, rounds).tolist()):
-            again = max(1, min(int(math.cos(math.pi / 2 * time) * T), T - s))
+            frames = int(self.guess_length(self.length_state(*lay(codes=np.zeros((1, c.n_codebooks))))))
+        T = max(1, min(frames, self.room(text, prompt, stage.codes.shape[1])[0]))
+        tokens, segment = lay(codes=np.full((T, c.n_codebooks), c.mask_class))
+        stage.take(place, seed)
+        S = segment.shape[1]
+        stage.segment[place] = PAD
+        stage.segment[place, :S] = segment[0]
+        stage.tokens[place, :S] = tokens[0]
+        stage.score[place] = 1
+        stage.rounds[place] = rounds or c.rounds
+        stage.done[place] = 0
+        stage.count[place] = T
+        stage.fits[place] = frames == T
+        return T
+
+    def step(self, stage):
+        return self.next_frame(stage) if self.causal else self.next_round(stage)
+
+    @torch.no_grad()
+    def next_frame(self, stage):
+        stage.begin()
+        hidden = self.backbone(stage.x, stage.cache, positions=stage.where.long()[:, None])[:, -1]
+        state = self.decoder(hidden)
+        states = state.unbind(1) if state.ndim == 3 else [state] * len(stage.scorers)
+        logits = torch.stack([score(x) for score, x in zip(stage.scorers, states, strict=True)], 1)
+        frame = stage.choose(self.likely(logits))
+        stage.where.copy_(stage.made)
+        stage.x.copy_(self.frame_encoder(frame)[:, None])
+        stage.commit(frame, (frame == self.config.codebook_size).any(-1))
+
+    @torch.no_grad()
+    def next_round(self, stage):
+        """Masks the least certain codes again and fills in all that are masked, of every utterance. A code's score is
+        its probability in the last round, for codes that were kept too."""
+        c = self.config
+        counts = stage.count.tolist()
+        S = int((stage.segment != PAD).sum(1).max())
+        tokens, segment = stage.tokens[:, :S], stage.segment[:, :S]
+        spoken = segment == AUDIO
+        codes = tokens[spoken][:, :-1]  # (N, K), a copy
+        time = stage.done / (stage.rounds - 1).clamp(min=1)
+        for part, score, T, begun, at in zip(codes.split(counts), stage.score, counts, stage.done, time, strict=True):
+            again = max(1, min(int(math.cos(math.pi / 2 * at) * T), T - int(begun)))
             if c.whole_frames:
-                codes[score.mean(1).topk(again, largest=False).indices] = c.mask_class
+                part[score[:T].mean(1).topk(again, largest=False).indices] = c.mask_class
             else:
-                codes.scatter_(0, score.topk(again, 0, largest=False).indices, c.mask_class)
-            logits = self.likely(self.frame_logits(tokens, segment))
-            # the temperature falls to 0 in the last round, as in MaskGIT
-            chosen = choose(logits / (1 - time)) if time < 1 else logits.argmax(-1)
-            score = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
-            codes[codes == c.mask_class] = chosen[codes == c.mask_class]
-        yield from codes.where(codes < c.codebook_size, 0)  # the stop class, which has no meaning here
-        return frames == T
+                part.scatter_(0, score[:T].topk(again, 0, largest=False).indices, c.mask_class)
+        tokens[..., :-1].masked_scatter_(spoken[..., None], codes)
+        logits = self.likely(self.frame_logits(tokens, segment))
+        stage.sound &= logits.amax(-1).isfinite().all()
+
+        owner = self.to_device(torch.arange(len(counts)).repeat_interleave(stage.count))
+        place = torch.cat([torch.arange(T * c.n_codebooks) for T in counts]).view(-1, c.n_codebooks)
+        key = mix(mix(stage.seed ^ self.to_device(mix(stage.done + 1)))[owner, None] ^ self.to_device(place))
+        # the temperature falls to 0 in the last round, as in MaskGIT
+        left = self.to_device((1 - time).clamp(min=1e-6).float())[owner, None, None]
+        chosen = stage.choose_code(logits / left, key=key, **stage.draw)
+        codes = torch.where(codes == c.mask_class, chosen, codes)
+        scores = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
+        tokens[..., :-1].masked_scatter_(spoken[..., None], codes)
+        for i, (part, score) in enumerate(zip(codes.split(counts), scores.split(counts), strict=True)):
+            stage.score[i, : counts[i]] = score
+            stage.done[i] += 1
+            if stage.done[i] == stage.rounds[i]:
+                # the stop class has no meaning here
+                stage.codes[i, : counts[i]] = part.where(part < c.codebook_size, 0)
+                stage.made[i] = counts[i]
+                stage.ended[i] = stage.fits[i]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2092,7 +2438,7 @@ def check_mode(model, text, codes, **side):
     forced = iter(np.concatenate([codes, ends]).ravel().tolist())
     generated = []
 
-    def choose(logits, seen=None):
+    def choose(logits, key=None, age=None):
         generated.extend(logits.float().reshape(-1, logits.shape[-1]))
         chosen = [next(forced) for _ in range(logits[..., 0].numel())]
         return torch.tensor(chosen, device=logits.device).view(logits.shape[:-1])
@@ -2101,6 +2447,7 @@ def check_mode(model, text, codes, **side):
         length = {} if model.causal else {"frames": T, "rounds": 1}  # one round, in which all frames are masked
         for _ in model.generate(text, max_frames=T + 1, choose=choose, **side, **length):
             pass
+        del generated[T * codes.shape[1] + 1 :]  # of a frame that ends the utterance, codebook 0 alone
         whole = model.teacher_forced_logits(text, codes, **side).float()
     flat = whole.flatten(0, 1)
     if flat.isnan().any() or not flat.isfinite().any():
