@@ -194,11 +194,13 @@ class Cache:
         attention = (2, batch, config.n_kv_head, length, config.head_dim)
         convolution = (1, batch, config.d_model, TAPS - 1)
         shapes = [attention if letter == "a" else convolution for letter in config.layers]
-        return cls(config, [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes])
+        return cls(config, [zeros(shape, device, dtype) for shape in shapes])
 
     def part(self, places, used=None):
         """The cache of these sequences alone, a slice, on the same memory. used: None: its own part of `used`."""
-        return Cache(self.config, [x[:, places] for x in self.memory], self.used[places] if used is None else used)
+        if used is None:
+            used = self.used if isinstance(self.used, int) else self.used[places]
+        return Cache(self.config, [x[:, places] for x in self.memory], used)
 
     def clear(self):
         """Forget all rows."""
@@ -244,6 +246,13 @@ class Cache:
         x = torch.cat([before, x], -1)
         before.copy_(x[..., 1 - TAPS :])
         return x
+
+
+def zeros(shape, device, dtype):
+    """torch.zeros, on a CPU without touching the memory: a long cache costs nothing until it is written to."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 SMALL = 2**20  # elements: recomputing smaller tensors costs a tenth of a small model's step and saves little memory
@@ -1928,6 +1937,8 @@ class AudioEncoder(nn.Module):
     table is encoded, and the frames are looked up in it.
     """
 
+    table = None
+
     def __init__(self, K, V, D, heads=0):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(V, K, D))
@@ -1940,15 +1951,26 @@ class AudioEncoder(nn.Module):
             self.level_weights = nn.Parameter(torch.empty(K))
             self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
 
+    @torch.no_grad()
+    def tabulate(self):
+        """Encode the table once, for weights that change no more."""
+        if self.attention is None:
+            self.table = self.encoded(self.codes + self.places).flatten(0, 1)
+
+    def encoded(self, x):
+        x = self.norm(x)
+        return (x + self.mlp(x)) * self.level_weights.softmax(0)[:, None]
+
     def forward(self, frames):
         V, K, D = self.codes.shape
         rows = frames * K + torch.arange(K, device=frames.device)  # of the table as (V * K, D)
+        if self.table is not None:
+            return F.embedding(rows, self.table).sum(-2)
         few = len(frames) < V or self.attention is not None
         x = (F.embedding(rows, self.codes.view(V * K, D)) if few else self.codes) + self.places
         if self.attention is not None:
             return self.out(self.attention(x).mean(1))
-        x = self.norm(x)
-        x = (x + self.mlp(x)) * self.level_weights.softmax(0)[:, None]
+        x = self.encoded(x)
         return x.sum(1) if few else F.embedding_bag(rows, x.view(V * K, D), mode="sum")
 
 

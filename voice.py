@@ -1,7 +1,8 @@
 """A model with all it needs to speak: `Voice`, from a checkpoint or from published weights.
 
-    voice = Voice.from_checkpoint("out/digits/best.pt")
+    voice = Voice.from_checkpoint("out/digits/best.pt").ready()
     wav = voice.say("three one four", speaker="slt")                  float32 (N,) at voice.sample_rate
+    for i, said in voice.speak(["three one", "four"]): said.wav       several at a time, in the order they are done
     heard = voice.listen("me.wav")                                    once, for any number of texts
     for piece in voice.stream("my clone", reference=heard, reference_text="what I say in it"): ...
 
@@ -20,7 +21,9 @@ import hashlib
 import itertools
 import math
 import os
-from dataclasses import replace
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +31,7 @@ import torch
 
 from codec import load_codec
 from data import MODEL_META, completed
-from model import contract_check, field_names, sampler
+from model import contract_check, field_names
 from parts import configurator, lora, peft
 from parts.audio import read_audio
 from parts.files import NUMBER, need
@@ -37,6 +40,7 @@ from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
 from parts.text import is_phonemic, load_tokenizer, wording
 from parts.voices import load_voice
 from released import made_up, open_release
+from speak import ENDED, Engine, Utterance, ready
 from weights import WHOLE, add_peft, load_checkpoint, load_model
 
 # how a text is spoken
@@ -50,9 +54,22 @@ speed: "0.05 <= float <= 20" = 1.0  # of speech by XTTS-v2's vocoder; 2: in half
 cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times the usual for the text
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 
+AHEAD = 2  # codebooks that a CSM's depth decoder foresees, see CSM.foresee
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
+
+
+@dataclass
+class Said:
+    """A text that was spoken: wav (N,) float32 on the CPU, its number of frames, whether the model ended it by itself,
+    and what is wrong with it; `tries` has the faults of every try."""
+
+    wav: torch.Tensor
+    frames: int
+    ended: bool
+    faults: list
+    tries: list
 
 
 class Voice:
@@ -61,8 +78,7 @@ class Voice:
     meta: the meta.json of the token folder that the model was trained on. config: the keys of the training run, the
     defaults of temperature and the like. references (speakers, R, M) and timbres (speakers, E): each speaker's own, for
     a model that reads the voice from a recording and for its vocoder; or voices {speaker: (latents (L, D), timbre)},
-    already read. The wav has `sample_rate`. After an utterance, `stopped` tells whether the model ended it by itself,
-    and `timbre` (E,) is that of the vocoder.
+    already read. The wav has `sample_rate`. After an utterance, `stopped` tells whether the model ended it by itself.
     """
 
     def __init__(self, model, codec, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
@@ -72,9 +88,9 @@ class Voice:
         self.sample_rate = codec.vocoder_rate if self.vocoder else codec.sample_rate
         self.device = next(model.parameters()).device
         self.stopped = None
-        self.timbre = None
-        self.speed = 1.0
         self.adapted = {}
+        self.engine = None
+        self.fixed = False
         self.take(tokenizer, meta, config, references, timbres, voices)
 
     def take(self, tokenizer, meta, config=None, references=None, timbres=None, voices=None):
@@ -157,6 +173,9 @@ class Voice:
         Each file is read once; switching back costs nothing. Raises ValueError or FileNotFoundError.
         """
         new = path not in self.adapted
+        if self.fixed:
+            raise ValueError(f"{path}: the model has been made ready to speak fast: take the adapter before")
+        self.engine = None  # what it keeps of a voice is the other adapter's
         if new:
             checkpoint = None if peft.is_adapter(path) else load_checkpoint(path, needed=WHOLE)
             self.adapted[path] = self.read_adapter(path, checkpoint)
@@ -356,68 +375,100 @@ class Voice:
         rate = self.codec.frame_rate
         return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
 
-    def frames(self, text, speaker="", reference=None, reference_text="", seed=1337, speed=1.0, cap_seconds=0.0,
-               language="", **draw):  # fmt: skip
-        """Speak a text, or its ids (n,): yields frames (K,) int64 as the model makes them, or states (D,) for a
-        vocoder.
+    def ready(self, quantize="", linear="auto", say=lambda line: None):
+        """The same voice, from now on in the form that speaks fast, see speak.ready. It can no longer be adapted."""
+        self.model = ready(self.model, quantize, linear, say)
+        self.engine = None
+        self.fixed = True
+        return self
 
-        reference and reference_text: of the voice to clone, see prompt. draw: the DRAWS, see model.sample_code; None
-        takes the usual value. The random numbers depend on seed and text only. speed: of a vocoder. cap_seconds: see
-        cap. Raises ValueError for settings out of range, for logits that are not finite, and as utterance does.
+    def plan(self, text, speaker="", reference=None, reference_text="", seed=1337, cap_seconds=0.0, language=""):
+        """What the engine is to speak, an Utterance, and the timbre (E,) for a vocoder, or None.
+
+        reference and reference_text: of the voice to clone, see prompt. cap_seconds: see cap. Raises ValueError as
+        `utterance` does, and for a text that is too long.
         """
-        check_settings(**draw, speed=speed, cap_seconds=cap_seconds)
-        given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
-        ids, prompt = self.utterance(text, speaker, reference, reference_text, language)
+        check_settings(cap_seconds=cap_seconds)
+        ids, side = self.utterance(text, speaker, reference, reference_text, language)
+        self.need_room(ids, side)
+        timbre = side.pop("timbre", None)
+        side.pop("latents", None)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
-        generator = torch.Generator(self.device).manual_seed(int.from_bytes(key[:8], "little"))
-        training = self.model.training
+        return Utterance(ids, self.cap(ids, cap_seconds), int.from_bytes(key[:4], "little"), side), timbre
+
+    def prepare(self, batch, draw):
+        """The engine for so many utterances at a time, drawn with these settings; None takes the usual value. Raises
+        ValueError for settings out of range."""
+        check_settings(**draw)
+        given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
+        settings = {**self.draw, **given}
+        if self.engine is None or (self.engine.places, self.engine.draw) != (batch, settings):
+            how = {"ahead": AHEAD} if self.model.config.arch == "csm" and batch == 1 else {}
+            self.engine = Engine(self.model, batch, settings, self.vocoder, self.codec.frame_rate, **how)
+        return self.engine
+
+    def frames(self, text, **how):
+        """Speak a text, or its ids (n,): yields frames (K,) int64 as the model makes them, or states (D,) for a
+        vocoder; then `stopped` tells whether the model ended it.
+
+        how: the settings of `plan`, and the DRAWS, see model.sample_code; None takes the usual value. The random
+        numbers depend on seed and text only. Raises ValueError for settings out of range, for logits that are not
+        finite, and as utterance does.
+        """
+        draw, how = divided(how)
+        utterance, _ = self.plan(text, **how)
+        yield from self.made(utterance, draw)
+
+    def made(self, utterance, draw):
         self.stopped = None
-        self.timbre = prompt.pop("timbre", None)
-        self.speed = speed if self.vocoder else 1.0
-        self.model.eval()
-        latest = []  # the logits of the last draw
+        with evaluating(self.model):
+            for _, _, frames, over in self.prepare(1, draw).run(deque([(0, utterance)])):
+                yield from frames
+                self.stopped = over == ENDED
 
-        def choose(logits, seen=None):
-            if not latest:  # looking waits for a GPU, so only at the first and the last: NaN stays in the cache
-                need_logits(logits)
-            latest[:] = [logits]
-            return draw_code(logits, seen)
+    def speak(self, lines, batch=8, tries=3, speed=1.0, **how):
+        """Speak several texts, `batch` of them at a time: yields (number, Said) when one is complete, in any order.
 
-        try:
-            draw_code = sampler(**{**self.draw, **given}, generator=generator)
-            cap = self.cap(ids, cap_seconds)
-            self.stopped = yield from self.model.generate(ids, max_frames=cap, choose=choose, **prompt)
-            if latest:
-                need_logits(latest[0])
-        except RuntimeError as error:
-            if "probability tensor" in str(error):  # torch's error for a draw from NaN
-                raise ValueError(DIVERGED) from None
-            raise
-        finally:
-            self.model.train(training)
-
-    def decode(self, frames):
-        """Frames of the last utterance, a list of (K,) or (D,), at once -> wav (N,) float32 on the CPU."""
-        if not frames:
-            return torch.zeros(0)
-        frames = torch.stack(frames)[None].to(self.device)
-        if self.timbre is not None:
-            states = frames.float()
-            if self.speed != 1:  # as XTTS' authors change it
-                factor = max(1 / self.speed, 1 / len(frames[0]))
-                states = torch.nn.functional.interpolate(states.mT, scale_factor=factor, mode="linear").mT
-            return self.codec.vocode(states, self.timbre[None].to(states))[0].cpu()
-        return self.codec.decode(frames.mT)[0].float().cpu()
+        lines: texts, or dicts of a text and settings of its own beside `how`, see `frames`. speed: of a vocoder. What
+        is faulty is spoken again, see Engine.follow. Raises ValueError as `frames` does.
+        """
+        draw, how = divided(how)
+        check_settings(speed=speed)
+        plans = [self.plan(**how | (line if isinstance(line, dict) else {"text": line})) for line in lines]
+        engine = self.prepare(min(batch, max(1, len(plans))), draw)
+        with evaluating(self.model):
+            for number, spoken in engine.speak([utterance for utterance, _ in plans], tries=tries):
+                wav = self.decode(spoken.frames, plans[number][1], speed)
+                yield number, Said(wav, len(spoken.frames), spoken.ended, spoken.faults, spoken.tries)
 
     def say(self, text, **how):
-        """The wav (N,) of a text, float32 on the CPU; `how`: the settings of `frames`."""
-        return self.decode(list(self.frames(text, **how)))
+        """The wav (N,) of a text, float32 on the CPU; how: the settings of `speak`."""
+        ((_, said),) = self.speak([text], **how)
+        self.stopped = said.ended
+        return said.wav
 
-    def stream(self, text, **how):
-        """Yields the wav of a text in pieces (n,) while it is generated; `how`: the settings of `frames`."""
-        return self.join(self.frames(text, **how))
+    def stream(self, text, speed=1.0, **how):
+        """Yields the wav of a text in pieces (n,) while it is generated; how: the settings of `frames`."""
+        draw, how = divided(how)
+        check_settings(speed=speed)
+        utterance, timbre = self.plan(text, **how)
+        yield from self.join(self.made(utterance, draw), timbre, speed)
 
-    def join(self, frames, block=0.4, context=0.4, ahead=0.15):
+    @torch.no_grad()
+    def decode(self, frames, timbre=None, speed=1.0):
+        """Frames (T, K), or a vocoder's states (T, D) with the timbre (E,), at once -> wav (N,) float32 on the CPU."""
+        if not len(frames):
+            return torch.zeros(0)
+        frames = frames[None].to(self.device)
+        if timbre is None:
+            return self.codec.decode(frames.mT)[0].float().cpu()
+        states = frames.float()
+        if speed != 1:  # as XTTS' authors change it
+            factor = max(1 / speed, 1 / states.shape[1])
+            states = torch.nn.functional.interpolate(states.mT, scale_factor=factor, mode="linear").mT
+        return self.codec.vocode(states, timbre[None].to(states))[0].cpu()
+
+    def join(self, frames, timbre=None, speed=1.0, block=0.4, context=0.4, ahead=0.15):
         """Decode frames while they come: yields pieces of wav (n,), together as long as the frames.
 
         A causal decoder continues from frame to frame, at least 80 ms at a time. Any other decoder needs neighbours:
@@ -439,6 +490,7 @@ class Voice:
         fade = rate // 100
         up = torch.linspace(0, 1, fade)
         slides = torch.arange(-reach, reach + 1)
+        speed = speed if self.vocoder else 1.0
         frames = iter(frames)
         seen = []
         done = 0
@@ -448,9 +500,10 @@ class Voice:
             seen += itertools.islice(frames, done + block + ahead - len(seen))
             ended = len(seen) < done + block + ahead
             end = len(seen) if ended else done + block
-            size = rate / frame_rate / self.speed  # samples of a frame; the speed is known with the first one
+            size = rate / frame_rate / speed  # samples of a frame
             first = max(0, done - context)
-            wav = torch.cat([self.decode(seen[first : end + ahead]), torch.zeros(math.ceil(size) + reach + fade)])
+            near = torch.stack(seen[first : end + ahead]) if len(seen) > first else torch.zeros(0)
+            wav = torch.cat([self.decode(near, timbre, speed), torch.zeros(math.ceil(size) + reach + fade)])
             at = round((done - first) * size)
             if tail is not None:
                 places = wav[at - reach : at + reach + fade].unfold(0, fade, 1)  # (2 * reach + 1, fade)
@@ -468,12 +521,21 @@ def as_texts(text):
     return text.split("|") if isinstance(text, str) else text
 
 
-DIVERGED = "the model's logits are not finite: its training run diverged, or dtype is too narrow for its weights"
+def divided(how):
+    """The DRAWS among settings, and the others, two dicts."""
+    draw = {key: value for key, value in how.items() if key in DRAWS}
+    return draw, {key: value for key, value in how.items() if key not in DRAWS}
 
 
-def need_logits(logits):
-    if not math.isfinite(logits.max()):
-        raise ValueError(DIVERGED)
+@contextmanager
+def evaluating(model):
+    """In eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def is_stretch(x):

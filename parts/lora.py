@@ -212,6 +212,11 @@ def use_adapter(model, name):
             module.active = name if hasattr(module, f"lora_{name}") else None
 
 
+def active_adapter(model):
+    """The name of the adapter in use, or None."""
+    return next((m.active for m in model.modules() if isinstance(m, LoRALinear | Table) and m.active), None)
+
+
 def matrices(chosen):
     """{linear layer's name + ".lora_a" or ".lora_b": parameter}, without the name of the adapter."""
     return {f"{path}.lora_{key}": p for path, adapter in chosen.items() for key, p in adapter.named_parameters()}
