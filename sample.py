@@ -27,6 +27,7 @@ from dataclasses import fields
 from functools import partial
 from glob import glob
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -38,6 +39,7 @@ from parts.frontend import needs_language
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.voices import save_voice as write_voice
+from speak import CUT, REPEATS
 from voice import DRAWS, Voice, as_texts, need_stretch
 from weights import peft_base
 
@@ -57,7 +59,11 @@ voice = ""  # a saved voice in place of a reference: its file, or its name in vo
 save_voice = ""  # save the voice of the reference, or of the speaker, to speak with as `voice`; needs no text
 voice_note = ""  # licence or origin of that voice; it is shown wherever the voice speaks
 seed: "0 <= int <= 4294967295" = 1337
-stream = False  # write audio while it is generated
+batch: "1 <= int <= 1024" = 8  # lines that are spoken at the same time
+tries: "1 <= int <= 20" = 3  # of a line that does not end or repeats itself, each with another seed
+stream = False  # write audio while it is generated, line after line
+quantize: Literal["", "int8"] = ""  # int8: weights in 8 bits, on a CPU: several times as fast, nearly the same
+linear: Literal["auto", "plain", "packed"] = "auto"  # order of the weights on a CPU; auto: measure which is faster
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
 adapter = ""  # another LoRA checkpoint, or folder of peft's, on the same base, to speak with instead of ckpt's
 
@@ -71,6 +77,7 @@ SHARED = {
                  "recording_seconds", "heard_seconds", "chunk_seconds"],
 }  # fmt: skip
 HOW = ("speaker", "language", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
+MEANING = {CUT: "cut off at the cap, it did not stop by itself", REPEATS: "it repeated itself, and is cut there"}
 # keys that name what a checkpoint holds, and published weights do not
 PARTS = ("codec", "tokenizer", "text_format", "front_end")
 
@@ -146,33 +153,29 @@ def pcm(wav):
     return (wav.clamp(-1, 1) * 32767).round().numpy().astype("<i2").tobytes()
 
 
-def speak(voice, line, path, stream, **how):
-    """Speak one line into `path`; `how`: the settings of Voice.frames. Returns a line about it for the terminal, the
-    seconds it took, and its seconds of audio."""
-    frames = []
+def stream_line(voice, line, path, **how):
+    """Speak one line into `path` while it is made. Returns a message about it and its seconds of audio."""
     samples = 0
     first = 0.0
     start = time.perf_counter()
-
-    def counted():
-        for frame in voice.frames(line, **how):
-            frames.append(frame)
-            yield frame
-
-    with wav_file(path, voice.sample_rate, stream) as write:
-        for piece in voice.join(counted()) if stream else map(voice.decode, [list(counted())]):
+    with wav_file(path, voice.sample_rate, growing=True) as write:
+        for piece in voice.stream(line, **how):
             first = first or time.perf_counter() - start
             samples += len(piece)
             write(piece)
-    took = time.perf_counter() - start
     seconds = samples / voice.sample_rate
-    message = f"{path}  {line!r}: {seconds:.2f} s of audio, {len(frames)} frames"
-    if not frames:
-        message += "; warning: the model stopped at once"
-    else:
-        message += f", real-time factor {took / seconds:.2f}, first audio after {first:.2f} s"
-        message += "" if voice.stopped else "; warning: cut off at the cap, it did not stop by itself"
-    return message, took, seconds
+    factor = (time.perf_counter() - start) / max(seconds, 1e-9)
+    faults = [] if voice.stopped else [CUT]
+    about = f"real-time factor {factor:.2f}, first audio after {first:.2f} s"
+    return f"{path}  {line!r}: {seconds:.2f} s of audio, {about}{warning(samples, faults, [])}", seconds
+
+
+def warning(samples, faults, tries):
+    """What was wrong with an utterance, for the terminal."""
+    if not samples:
+        return "; warning: the model stopped at once"
+    again = f", spoken {len(tries)} times" if len(tries) > 1 else ""
+    return f"; warning: {', '.join(map(MEANING.get, faults))}{again}" if faults else again
 
 
 def open_voice(cfg, path):
@@ -252,26 +255,55 @@ def read_out(cfg, path, lines, out_dir):
     shifts = "" if step is None else f"; cross-entropy at shifts 0, 1, 2: {shifts}, ln V {ln_v:.2f}"
     print(f"{path}: the contract holds, cached and teacher-forced logits differ by {difference:.1e}{shifts}",
           file=messages)  # fmt: skip
+    voice.ready(cfg.quantize, cfg.linear, partial(print, file=messages))
     if cfg.save_voice:
         saved = write_voice(cfg.save_voice, reference, texts, voice.made_for(), cfg.voice_note)
         print(f"{saved}: the voice is saved", file=messages)
     if "prompt" in prompt and not voice.prompted and voice.model.config.prompt_style == "segments":
         print(f"{path}: trained without voice prompts (voice_prompt = 0), it may not follow the reference",
               file=messages)  # fmt: skip
-    ended = 0
-    took = 0.0
-    seconds = 0.0
-    spoken = []
-    for i, line in enumerate(tqdm(lines, "speaking", disable=len(lines) < 2)):
-        target = "-" if piped else os.path.join(out_dir, f"{i:03d}.wav")
-        message, *times = speak(voice, line, target, cfg.stream or piped, **how)
-        spoken.append(Path(target).relative_to(cfg.out_dir))
-        tqdm.write(message, file=messages)
-        ended += bool(voice.stopped)
-        took += times[0]
-        seconds += times[1]
-    factor = f"{took / seconds:.2f}" if seconds else ""
-    return ["published" if step is None else f"{step:,}", f"{ended} of {len(lines)}", factor, *spoken]
+    report = {"ended": 0, "tries": 0, "seconds": 0.0}
+    start = time.perf_counter()
+    paths = ["-" if piped else os.path.join(out_dir, f"{i:03d}.wav") for i in range(len(lines))]
+    speaking = in_turn if cfg.stream or piped else at_once
+    with tqdm(total=len(lines), desc="speaking", disable=len(lines) < 2) as bar:
+        for message, ended, tries, seconds in speaking(cfg, voice, lines, paths, how):
+            tqdm.write(message, file=messages)
+            bar.update()
+            report["ended"] += ended
+            report["tries"] += tries
+            report["seconds"] += seconds
+    took = time.perf_counter() - start
+    factor = f"{took / report['seconds']:.2f}" if report["seconds"] else ""
+    if len(lines) > 1:
+        missed = len(lines) - report["ended"]
+        again = report["tries"] - len(lines)
+        print(f"{path}: {report['seconds']:.1f} s of audio in {took:.1f} s, real-time factor {factor}; {missed} of "
+              f"{len(lines)} lines did not end by themselves ({100 * missed / len(lines):.1f} of a hundred), "
+              f"{again} more tries", file=messages)  # fmt: skip
+    spoken = [Path(target).relative_to(cfg.out_dir) for target in paths]
+    return ["published" if step is None else f"{step:,}", f"{report['ended']} of {len(lines)}", factor, *spoken]
+
+
+def in_turn(cfg, voice, lines, paths, how):
+    """Speak line after line, each while it is made. Yields of each a message, whether it ended, tries, seconds."""
+    for line, target in zip(lines, paths, strict=True):
+        message, seconds = stream_line(voice, line, target, **how)
+        yield message, bool(voice.stopped), 1, seconds
+
+
+def at_once(cfg, voice, lines, paths, how):
+    """Speak several lines at a time. Yields the same as `in_turn`, of each line when it is complete."""
+    start = time.perf_counter()
+    for i, said in voice.speak(lines, cfg.batch, cfg.tries, **how):
+        with wav_file(paths[i], voice.sample_rate, growing=False) as write:
+            write(said.wav)
+        seconds = len(said.wav) / voice.sample_rate
+        message = f"{paths[i]}  {lines[i]!r}: {seconds:.2f} s of audio, {said.frames} frames"
+        if len(lines) == 1 and seconds:
+            took = time.perf_counter() - start
+            message += f", real-time factor {took / seconds:.2f}, {said.frames / took:.1f} frames a second"
+        yield message + warning(len(said.wav), said.faults, said.tries), said.ended, len(said.tries), seconds
 
 
 def find_checkpoints(ckpt, out_dir):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from model import AudioEncoder
-from parts import lora
+from parts import lora, packed
 
 ENDED, CUT, REPEATS = "ended", "no stop", "repeats"  # how an utterance is over
 REPETITION = 2.0  # seconds of the same again and again are a fault
@@ -68,7 +68,7 @@ def ready(model, quantize="", linear="auto", say=print):
             raise ValueError(f"quantize = {quantize!r} is for CPUs: on {model.device} take dtype = 'bfloat16'")
         return model
     kind = quantize or linear
-    if kind != "plain" and (reason := packed.missing(kind)):
+    if kind != "plain" and (reason := packed.missing()):
         say(f"linear layers stay plain: {reason}")
         kind = "plain"
     if kind == "auto":

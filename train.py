@@ -432,30 +432,42 @@ class Run:
         """
         cfg = self.cfg
         voice = self.voice
-        meta = self.meta
-        files = self.held_out
-        count = min(cfg.eval_samples, len(files))
-        for n in range(count):
-            i = n * len(files) // count
-            speaker = meta["speakers"][files.speaker(i)]
-            language = meta["languages"][files.language(i)]
-            before, after = wording(meta["text_format"], speaker, "\0", language).split("\0")
-            text = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
+        lines = {}
+        for n in range(min(cfg.eval_samples, len(self.held_out))):
             path = self.path(f"samples/{self.step:06d}_{n}.wav")
-            original = self.path(f"samples/original_{n}.wav")
             if missing and os.path.exists(path):
                 continue
-            if not os.path.exists(original):
-                codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
-                write_audio(original, voice.codec.decode(codes)[0].float().cpu(), voice.codec.sample_rate)
+            line, words = self.held_out_line(n)
             try:
-                how = {key: getattr(cfg, key) for key in (*DRAWS, "seed")}
-                wav = voice.say(files.text(i), speaker=speaker, language=language, **how)
-            except (ValueError, RuntimeError) as e:  # torch raises RuntimeError for a diverged model's logits
+                voice.plan(**line)
+                lines[path] = line, words
+            except ValueError as e:
                 self.say(f"{path}: {reason(e)}")
-                continue
-            write_audio(path, wav, voice.sample_rate)
-            self.say(f"{path}: {text}{'' if voice.stopped else ' (did not stop)'}")
+        how = {key: getattr(cfg, key) for key in (*DRAWS, "seed")}
+        try:
+            for i, said in voice.speak([line for line, _ in lines.values()], tries=1, **how):
+                path = list(lines)[i]
+                write_audio(path, said.wav, voice.sample_rate)
+                self.say(f"{path}: {lines[path][1]}{'' if said.ended else ' (did not stop)'}")
+        except (ValueError, RuntimeError) as e:  # torch raises RuntimeError for a diverged model's logits
+            self.say(f"{self.path('samples')}: {reason(e)}")
+
+    def held_out_line(self, n):
+        """The n-th held-out text to speak, as Voice.speak takes it, and its words. Writes the recording as the codec
+        reproduces it, unless it is there."""
+        voice = self.voice
+        meta = self.meta
+        files = self.held_out
+        i = n * len(files) // min(self.cfg.eval_samples, len(files))
+        speaker = meta["speakers"][files.speaker(i)]
+        language = meta["languages"][files.language(i)]
+        before, after = wording(meta["text_format"], speaker, "\0", language).split("\0")
+        words = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
+        original = self.path(f"samples/original_{n}.wav")
+        if not os.path.exists(original):
+            codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
+            write_audio(original, voice.codec.decode(codes)[0].float().cpu(), voice.codec.sample_rate)
+        return {"text": files.text(i), "speaker": speaker, "language": language}, words
 
     def stop_asked(self, received, logging):
         """The signal that ends the run, or 0. All ranks agree on it."""
