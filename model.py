@@ -188,6 +188,7 @@ class Cache:
         self.config = config
         self.memory = memory
         self.used = used
+        self.layers = [x.unbind() for x in memory]
 
     @classmethod
     def new(cls, config, batch, length, device, dtype):
@@ -230,7 +231,7 @@ class Cache:
     def extend(self, layer, k, v, rows, end):
         """Store the keys and values (B, H, S, head_dim) of new rows, whose numbers are rows (S,) or (B, S); return
         those of the rows below `end`."""
-        keys, values = self.memory[layer]
+        keys, values = self.layers[layer]
         if rows.ndim == 1:
             keys[:, :, end - len(rows) : end] = k
             values[:, :, end - len(rows) : end] = v
@@ -242,7 +243,7 @@ class Cache:
 
     def lead(self, layer, x):
         """The new inputs x (B, D, S) of a convolution, with the TAPS - 1 inputs before them in front."""
-        before = self.memory[layer][0]
+        (before,) = self.layers[layer]
         x = torch.cat([before, x], -1)
         before.copy_(x[..., 1 - TAPS :])
         return x
@@ -359,10 +360,10 @@ class Attention(nn.Module):
     """
 
     together = ("q_proj", "k_proj", "v_proj")  # one product where weights are packed, see parts/packed.py
-    joined = None
 
     def __init__(self, c):
         super().__init__()
+        self.joined = None
         self.head_dim = c.head_dim
         self.grouped = c.n_kv_head != c.n_head
         self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.bias)
@@ -419,10 +420,10 @@ class FeedForward(nn.Module):
     """Two matrices with a GELU between them (GPT-2), or with a gate: SwiGLU, GEGLU (Shazeer 2020)."""
 
     together = ("gate_proj", "up_proj")  # as for Attention, where there is a gate
-    joined = None
 
     def __init__(self, c):
         super().__init__()
+        self.joined = None
         self.kind = c.feed_forward
         if self.kind != "gelu":
             self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.bias)
@@ -572,21 +573,23 @@ def sample_code(logits, key=None, age=None, temperature=1.0, top_k=0, top_p=1.0,
 
 
 def mix(x):
-    """A hash of whole numbers (...) below 2 ** 32: each bit of the input changes half of the bits of the result. The
-    constants are those that Wellons' search for hashes found least biased (github.com/skeeto/hash-prospector)."""
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+    """A hash of whole numbers (...): each bit of a number changes half of the bits of the result. The constants are
+    those of splitmix64 (Steele et al. 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift)) * factor  # modulo 2 ** 64
+    return x ^ (x >> 31)
 
 
 def gumbel(key, classes):
     """Standard Gumbel numbers (..., V) of these classes (..., V) or (V,): the largest sum of a logit and its number is
     a draw from the softmax of the logits (Gumbel 1954).
 
-    A hash of key (...) and class makes them. So a draw depends on nothing but its logits and key, neither on the device
-    nor on what is drawn beside it; and draws from similar logits by one key are mostly equal (see CSM.foresee).
+    A hash of key (...), itself a hash, and of the class makes them. So a draw depends on nothing but its logits and
+    key, neither on the device nor on what is drawn beside it; and draws from similar logits by one key are mostly equal
+    (see CSM.foresee).
     """
-    bits = mix((mix(key)[..., None] + classes * 0x9E3779B1) & 0xFFFFFFFF) >> 9
+    x = classes * -0x61C8864680B583EB + key[..., None]
+    bits = ((x ^ (x >> 30)) * -0x40A7B892E31B1A47 >> 41) & 0x7FFFFF
     return -torch.log(-torch.log((bits + 0.5) * 2**-23))
 
 
@@ -683,7 +686,8 @@ class Stage:
     def choose(self, logits, k=slice(None), chosen=True):
         """Codes (B,) for the logits (B, V) of codebook k, or (B, K) for those (B, K, V) of all codebooks. With `chosen`
         they count as chosen."""
-        self.sound &= logits.amax(-1).isfinite().view(len(logits), -1).all(-1)
+        if k == 0 or not isinstance(k, int):  # what is not finite stays in the cache and comes back to codebook 0
+            self.sound &= logits.amax(-1).isfinite().view(len(logits), -1).all(-1)
         key = self.keys[:, k]
         if self.chosen is None:
             return self.choose_code(logits, key=key, **self.draw)
@@ -835,7 +839,6 @@ class Family(nn.Module):
     fits_prompts = False  # a voice prompt is cut or repeated until it has one of the usual lengths
     rows_per_frame = 1
     rows_before = 0  # of the backbone, beside those of `layout`
-    packed_heads = None  # the scorers in a form that is fast, see speak.ready
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
     text_tables = ()  # names of the parameters with a row for each text id, where a tokenizer may bring more ids
     front_end = "plain"  # what its authors do to a text before a tokenizer reads it, see parts/frontend.py
@@ -845,6 +848,7 @@ class Family(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.packed_heads = None  # the scorers in a form that is fast, see speak.ready
         # methods of the config, not of the model: data.py sends them to worker processes
         self.layout = config.layout
         self.length = config.length

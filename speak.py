@@ -135,7 +135,7 @@ class Engine:
             else:
                 yield number, spoken
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, queue):
         """Speaks what a queue of (number, Utterance) holds. Yields (number, utterance, new frames (n, K), over), where
         over is None while the utterance goes on, then ENDED by the model, CUT at its cap, or REPEATS."""
