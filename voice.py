@@ -497,10 +497,12 @@ def read_run(checkpoint, codec_path=""):
         need(meta, MODEL_META, "meta")
         wanted = {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")} | {"reference_seconds?": is_stretch}
         need(checkpoint["config"], wanted, "config")
-        codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
+        codec = load_codec(pack["name"], codec_path or pack, os.path.dirname(path), **pack["options"])
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}, or --codec_path names it") from None
     if codec.fingerprint() != checkpoint["codec_fingerprint"]:
         raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
                          f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip

@@ -458,6 +458,23 @@ def test_places_of_a_codec(csm, tmp_path, monkeypatch, place):
     assert voice.codec.fingerprint() == Voice.from_published(csm[1], "cpu").codec.fingerprint()
 
 
+def test_a_checkpoint_finds_the_codec_that_moved_with_it(csm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    only_mimi(csm, tmp_path / "a/mimi")
+    monkeypatch.chdir(tmp_path / "a")
+    no_steps(tmp_path / "a", csm[1], "--codec=mimi", "--codec_path=mimi", "--text_format=[0]{text}")
+    os.rename(tmp_path / "a", tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    speak("--ckpt=out", "--text=one", "--out_dir=said", "--cap_seconds=0.2", "--device=cpu")
+    monkeypatch.chdir(tmp_path)
+    said = refused(tmp_path / "out", "--ckpt=b/out", "--text=one")
+    assert said.startswith(f"b/out/best.pt: the pack: {tmp_path}/a/mimi/model.safetensors is gone, its weights are not "
+                           "at mimi/model.safetensors or b/out/model.safetensors or b/out, and in ")  # fmt: skip
+    assert said.endswith("`hf download kyutai/mimi model.safetensors` fetches it, or --codec_path names it")
+    os.rename(tmp_path / "b/mimi/model.safetensors", tmp_path / "b/out/model.safetensors")
+    assert Voice.from_checkpoint("b/out/best.pt", "cpu").codec.name == "mimi"
+
+
 def test_the_tokenizer_is_named_or_lies_beside(csm, tmp_path):
     folder = copied(csm, tmp_path / "csm", "nothing")
     os.rename(folder / "tokenizer.json", tmp_path / "mine.json")
