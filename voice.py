@@ -36,7 +36,7 @@ from parts.frontend import language_name, read_text
 from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
 from parts.text import is_phonemic, load_tokenizer, wording
 from parts.voices import load_voice
-from released import made_up, open_release
+from released import made_up, open_release, with_tags
 from weights import WHOLE, add_peft, load_checkpoint, load_model
 
 # how a text is spoken
@@ -205,9 +205,9 @@ class Voice:
         return np.array(self.tokenizer.encode(wording(self.meta["text_format"], speaker, words, language)))
 
     def known_language(self, language):
-        """A language of the training data as they spell it, the first one where it is empty. Raises ValueError for an
-        unknown one."""
-        known = {language_name(name): name for name in self.meta["languages"]}
+        """A language that the model knows, as the training data spell it, the first one of them where it is empty.
+        Raises ValueError for an unknown one."""
+        known = {language_name(name): name for name in [*self.model.config.language_names, *self.meta["languages"]]}
         if language and language_name(language) not in known:
             choices = f"choose from {', '.join(known)}" if any(known) else "the training data name none"
             raise ValueError(f"unknown language {language!r:.60}; {choices}")
@@ -508,6 +508,8 @@ def read_run(checkpoint, codec_path=""):
                          f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
     if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model was trained with")
+    if checkpoint["origin"]:
+        meta = with_tags(completed(meta), tokenizer)
     return codec, tokenizer, meta, *(checkpoint[key] for key in ("config", "references", "timbres"))
 
 

@@ -340,6 +340,7 @@ def test_an_xtts_asks_for_a_voice(xtts, recording, tmp_path):
     assert ids.tolist() == tokenizer.encode("[en]one")
     ids = Voice.from_published(folder, "cpu", language="de").text_ids("One")
     assert ids.tolist() == tokenizer.encode("[de]one")
+    assert Voice.from_published(folder, "cpu").text_ids("One", language="DE").tolist() == ids.tolist()
     said = refused(tmp_path / "out", *flags, f"--reference={recording}", "--language=tlh")
     assert said.endswith("model.pth does not know the language [tlh]; choose from [de], [en]")
     bare = tmp_path / "bare"
@@ -409,6 +410,11 @@ def test_a_valle_after_a_run_of_no_steps(valle, tmp_path):
     trained = Voice.from_checkpoint(tmp_path / "out/last.pt", "cpu")
     assert trained.model.config == base.model.config and base.model.config.guidance == 2.5
     assert torch.equal(codes_of(trained, cap_seconds=1), codes_of(base, cap_seconds=1))
+    for voice in (base, trained):  # the data name no language, the weights have ids of more
+        assert voice.model.config.language_names[:2] == ["en", "ja"]
+        assert [voice.utterance("one", language=name)[1]["language"] for name in ("", "ja")] == [0, 1]
+        with pytest.raises(ValueError, match="unknown language 'es'; choose from en, ja"):
+            voice.text_ids("one", language="es")
 
 
 def test_the_codec_of_a_valle(valle, tmp_path):
