@@ -95,8 +95,9 @@ class Codec(nn.Module):
         return {"name": self.name, "options": dict(self.options), "tables": tables}
 
     @classmethod
-    def unpack(cls, pack, where):
-        """The codec of a `pack()`. Raises ValueError, which begins with `where`, for other or damaged tables."""
+    def unpack(cls, pack, where, folder=""):
+        """The codec of a `pack()`. Raises ValueError, which begins with `where`, for other or damaged tables. folder:
+        in which the pack lies; a codec whose weights stay outside its pack looks there too."""
         need(pack, {"tables": dict}, where)
         codec = cls.build(where, pack["options"])
         need_tensors(pack["tables"], codec.state_dict(), f"{where}, tables of {cls.name}")
@@ -909,9 +910,10 @@ class NeuralCodec(Codec):
         return self.weights_digest or super().fingerprint()
 
     def pack(self):
-        """The path and fingerprint of the weights, as a plain dict: the weights stay where they are. Tensors that were
-        fine-tuned are in it."""
-        known = {"weights": self.path, "fingerprint": self.fingerprint()}
+        """The path of the weights, also as seen from the current folder, and their fingerprint, as a plain dict: the
+        weights stay where they are. Tensors that were fine-tuned are in it."""
+        from_here = os.path.relpath(self.path) if self.path else ""
+        known = {"weights": self.path, "from_here": from_here, "fingerprint": self.fingerprint()}
         tables = {name: table.detach().cpu().clone() for name, table in self.tuned_tensors().items()}
         return {"name": self.name, "options": dict(self.options), **known, **({"tables": tables} if self.tuned else {})}
 
@@ -926,19 +928,32 @@ class NeuralCodec(Codec):
         self.weights_digest = hashlib.sha256(f"{self.weights_digest} {own}".encode()).hexdigest()[:16]
 
     @classmethod
-    def unpack(cls, pack, where):
-        """The codec of a `pack()`, with its weights from their old place or else from the hub's cache.
+    def unpack(cls, pack, where, folder=""):
+        """The codec of a `pack()`, with its weights from their old place. Where that is gone, the first weights of the
+        right fingerprint are taken: those at the old path as it was seen from the current folder, those of the same
+        name in `folder`, those in it, those in the hub's cache.
 
         The pack of codes that somebody else has made fits any weights. Raises FileNotFoundError or ValueError.
         """
-        need(pack, {"weights": str, "fingerprint": str}, where)
-        try:
-            codec = cls.load(pack["weights"] if os.path.exists(pack["weights"]) else None, **pack["options"])
-        except FileNotFoundError as error:
-            gone = f"{pack['weights']} is gone, and in " if pack["weights"] else ""
-            raise FileNotFoundError(f"{where}: {gone}{error}") from None
-        if "tables" in pack:
-            need(pack, {"tables": dict}, where)
+        need(pack, {"weights": str, "from_here?": str, "fingerprint": str, "tables?": dict}, where)
+        old = pack["weights"]
+        if os.path.exists(old):
+            return cls.with_weights(old, pack, where)
+        moved = [pack.get("from_here"), os.path.join(folder, os.path.basename(old)), folder] if old else []
+        moved = list(dict.fromkeys(filter(None, moved)))
+        for place in [*filter(os.path.exists, moved), None]:
+            try:
+                return cls.with_weights(place, pack, where)
+            except (FileNotFoundError, ValueError) as error:
+                last = error
+        gone = f"{old} is gone, its weights are not at {' or '.join(moved)}, and in " if old else ""
+        raise FileNotFoundError(f"{where}: {gone}{last}")
+
+    @classmethod
+    def with_weights(cls, place, pack, where):
+        """The codec of a `pack()` with the weights at a place, None: in the hub's cache. Raises as unpack does."""
+        codec = cls.load(place, **pack["options"])
+        if pack.get("tables") is not None:
             need_tensors(pack["tables"], codec.tuned_tensors(), f"{where}, tables of {cls.name}")
             codec.load_state_dict(pack["tables"], strict=False, assign=True)
             codec.requires_grad_(False).become_tuned()
@@ -1614,12 +1629,12 @@ def published_sizes(name):
     return sizes
 
 
-def load_codec(name, path=None, **options):
+def load_codec(name, path=None, folder="", **options):
     """The codec called `name`, ready to use.
 
     path: a codec.pt, the folder that holds one, or the dict of `pack()`; for a published codec also the file or folder
     of its weights, as its authors published them. None: `mel` is not fitted yet, and the others take their weights
-    from the hub's cache folder; nothing is fetched. options: the codec's own.
+    from the hub's cache folder; nothing is fetched. folder: where such a dict was read. options: the codec's own.
     Raises ValueError or FileNotFoundError, one line.
     """
     if name not in CODECS:
@@ -1637,6 +1652,7 @@ def load_codec(name, path=None, **options):
         if published and not (os.path.basename(where) == "codec.pt" and os.path.isfile(where)):
             return cls.load(path, **options)
         pack = read_pack(where)
+        folder = os.path.dirname(where)
     need(pack, {"name": str, "options": dict}, where)
     kinds = {int: int, float: (int, float), tuple: (tuple, list), str: str}
     defaults = {f"{key}?": kinds.get(type(p.default)) for key, p in known.items()}
@@ -1648,7 +1664,7 @@ def load_codec(name, path=None, **options):
     for key, value in options.items():
         if (made := pack["options"].get(key)) != value:
             raise ValueError(f"{where}: made with {key} = {made!r:.60}, not {value!r:.60}")
-    return cls.unpack(pack, where)
+    return cls.unpack(pack, where, folder)
 
 
 def read_pack(path):

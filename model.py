@@ -734,6 +734,7 @@ class FamilyConfig:
 
     mode = None  # a family with several modes makes this a field, and one with several kinds of prompts the next
     prompt_style = "segments"
+    language_names = ()  # of the languages with an id
 
     def __post_init__(self):
         check_fields(self)

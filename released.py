@@ -10,7 +10,6 @@ Letters in shapes: L latents, D width, E size of a timbre.
 """
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -102,6 +101,7 @@ def open_release(path, device="cpu", dtype=torch.float32, codec="", codec_path="
         "languages": [language_name(language) or release.language], "speakers": [speaker or release.speaker],
         "splits": {"train": {"utterances": 0, "text_tokens": 1000, "frames": frames}},
     }  # fmt: skip
+    meta = with_tags(meta, tokenizer)
     model = assemble(layout, tensors, given, file, device, dtype, **outer_fields(layout.arch, facts(meta)))
     voices = read_voices(os.path.join(os.path.dirname(file), release.speakers), model, codec) if model.reference else {}
     if voices:
@@ -121,9 +121,16 @@ def find_tokenizer(path, file, release):
 def need_tag(tag, tokenizer, file):
     """Raise ValueError where the tag of a language, such as [en], is not one token."""
     if len(tokenizer.encode(tag)) != 1:
-        pieces = [tokenizer.piece(i) or "" for i in range(tokenizer.vocab_size)]
-        known = [piece for piece in pieces if re.fullmatch(r"\[[a-z]{2}(-[a-z]{2})?\]", piece)]
-        raise ValueError(f"{file} does not know the language {tag}; choose from {', '.join(sorted(known))}")
+        known = ", ".join(f"[{name}]" for name in tokenizer.tags)
+        raise ValueError(f"{file} does not know the language {tag}; choose from {known}")
+
+
+def with_tags(meta, tokenizer):
+    """A meta.json, for published weights or what descends from them: where its texts begin with the tag of their
+    language, with all languages for which the tokenizer has one."""
+    own = [language_name(name) for name in meta["languages"]]
+    tags = tokenizer.tags if "[{language}]" in meta["text_format"] else []
+    return {**meta, "languages": [*meta["languages"], *(name for name in tags if name not in own)]}
 
 
 def find_codec(name, path, file, inside):

@@ -3,6 +3,7 @@
     python sample.py --ckpt out/digits/best.pt --text "three one four"
     python sample.py --ckpt out/digits/best.pt --file lines.txt --out_dir spoken   spoken/000.wav, 001.wav, ...
     python sample.py config/digits.py --text "three one four"                      the recipe's out_dir/best.pt speaks
+    python sample.py config/digits.py --text "three one four" --out_dir said       likewise, into said/
     python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "its transcript" --text "my clone"
     python sample.py --ckpt out/x/best.pt --reference me.wav --reference_text "its transcript" --save_voice me
     python sample.py --ckpt out/x/best.pt --voice me --text "my clone"             the voice that was saved
@@ -44,7 +45,7 @@ from voice import DRAWS, Voice, as_texts, need_stretch
 from weights import peft_base
 
 # a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
-# these separated by commas; empty: best.pt in out_dir, so that a recipe alone is enough
+# these separated by commas; empty: best.pt in out_dir or, without one there, in the recipe's own out_dir
 ckpt = ""
 text = ""  # the text to speak
 file = ""  # or a text file, one utterance per line
@@ -306,15 +307,15 @@ def at_once(cfg, voice, lines, paths, how):
         yield message + warning(len(said.wav), said.faults, said.tries), said.ended, len(said.tries), seconds
 
 
-def find_checkpoints(ckpt, out_dir):
-    """The paths that `ckpt` names, separated by commas, out_dir's best.pt if it is empty. A pattern stands for what it
-    matches, and a run's folder for its best.pt, or last.pt. Raises ValueError if there is no best.pt in out_dir, and
-    FileNotFoundError for any other path that does not exist."""
+def find_checkpoints(ckpt, *folders):
+    """The paths that `ckpt` names, separated by commas; if it is empty, the first best.pt in these folders. A pattern
+    stands for what it matches, and a run's folder for its best.pt, or last.pt. Raises ValueError if no folder has a
+    best.pt, and FileNotFoundError for any other path that does not exist."""
     if not ckpt:
-        path = os.path.join(out_dir, "best.pt")
-        if not os.path.isfile(path):
-            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and {path} does not exist")
-        return [path]
+        usual = list(dict.fromkeys(os.path.join(folder, "best.pt") for folder in folders))
+        if not (there := list(filter(os.path.isfile, usual))):
+            raise ValueError(f"no checkpoint given (--ckpt=out/x/best.pt), and no {' or '.join(usual)} exists")
+        return there[:1]
     paths = []
     for name, path in named(ckpt, "checkpoint"):
         inside = [os.path.join(path, kept) for kept in ("best.pt", "last.pt")]
@@ -396,7 +397,7 @@ def main(cfg):
     if cfg.voice and (cfg.reference or cfg.save_voice):
         raise ValueError(f"voice = {cfg.voice!r:.60}: it is saved already, leave out reference and save_voice")
     lines = [] if cfg.save_voice and not cfg.text and not cfg.file else read_lines(cfg.text, cfg.file)
-    paths = find_checkpoints(cfg.ckpt, cfg.out_dir)
+    paths = find_checkpoints(cfg.ckpt, cfg.out_dir, cfg.recipe.get("out_dir", cfg.out_dir))  # a flag moves the output
     refuse_parts(cfg, paths)
     if len(paths) == 1:
         read_out(cfg, paths[0], lines, cfg.out_dir)

@@ -21,6 +21,7 @@ Letters in shapes: B batch, S rows, C columns, K codebooks.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -180,8 +181,8 @@ class Run:
         self.world = world
         self.device = device
         self.files, self.val_files = (open_tokens(cfg.data_dir, split) for split in ("train", "val"))
-        val, train = self.val_files.parts[0], self.files.parts[0]
-        self.held_out = val if len(val) else train  # to speak and to check the contract, worded as meta says
+        pairs = zip(self.val_files.parts, self.files.parts, strict=True)
+        self.held_out = [val if len(val) else train for val, train in pairs]  # to speak, to check the contract
         self.meta = meta = self.files.meta
         self.data = fingerprint(cfg.data_dir)
         codec = load_codec(meta["codec"]["name"], self.files.folder)
@@ -251,7 +252,7 @@ class Run:
     def set_voice(self):
         """What speaks the samples, and the probe: the held-out utterance that checks the contract here and whenever the
         checkpoint is loaded."""
-        files = self.held_out
+        files = self.held_out[0]  # whose speakers have the numbers that they have in meta
         frames = files.index[:, 3]
         shortest = int((frames + 10**9 * (frames < 8)).argmin())  # but long enough to tell the three shifts apart
         references = timbres = None
@@ -428,16 +429,20 @@ class Run:
     def speak(self, missing=False):
         """Speak some held-out texts into out_dir/samples, beside the recordings as the codec reproduces them.
 
-        missing: only those whose file does not exist. A text that cannot be spoken is reported; training goes on.
+        They come from each token folder in turn. missing: only those whose file does not exist. A text that cannot be
+        spoken is reported; training goes on.
         """
         cfg = self.cfg
         voice = self.voice
+        each = math.ceil(cfg.eval_samples / len(self.held_out))
+        turns = ([(files, i) for i in spread(len(files), each)] for files in self.held_out)
+        chosen = [pair for turn in itertools.zip_longest(*turns) for pair in turn if pair][: cfg.eval_samples]
         lines = {}
-        for n in range(min(cfg.eval_samples, len(self.held_out))):
+        for n, (files, i) in enumerate(chosen):
             path = self.path(f"samples/{self.step:06d}_{n}.wav")
             if missing and os.path.exists(path):
                 continue
-            line, words = self.held_out_line(n)
+            line, words = self.held_out_line(files, i, n)
             try:
                 voice.plan(**line)
                 lines[path] = line, words
@@ -452,13 +457,11 @@ class Run:
         except (ValueError, RuntimeError) as e:  # torch raises RuntimeError for a diverged model's logits
             self.say(f"{self.path('samples')}: {reason(e)}")
 
-    def held_out_line(self, n):
-        """The n-th held-out text to speak, as Voice.speak takes it, and its words. Writes the recording as the codec
-        reproduces it, unless it is there."""
+    def held_out_line(self, files, i, n):
+        """The i-th text of these files as Voice.speak takes it, and its words. Writes the recording, number n, as the
+        codec reproduces it, unless it is there."""
         voice = self.voice
-        meta = self.meta
-        files = self.held_out
-        i = n * len(files) // min(self.cfg.eval_samples, len(files))
+        meta = files.meta
         speaker = meta["speakers"][files.speaker(i)]
         language = meta["languages"][files.language(i)]
         before, after = wording(meta["text_format"], speaker, "\0", language).split("\0")
@@ -479,6 +482,12 @@ class Run:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             stop = int(flag)
         return stop
+
+
+def spread(n, count):
+    """At most `count` of the numbers below n, evenly spread."""
+    count = min(count, n)
+    return [i * n // count for i in range(count)]
 
 
 def train(run, received):

@@ -39,7 +39,7 @@ from parts.frontend import language_name, read_text
 from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
 from parts.text import is_phonemic, load_tokenizer, wording
 from parts.voices import load_voice
-from released import made_up, open_release
+from released import made_up, open_release, with_tags
 from speak import ENDED, Engine, Utterance, ready
 from weights import WHOLE, add_peft, load_checkpoint, load_model
 
@@ -224,9 +224,9 @@ class Voice:
         return np.array(self.tokenizer.encode(wording(self.meta["text_format"], speaker, words, language)))
 
     def known_language(self, language):
-        """A language of the training data as they spell it, the first one where it is empty. Raises ValueError for an
-        unknown one."""
-        known = {language_name(name): name for name in self.meta["languages"]}
+        """A language that the model knows, as the training data spell it, the first one of them where it is empty.
+        Raises ValueError for an unknown one."""
+        known = {language_name(name): name for name in [*self.model.config.language_names, *self.meta["languages"]]}
         if language and language_name(language) not in known:
             choices = f"choose from {', '.join(known)}" if any(known) else "the training data name none"
             raise ValueError(f"unknown language {language!r:.60}; {choices}")
@@ -559,15 +559,19 @@ def read_run(checkpoint, codec_path=""):
         need(meta, MODEL_META, "meta")
         wanted = {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")} | {"reference_seconds?": is_stretch}
         need(checkpoint["config"], wanted, "config")
-        codec = load_codec(pack["name"], codec_path or pack, **pack["options"])
+        codec = load_codec(pack["name"], codec_path or pack, os.path.dirname(path), **pack["options"])
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}, or --codec_path names it") from None
     if codec.fingerprint() != checkpoint["codec_fingerprint"]:
         raise ValueError(f"{codec_path or path}: the codec's fingerprint is {codec.fingerprint()}, but the model "
                          f"was trained on the codes of {checkpoint['codec_fingerprint']:.60}")  # fmt: skip
     if tokenizer.fingerprint() != meta["tokenizer"]["sha256"]:
         raise ValueError(f"{path} is damaged: its tokenizer is not the one that the model was trained with")
+    if checkpoint["origin"]:
+        meta = with_tags(completed(meta), tokenizer)
     return codec, tokenizer, meta, *(checkpoint[key] for key in ("config", "references", "timbres"))
 
 

@@ -463,7 +463,7 @@ def source_of(path, dtype=None, base=""):
             lora.merge(model, name)
         saved, pack = checkpoint["tokenizer"], checkpoint["codec"]
         tokenizer = load_tokenizer(saved["kind"], saved["model"]) if saved else None
-        codec = at_hand(notes, load_codec, pack["name"], pack) if pack else None
+        codec = at_hand(notes, load_codec, pack["name"], pack, os.path.dirname(path)) if pack else None
         text_format = (checkpoint["meta"] or {}).get("text_format", "")
         tensors, given, file = origin(checkpoint, notes)
     return model, dict(tokenizer=tokenizer, codec=codec, text_format=text_format, tensors=tensors, given=given,

@@ -64,9 +64,9 @@ class Key(NamedTuple):
 
 class Config(types.SimpleNamespace):
     """The keys as attributes. Besides: `given`, {key: origin} of the keys that the user set; `flags`, those of
-    them that the command line set; `files`, the config files."""
+    them that the command line set; `files`, the config files; `recipe`, {key: value} as these have it."""
 
-    __slots__ = ("given", "flags", "files")
+    __slots__ = ("given", "flags", "files", "recipe")
 
 
 def configure(script, argv, positional=()):
@@ -95,6 +95,7 @@ def configure(script, argv, positional=()):
     cfg.given = {}
     cfg.flags = set()
     cfg.files = files
+    cfg.recipe = {}
     for key, value, origin, typed in [*given, *((*flag, True) for flag in bare + flags)]:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -104,7 +105,10 @@ def configure(script, argv, positional=()):
         if key in own:
             setattr(cfg, key, value)
             cfg.given[key] = origin
-            (cfg.flags.add if typed else cfg.flags.discard)(key)
+            if typed:
+                cfg.flags.add(key)
+            else:
+                cfg.recipe[key] = value
         elif typed:
             raise ValueError(f"{origin}: {key} is a key of {home[key]} and has no effect here")
     if len(words) > len(positional):

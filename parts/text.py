@@ -92,6 +92,12 @@ class Tokenizer:
         pieces = [piece for i in range(self.vocab_size) if (piece := self.piece(i)) and not piece.startswith("<0x")]
         return 8 * sum(map(is_phonemic, pieces)) >= len(pieces)
 
+    @cached_property
+    def tags(self):
+        """The languages that it knows by a tag, such as [en]: their names, sorted."""
+        pieces = [self.piece(i) or "" for i in range(self.vocab_size)]
+        return sorted(piece[1:-1] for piece in pieces if re.fullmatch(r"\[[a-z]{2}(-[a-z]{2})?\]", piece))
+
     def fingerprint(self):
         return hashlib.sha256(self.model).hexdigest()
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import types
@@ -734,11 +735,34 @@ def test_weights_in_the_hubs_cache(name, loaded, published, monkeypatch, tmp_pat
     (snapshots / "old").symlink_to(published[name])
     codec = load_codec(name)
     assert codec.fingerprint() == loaded[name].fingerprint()
-    gone = {**codec.pack(), "weights": "/nowhere/weights"}
+    gone = {**codec.pack(), "weights": "/nowhere/weights", "from_here": "nowhere/weights"}
     assert load_codec(name, gone).fingerprint() == codec.fingerprint()
     (snapshots / "old").unlink()
-    with pytest.raises(FileNotFoundError, match="the pack: /nowhere/weights is gone, and .*`hf download"):
+    looked = "the pack: /nowhere/weights is gone, its weights are not at nowhere/weights or weights, and in the hub's "
+    with pytest.raises(FileNotFoundError, match=f"{looked}.*`hf download"):
         load_codec(name, gone)
+
+
+def test_weights_that_moved_with_the_folders(codec, published, monkeypatch, tmp_path):
+    """They are found where they were as seen from the current folder, or beside the file of the pack, and known by
+    their fingerprint."""
+    hub(monkeypatch, tmp_path / "hub", codec.name)
+    shutil.copytree(published[codec.name], tmp_path / "old/weights/x")
+    monkeypatch.chdir(tmp_path / "old")
+    load_codec(codec.name, "weights/x").save("tokens")
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    assert load_codec(codec.name, "tokens").fingerprint() == codec.fingerprint()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="old/weights/x.* is gone, its weights are not at weights/x.* or new/"):
+        load_codec(codec.name, "new/tokens")
+    for file in (tmp_path / "new/weights/x").iterdir():
+        shutil.copy(file, tmp_path / "new/tokens")
+    assert load_codec(codec.name, "new/tokens").fingerprint() == codec.fingerprint()
+    pack = torch.load("new/tokens/codec.pt", weights_only=True)
+    assert load_codec(codec.name, pack, "new/tokens").fingerprint() == codec.fingerprint()
+    with pytest.raises(FileNotFoundError, match="old/weights/x.* is gone"):
+        load_codec(codec.name, {**pack, "fingerprint": "0" * 16}, "new/tokens")
 
 
 def test_usual_places_of_the_hub(monkeypatch, tmp_path):

@@ -237,6 +237,7 @@ def test_it_knows_what_was_given(house):
     recipe = write(house, "x.py", "vocab_size = 9\nseed = 3\nlearning_rate = 1\n")
     cfg = configurator.configure(house / "train.py", [recipe, "--seed=4"])
     assert cfg.given == {"seed": "--seed", "learning_rate": f"{recipe}:3"} and cfg.flags == {"seed"}
+    assert cfg.seed == 4 and cfg.recipe == {"seed": 3, "learning_rate": 1.0}
     assert "given" not in vars(cfg)
     said = []
     configurator.refuse_idle(cfg, {"learning_rate": "it is so", "max_iters": "it is so"}, said.append)

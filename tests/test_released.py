@@ -340,6 +340,7 @@ def test_an_xtts_asks_for_a_voice(xtts, recording, tmp_path):
     assert ids.tolist() == tokenizer.encode("[en]one")
     ids = Voice.from_published(folder, "cpu", language="de").text_ids("One")
     assert ids.tolist() == tokenizer.encode("[de]one")
+    assert Voice.from_published(folder, "cpu").text_ids("One", language="DE").tolist() == ids.tolist()
     said = refused(tmp_path / "out", *flags, f"--reference={recording}", "--language=tlh")
     assert said.endswith("model.pth does not know the language [tlh]; choose from [de], [en]")
     bare = tmp_path / "bare"
@@ -409,6 +410,11 @@ def test_a_valle_after_a_run_of_no_steps(valle, tmp_path):
     trained = Voice.from_checkpoint(tmp_path / "out/last.pt", "cpu")
     assert trained.model.config == base.model.config and base.model.config.guidance == 2.5
     assert torch.equal(codes_of(trained, cap_seconds=1), codes_of(base, cap_seconds=1))
+    for voice in (base, trained):  # the data name no language, the weights have ids of more
+        assert voice.model.config.language_names[:2] == ["en", "ja"]
+        assert [voice.utterance("one", language=name)[1]["language"] for name in ("", "ja")] == [0, 1]
+        with pytest.raises(ValueError, match="unknown language 'es'; choose from en, ja"):
+            voice.text_ids("one", language="es")
 
 
 def test_the_codec_of_a_valle(valle, tmp_path):
@@ -456,6 +462,23 @@ def test_places_of_a_codec(csm, tmp_path, monkeypatch, place):
         only_mimi(csm, tmp_path / inside)
     voice = Voice.from_published(folder, "cpu", **flags)
     assert voice.codec.fingerprint() == Voice.from_published(csm[1], "cpu").codec.fingerprint()
+
+
+def test_a_checkpoint_finds_the_codec_that_moved_with_it(csm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    only_mimi(csm, tmp_path / "a/mimi")
+    monkeypatch.chdir(tmp_path / "a")
+    no_steps(tmp_path / "a", csm[1], "--codec=mimi", "--codec_path=mimi", "--text_format=[0]{text}")
+    os.rename(tmp_path / "a", tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    speak("--ckpt=out", "--text=one", "--out_dir=said", "--cap_seconds=0.2", "--device=cpu")
+    monkeypatch.chdir(tmp_path)
+    said = refused(tmp_path / "out", "--ckpt=b/out", "--text=one")
+    assert said.startswith(f"b/out/best.pt: the pack: {tmp_path}/a/mimi/model.safetensors is gone, its weights are not "
+                           "at mimi/model.safetensors or b/out/model.safetensors or b/out, and in ")  # fmt: skip
+    assert said.endswith("`hf download kyutai/mimi model.safetensors` fetches it, or --codec_path names it")
+    os.rename(tmp_path / "b/mimi/model.safetensors", tmp_path / "b/out/model.safetensors")
+    assert Voice.from_checkpoint("b/out/best.pt", "cpu").codec.name == "mimi"
 
 
 def test_the_tokenizer_is_named_or_lies_beside(csm, tmp_path):

@@ -564,6 +564,21 @@ def test_a_recipe_alone_is_enough_and_streams(ckpt, tmp_path):
     assert np.array_equal(np.frombuffer(piped.stdout, "<i2"), np.round(streamed * 32768))
 
 
+def test_a_flag_moves_the_output_and_not_the_checkpoint(ckpt, tmp_path):
+    """Where the flag's folder has no best.pt, the recipe's folder has the model; else the flag's does."""
+    recipe = tmp_path / "r.py"
+    recipe.write_text(f"out_dir = {os.path.dirname(ckpt)!r}\n")
+    said = tmp_path / "said"
+    run(recipe, "--text=one", "--out_dir", said)
+    assert os.listdir(said) == ["000.wav"]
+    recipe.write_text(f"out_dir = {str(tmp_path / 'gone')!r}\n")
+    other = tmp_path / "other"
+    assert f"no {other}/best.pt or {tmp_path}/gone/best.pt exists" in refused(other, recipe, "--text=one")
+    (said / "best.pt").write_bytes(Path(ckpt).read_bytes())
+    run(recipe, "--text=two", "--out_dir", said)
+    assert len(os.listdir(said)) == 2
+
+
 def test_an_error_is_one_line_and_exit_code_1(ckpt, tmp_path):
     done = cli("--ckpt", tmp_path / "no.pt", "--text=one", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == b""

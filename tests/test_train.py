@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, exact, run, same, write_tokens
+from helpers import ROOT, TINY, exact, noise, run, same, write_tokens
 
 import sample
 import train
@@ -854,6 +855,20 @@ def test_several_folders_have_losses_of_their_own(two_folders, tmp_path, capsys)
         assert evaluate(model, Batches(part, *sizes(last), shuffle=False), off)["loss"] == pytest.approx(found[name])
     assert found["_new"] != found["_old"]
     assert found[""] == pytest.approx((frames[0] * found["_new"] + frames[1] * found["_old"]) / sum(frames))
+
+
+def test_samples_come_from_each_folder_in_turn(two_folders, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Voice, "say", lambda self, ids, speaker, **_: said.append((ids.tolist(), speaker)) or noise(99))
+    new, old = (word.rpartition(":")[0] for word in two_folders.split(","))
+    copy = shutil.copytree(old, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "text_format": "{text}", "speakers": ["cid", "dan"]}))
+    run(f"{new}:2,{copy}", tmp_path / "out", "--max_iters=1", "--eval_samples=5")
+    files = {"ab": TokenFiles(new, "val"), ("cid", "dan"): TokenFiles(copy, "val")}
+    expected = [("ab", 0), (("cid", "dan"), 0), ("ab", 1), (("cid", "dan"), 1), (("cid", "dan"), 2)]
+    assert said == [(files[names].text(i).tolist(), names[files[names].speaker(i)]) for names, i in expected]
+    assert len(list((tmp_path / "out/samples").glob("original_*.wav"))) == 5
 
 
 def test_a_mixture_goes_on_bit_for_bit_and_new_weights_are_noticed(two_folders, tmp_path, capsys):

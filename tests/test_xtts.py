@@ -31,7 +31,7 @@ from parts import configurator, lora
 from parts.audio import read_audio
 from parts.metrics import read_metrics
 from voice import Voice
-from weights import from_pretrained, load_checkpoint, load_model
+from weights import from_pretrained, load_checkpoint, load_model, save_checkpoint
 
 EARS = dict(n_latents=5, conditioning_layers=2, perceiver_layers=2, perceiver_heads=2)
 
@@ -811,18 +811,29 @@ def test_a_fine_tuned_codec_goes_from_the_recordings_to_speech(spoken, tmp_path,
 
 
 def test_an_adapter_with_new_words_is_exported(spoken):
-    """In the authors' layout: merged, with the larger tokenizer."""
+    """In the authors' layout: merged, with the larger tokenizer. It still speaks the languages of its base."""
     georgian = ["ერთი", "ორი", "სამი"]
     lines = ["audio|text|speaker", *(f"{i}.wav|{georgian[i % 3]}|{'ab'[i % 2]}" for i in range(12))]
     (spoken / "georgian.csv").write_text("\n".join(lines))
     cli(prepare, f"--sources={spoken}/georgian.csv", f"--data_dir={spoken}/more", "--codec=xtts",
         f"--codec_path={spoken}/xtts-v2", f"--tokenizer={spoken}/xtts-v2/vocab.json", "--extend_vocab=400",
-        "--text_format=[en]{text}", "--references=True", "--workers=1", "--val_fraction=0.2")  # fmt: skip
+        "--text_format=[{language}]{text}", "--language=ka", "--references=True", "--workers=1",
+        "--val_fraction=0.2")  # fmt: skip
     cli(train, "--arch=xtts", f"--init_from={spoken}/xtts-v2", f"--data_dir={spoken}/more", f"--out_dir={spoken}/lora",
         "--max_iters=2", "--eval_samples=0", "--reference_seconds=[0.2,0.5]", "--device=cpu", "--max_tokens=200",
         "--warmup_iters=0", "--lora_rank=2", "--lora_also=['code_head']")  # fmt: skip
     cli(weights, "--command=export", f"--ckpt={spoken}/lora/last.pt", f"--out_dir={spoken}/hub")
     expected, out = load_model(load_checkpoint(spoken / "lora/last.pt")), from_pretrained(spoken / "hub")
+    own = Voice.from_checkpoint(spoken / "lora/last.pt", "cpu")
+    ids = own.text_ids("one two", language="en").tolist()
+    assert ids == Voice.from_published(spoken / "xtts-v2", "cpu").text_ids("one two").tolist()
+    assert own.tokenizer.decode(own.text_ids(georgian[0])[:1]) == "[ka]"
+    with pytest.raises(ValueError, match="unknown language 'de'; choose from ka, en"):
+        own.text_ids("eins", language="de")
+    checkpoint = load_checkpoint(spoken / "lora/last.pt")
+    save_checkpoint(spoken / "lora/scratch.pt", {**checkpoint, "origin": None})  # weights that never learnt its tags
+    with pytest.raises(ValueError, match="unknown language 'en'; choose from ka"):
+        Voice.from_checkpoint(spoken / "lora/scratch.pt", "cpu").text_ids("one", language="en")
     ids = TokenFiles(spoken / "more", "train").meta["tokenizer"]["vocab_size"]
     assert out.config.text_vocab_size == expected.config.text_vocab_size == ids > 40
     lora.merge(expected)
