@@ -1161,9 +1161,11 @@ class CSM(Family):
         lead = int((segment == PROMPT).nonzero()[-1, 1]) + 1 if prompt and self.config.prompt_style == "segments" else 0
         return self.embed(tokens, segment), None, lead
 
-    def stage(self, places, rows, frames, ahead=0, **how):
-        """See Family. ahead: how many codebooks the depth decoder foresees, with a single place, see `foresee`."""
+    def stage(self, places, rows, frames, ahead=0, n_codebooks=0, **how):
+        """See Family. ahead: how many codebooks the depth decoder foresees, with a single place, see `foresee`.
+        n_codebooks: speak in so many of the first codebooks; 0: in all."""
         stage = super().stage(places, rows, frames, **how)
+        stage.codes = stage.codes[..., : n_codebooks or self.config.n_codebooks]
         stage.depth = self.decoder.cache(places, self.config.n_codebooks)
         stage.ahead = ahead
         return stage
@@ -1179,7 +1181,7 @@ class CSM(Family):
         stage.depth.clear()  # each frame is a sequence of its own
         complete = self.foresee if stage.ahead and len(first) == 1 else self.complete
         frame = complete(stage, state, first)
-        codes = self.audio_embedding(frame + self.offset)
+        codes = self.audio_embedding(frame + self.offset[: frame.shape[1]])
         stage.x.copy_(codes.sum(1, keepdim=True))
         if c.stop == "class":
             stage.commit(frame, first == c.codebook_size)
@@ -1190,7 +1192,7 @@ class CSM(Family):
         """The frame (B, K) that begins with code (B,), after states (B, D) of the backbone."""
         frame = [code]
         x = self.depth_inputs(state, code[:, None])
-        for k in range(1, self.config.n_codebooks):
+        for k in range(1, stage.codes.shape[-1]):
             depth = self.decoder(x, stage.depth)[:, -1]
             frame.append(stage.choose(stage.scorers[k](depth), k))
             x = self.projection(self.audio_embedding(frame[k] + self.offset[k]))[:, None]
@@ -1204,7 +1206,7 @@ class CSM(Family):
         A guess and the code that is then chosen have the same key: they mostly agree (see gumbel), and the frame is
         the one that `complete` makes.
         """
-        K = self.config.n_codebooks
+        K = stage.codes.shape[-1]
         frame = [code]
         guesses = []
         x = self.depth_inputs(state, code[:, None])
