@@ -927,9 +927,10 @@ class Family(nn.Module):
         return self.packed_heads or [partial(F.linear, weight=w, bias=bias) for w, bias in self.head_weights()]
 
     @torch.no_grad()
-    def seat(self, stage, place, text, prompt=None, seed=0, kept=None, **side):
+    def seat(self, stage, place, text, prompt=None, seed=0, most=1125, kept=None, **side):
         """Let a new utterance take a place of a stage: the backbone reads all rows before its first frame but the last,
-        which is the next step's. kept: a dict for the state behind the rows of a voice, which other texts then share.
+        which is the next step's. Returns how many frames it will have at most, of the `most` that it may have. kept: a
+        dict for the state behind the rows of a voice, which other texts then share.
         """
         x, positions, lead = self.opening(text, prompt, **side)
         cache = stage.take(place, seed)
@@ -947,6 +948,7 @@ class Family(nn.Module):
         stage.x[place] = x[0, -1:]
         if positions is not None:
             stage.where[place] = positions[0, -1]
+        return most
 
     @torch.no_grad()
     def generate(self, text, prompt=None, max_frames=1125, draw=None, choose=sample_code, seed=0, latents=False,
@@ -954,7 +956,7 @@ class Family(nn.Module):
         """See above. With `latents` it yields in place of each frame the state (D,) that predicted it."""
         frames, rows = self.room(text, prompt, max_frames)
         stage = self.stage(1, rows, frames, draw=draw, choose=choose, latents=latents)
-        frames = self.seat(stage, 0, text, prompt, seed, **side) or frames
+        frames = self.seat(stage, 0, text, prompt, seed, frames, **side)
         given = 0
         while given < frames and not stage.ended[0]:
             self.step(stage)
@@ -1473,8 +1475,9 @@ class Kani(Family):
         return stage
 
     def seat(self, stage, place, *utterance, **how):
-        super().seat(stage, place, *utterance, **how)
+        most = super().seat(stage, place, *utterance, **how)
         stage.first[place] = stage.where[place] + 1
+        return most
 
     @torch.no_grad()
     def step(self, stage):
@@ -2286,16 +2289,16 @@ class VallE(Family):
         return stage
 
     @torch.no_grad()
-    def seat(self, stage, place, text, prompt=None, seed=0, kept=None, language=None, frames=None, rounds=None):
-        """See Family. Mode nar predicts the number of `frames` where it is None, at most as many as there is room for,
-        and returns it. rounds: None: as the config says."""
+    def seat(self, stage, place, text, prompt=None, seed=0, most=1125, kept=None, language=None, frames=None,
+             rounds=None):  # fmt: skip
+        """See Family. Mode nar predicts the number of `frames` where it is None. rounds: None: as the config says."""
         if self.causal:
-            return super().seat(stage, place, text, prompt, seed, kept, language=language)
+            return super().seat(stage, place, text, prompt, seed, most, kept, language=language)
         c = self.config
         lay = partial(self.rows, text, prompt=prompt, language=language, stop=False)
         if frames is None:
             frames = int(self.guess_length(self.length_state(*lay(codes=np.zeros((1, c.n_codebooks))))))
-        T = max(1, min(frames, self.room(text, prompt, stage.codes.shape[1])[0]))
+        T = max(1, min(frames, most))
         tokens, segment = lay(codes=np.full((T, c.n_codebooks), c.mask_class))
         stage.take(place, seed)
         S = segment.shape[1]

@@ -145,9 +145,9 @@ class Engine:
             while queue and len(seated) < self.places:
                 if not self.prepare(len(seated), queue):
                     break
-                frames, _ = self.room(queue[0])
+                most, _ = self.room(queue[0])
                 number, x = queue.popleft()
-                frames = model.seat(self.stage, len(seated), x.text, seed=x.seed, kept=self.kept, **x.side) or frames
+                frames = model.seat(self.stage, len(seated), x.text, seed=x.seed, most=most, kept=self.kept, **x.side)
                 seated.append(Seat(number, x, frames))
             made, ended, sound = self.advance(len(seated))
             for place in reversed(range(len(seated))):
