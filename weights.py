@@ -349,7 +349,7 @@ def from_peft(folder, cfg, given, codec, meta, say):
     add_peft(model, folder)
     its = peft.read_settings(folder)
     keys = {
-        "lora_rank": its["r"], "lora_alpha": float(its["lora_alpha"]), "lora_rs": bool(its.get("use_rslora")),
+        "lora_rank": its["rank"], "lora_alpha": float(its["lora_alpha"]), "lora_rs": bool(its.get("use_rslora")),
         "lora_dropout": float(its.get("lora_dropout") or 0), "lora_targets": its.get("target_modules"),
         "lora_also": its.get("modules_to_save") or [],
     }  # fmt: skip
@@ -510,7 +510,7 @@ def describe(path):
     if peft.is_adapter(path):
         its = peft.read_settings(path)
         on, layers, also = (its.get(key) for key in ("base_model_name_or_path", "target_modules", "modules_to_save"))
-        return [f"{path}: an adapter of peft's, of rank {its['r']}, on {on or 'a base without a name'}",
+        return [f"{path}: an adapter of peft's, of rank {its['rank']}, on {on or 'a base without a name'}",
                 f"layers: {layers!r:.200}; whole: {also!r:.200}"]  # fmt: skip
     if is_published(path):
         layout, tensors, given, file = find(path, "meta")

@@ -2,13 +2,18 @@
 
 A key of the file is "base_model.model." and a published name: of a layer, with ".lora_A.weight" or ".lora_B.weight"
 behind it, or of a parameter that is saved whole (modules_to_save). y = W x + scale * B(A(x)), as in lora.py.
+
+There a layer may have a rank and a scale of its own (rank_pattern, alpha_pattern), in lora.py all layers have the same:
+zeros fill a smaller A and B up to the largest rank, and stay zero in training; B takes up what the scale differs by.
 """
 
 import json
+import math
 import os
 import re
 
 import torch
+import torch.nn.functional as F
 
 from parts.files import need, whole
 from parts.tensors import read_json, read_weights, write_safetensors
@@ -16,14 +21,34 @@ from parts.tensors import read_json, read_weights, write_safetensors
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BEFORE = "base_model.model."
-FIELDS = {"r": int, "lora_alpha": (int, float), "lora_dropout?": (int, float), "use_rslora?": bool}
+
+
+def is_rank(x):
+    return type(x) is int and 1 <= x <= 2**16
+
+
+def is_alpha(x):
+    return type(x) in (int, float) and 0 < x < math.inf
+
+
+def is_pattern(x, is_value):
+    """Whether x is {regular expression: value}."""
+    try:
+        return isinstance(x, dict) and all(re.compile(key) and is_value(value) for key, value in x.items())
+    except re.error:
+        return False
+
+
+FIELDS = {
+    "r": is_rank, "lora_alpha": is_alpha, "lora_dropout?": (int, float), "use_rslora?": bool,
+    "rank_pattern?": lambda x: is_pattern(x, is_rank), "alpha_pattern?": lambda x: is_pattern(x, is_alpha),
+}  # fmt: skip
 # fields that change what an adapter computes, and those of their values that do not
 FOREIGN = {
     "peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
-    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "rank_pattern", "alpha_pattern",
-                     "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
-                     "arrow_config", "megatron_config", "kasa_config", "velora_config", "monteclora_config"),
-                    (False, None, {}, [])),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters",
+                     "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "megatron_config",
+                     "kasa_config", "velora_config", "monteclora_config"), (False, None, {}, [])),
 }  # fmt: skip
 
 
@@ -33,11 +58,13 @@ def is_adapter(path):
 
 
 def read_settings(folder):
-    """The adapter_config.json of a folder. Raises ValueError for what lora.py cannot compute, such as DoRA.
+    """The adapter_config.json of a folder; also "rank", the largest of a layer. Raises ValueError for what lora.py
+    cannot compute, such as DoRA.
     """
     path = os.path.join(folder, CONFIG)
     config = read_json(path)
     need(config, FIELDS, path)
+    config["rank"] = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
     for key, usual in FOREIGN.items():
         if config.get(key) not in (*usual, None):
             raise ValueError(f"{path}: {key} = {config[key]!r:.60} is not supported: merge the adapter by peft, then "
@@ -62,21 +89,39 @@ def read(folder, names, ignored="(?!)"):
         name = key.removeprefix(BEFORE).replace(".modules_to_save.", ".")
         if re.search(ignored, name):
             continue
-        layer = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
+        layer = re.fullmatch(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?", name)
         name = f"{layer[1]}.weight" if layer else name
-        if name not in names or (layer and not names[name][0].endswith(".weight")):
+        if name not in names:
             raise ValueError(f"{files[0]} holds {key:.120}, for which the model has no {'layer' if layer else 'place'}")
+        if layer and ("_embedding_" in key or not names[name][0].endswith(".weight")):
+            raise ValueError(f"{files[0]} holds {key:.120}, but embeddings and heads get no adapter here: merge it by "
+                             "peft, then take the whole model")  # fmt: skip
         ours, make = names[name]
         ours = f"{ours.removesuffix('.weight')}.lora_{layer[2].lower()}" if layer else f"{ours}.lora_whole"
-        tensor = tensor if layer else make(tensor)
+        tensor = alike(tensor, layer[2], layer[1], config) if layer else make(tensor)
         if not torch.equal(weights.setdefault(ours, tensor), tensor):
             raise ValueError(f"{files[0]}: {key:.120} differs from its twin, to which the model ties it")
         saved |= set() if layer else {name}
     for name, (ours, _) in names.items():
         if f"{ours}.lora_whole" in weights and name not in saved:
             raise ValueError(f"{files[0]} lacks {name}, which the model ties to another parameter that it holds")
-    settings = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout") or 0.0}
+    settings = {"rank": config["rank"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout") or 0.0}
     return {**settings, "rs": bool(config.get("use_rslora")), "base": "", "weights": weights}
+
+
+def alike(tensor, letter, layer, config):
+    """A or B of a layer, by its published name, as it is with the rank and scale that all layers share."""
+    own = {}
+    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        given = config.get(pattern) or {}
+        keys = [key for key in given if re.match(rf"(.*\.)?({key})$", layer)]  # as peft does; the first counts
+        own[field] = given[keys[0]] if keys else config[field]
+    less = config["rank"] - own["r"]
+    factor = config["rank"] / own["r"]
+    factor = (math.sqrt(factor) if config.get("use_rslora") else factor) * own["lora_alpha"] / config["lora_alpha"]
+    if tensor.ndim != 2 or (less, factor) == (0, 1):  # what is no matrix is refused later, by its shape
+        return tensor
+    return F.pad(tensor, (0, 0, 0, less)) if letter == "A" else F.pad(factor * tensor.float(), (0, less))
 
 
 def write(folder, state, names, base=None):

@@ -8,6 +8,10 @@ Layers have two names: ours, and the published ones, under which transformers an
     r".*\.(q|v)_proj"              a string, as in peft: a regular expression that matches whole published names
     "all-linear"                   as in peft: all linear layers but the heads
     "q_proj,w1"                    names
+
+peft also puts adapters beside embeddings and heads. Here these are refused, and lora_also trains them whole: Kani reads
+and predicts with one table, of which an adapter of peft's changes one use alone, and the loss takes a head as it is, so
+that an adapter would have to be multiplied out to the size of the head at every step.
 """
 
 import re
@@ -87,7 +91,7 @@ def as_in_peft(layers, targets, published):
         hits = {module for module in ours if any(f".{module}".endswith(f".{target}") for target in targets)}
     found = {name for module in hits for name in ours[module]} & set(layers)
     others = sorted(module for module in hits if not ours[module] & set(layers))
-    if others and (found or isinstance(targets, str)):
-        raise ValueError(f"lora: {targets!r:.99} matches {others[0] or 'the whole model'!r}, which is no linear layer; "
-                         "lora_also trains parameters whole")  # fmt: skip
+    if others and (found or isinstance(targets, str) or any(ours[module] for module in others)):
+        raise ValueError(f"lora: {targets!r:.99} matches {others[0] or 'the whole model'!r}, which is no linear layer: "
+                         "lora_also trains tables, heads and other parameters whole")  # fmt: skip
     return found

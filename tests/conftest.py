@@ -30,3 +30,12 @@ def tokens(tmp_path_factory):
     from helpers import write_tokens
 
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens")
+
+
+@pytest.fixture
+def espeak():
+    """phonemizer's espeak-ng, which this machine may lack."""
+    espeak = pytest.importorskip("phonemizer.backend").EspeakBackend
+    if not espeak.is_available():
+        pytest.skip("espeak-ng is not installed")
+    return espeak

@@ -12,6 +12,7 @@ import sample
 from data import TokenFiles
 from parts import configurator, frontend
 from parts.frontend import language_name, needs_language, read_text
+from parts.phonemes import phonemes
 from sample import Voice
 
 
@@ -85,6 +86,33 @@ def test_a_language_without_effect_is_refused(raw, tmp_path):
     flags = [f"--ckpt={tmp_path}/out/last.pt", "--text=selam", f"--out_dir={tmp_path}/said", "--language=am"]
     with pytest.raises(ValueError, match="language = 'am' has no effect: the model reads all languages alike"):
         sample.main(configurator.configure(sample.__file__, flags))
+
+
+def test_phonemes_from_the_recordings_to_speech(espeak, raw, tmp_path):
+    """Words in, phonemes of their language to the model: in prepare.py, in training and in sample.py alike."""
+    texts = {"en": ["Seven houses", "One, two!", "Dr. Who has 3"], "de": ["Sieben Häuser", "Eins, zwei!", "Er hat 3"]}
+    said = {f"{i}.wav": (("en", "de")[i % 2], texts[("en", "de")[i % 2]][i // 2 % 3]) for i in range(12)}
+    rows = [f"{file}\t{text}\t{language}" for file, (language, text) in said.items()]
+    (raw / "two.tsv").write_text("audio\ttext\tlanguage\n" + "\n".join(rows), encoding="utf-8")
+    prepared(raw / "two.tsv", tmp_path / "t", "--front_end=phonemes", "--text_format={text}")
+    files = TokenFiles(tmp_path / "t", "train")
+    for i in range(len(files)):
+        language, text = said[f"{files.name(i)}.wav"]
+        assert files.tokenizer().decode(files.text(i)) == phonemes(text, language) != text
+    backbone = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "d_model": 16, "d_ff": 32}
+    flags = ["--arch=valle", "--mode=ar", f"--backbone={backbone}", "--max_tokens=200", "--max_iters=2",
+             "--warmup_iters=0", "--eval_samples=1", "--device=cpu"]  # fmt: skip
+    run(tmp_path / "t", tmp_path / "out", usual=flags)
+    assert list((tmp_path / "out/samples").glob("000002_0.wav"))
+    voice = Voice.from_checkpoint(tmp_path / "out/last.pt", "cpu")
+    words = {name: voice.tokenizer.decode(voice.text_ids("Hat 3", language=name)) for name in ("en", "de")}
+    assert words == {name: phonemes("Hat 3", name) for name in words} and words["en"] != words["de"]
+    assert [voice.utterance("Hat 3", language=name)[1]["language"] for name in words] == [1, 0]
+    flags = [f"--ckpt={tmp_path}/out", "--text=Hat 3", f"--out_dir={tmp_path}/said", "--cap_seconds=0.2"]
+    sample.main(configurator.configure(sample.__file__, [*flags, "--language=de"]))
+    assert soundfile.info(tmp_path / "said/000.wav").frames
+    with pytest.raises(ValueError, match="unknown language 'fr'; choose from de, en"):
+        sample.main(configurator.configure(sample.__file__, [*flags, "--language=fr"]))
 
 
 def test_words_for_a_tokenizer_of_phonemes(raw, tmp_path):

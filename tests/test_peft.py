@@ -120,7 +120,9 @@ def test_targets_choose_what_peft_chose(golden):
 
 @pytest.mark.parametrize("change, message", [
     ({"use_dora": True}, "use_dora = True is not supported"), ({"bias": "all"}, "bias = 'all' is not supported"),
-    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = "), ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is "), ({"alpha_pattern": {"(": 1}}, "alpha_pattern is "),
+    ({"rank_pattern": {"[qv]_proj": 5}}, r"lora_a has shape \(4, 24\), not \(5, 24\)"),
+    ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"), ({"r": "x"}, "damaged: r is 'x'"),
     ({"r": 5}, r"lora_a has shape \(4, 24\), not \(5, 24\)"), ({"lora_alpha": 0}, "alpha is 0"),
     ({"r": None}, "r is None"),
@@ -233,6 +235,40 @@ def test_what_peft_saves_is_read(arch, tmp_path):
     assert (scores(arch, ours, ids) - scores(arch, model, ids)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("rs", [False, True])
+@pytest.mark.parametrize("arch", MODELS)
+def test_layers_with_a_rank_and_a_scale_of_their_own(arch, rs, tmp_path):
+    """As peft computes them, also where several patterns match; and the zeros that fill them up stay zero."""
+    package = pytest.importorskip("peft")
+    model = MODELS[arch]().eval()
+    export(model, tmp_path / "base")
+    theirs = in_transformers(arch, tmp_path / "base")
+    first = "^backbone_model.layers.0.self_attn.[qk]_proj" if arch == "csm" else "^model.layers.1.self_attn.[qk]_proj"
+    config = package.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj"], use_rslora=rs,
+                                rank_pattern={first: 1, "q_proj": 2, "v_proj": 4},
+                                alpha_pattern={"k_proj": 7, "self_attn.v_proj": 1.5})  # fmt: skip
+    theirs = package.get_peft_model(theirs, config)
+    generator = torch.Generator().manual_seed(1)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = from_pretrained(tmp_path / "adapter", base=str(tmp_path / "base"))
+    ids = frames(arch)
+    logits = scores(arch, ours, ids)
+    torch.testing.assert_close(logits, theirs.eval()(ids).logits, rtol=0, atol=1e-4)
+    ranks = set()
+    logits.square().mean().backward()
+    for adapter in lora.adapters(ours)["default"].values():
+        used = adapter.a.abs().sum(1) > 0
+        ranks.add(int(used.sum()))
+        assert adapter.a.shape[0] == 4 and not adapter.b[:, ~used].any()
+        if adapter.a.grad is not None:  # CSM's depth decoder is not asked
+            assert not adapter.a.grad[~used].any() and not adapter.b.grad[:, ~used].any()
+            assert adapter.a.grad[used].any() and adapter.b.grad[:, used].any()
+    assert ranks == ({1, 2, 3, 4} if arch == "csm" else {1, 4})
+
+
 # what a CSM of transformers has inside, as small as it goes
 TINY_MIMI = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_filters=4,
                  intermediate_size=16, codebook_size=16, codebook_dim=8, vector_quantization_hidden_dimension=8,
@@ -262,7 +298,9 @@ def test_tied_parameters_are_saved_as_both_or_refused(exported, tmp_path):
 def test_what_the_files_may_not_be(exported, tmp_path):
     _, _, base, folder = exported
     for key, message in (("model.layers.9.self_attn.q_proj.lora_A.weight", "for which the model has no layer"),
-                         ("lm_head.lora_embedding_A", "for which the model has no place")):  # fmt: skip
+                         ("nothing.bias", "for which the model has no place"),
+                         ("lm_head.lora_A.weight", "but embeddings and heads get no adapter here: merge it by peft"),
+                         ("lm_head.lora_embedding_A", "but embeddings and heads get no adapter here")):  # fmt: skip
         bad = rewritten(folder, tmp_path / key, lambda found, key=key: {**found, peft.BEFORE + key: torch.zeros(3, 3)})
         with pytest.raises(ValueError, match=message):
             from_pretrained(bad, base=str(base))

@@ -12,15 +12,6 @@ from parts.text import HuggingFace
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "valle_text.json").read_text(encoding="utf-8"))["texts"]
 
 
-@pytest.fixture
-def espeak():
-    """phonemizer's espeak-ng, which this machine may lack."""
-    espeak = pytest.importorskip("phonemizer.backend").EspeakBackend
-    if not espeak.is_available():
-        pytest.skip("espeak-ng is not installed")
-    return espeak
-
-
 @pytest.mark.parametrize("language", GOLDEN)
 def test_phonemes_are_those_of_the_authors_code(language, espeak):
     if espeak.version()[:2] != (1, 51):
