@@ -737,9 +737,9 @@ def test_what_cannot_be_spoken_does_not_end_the_run(tokens, tmp_path, monkeypatc
     def diverged(*_, **__):
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0\nand more")
 
-    monkeypatch.setattr(Voice, "say", diverged)
+    monkeypatch.setattr(Voice, "speak", diverged)
     run(tokens, tmp_path, "--max_iters=4", "--eval_samples=1")
-    assert "000004_0.wav: probability tensor contains either `inf`, `nan` or element < 0\n" in capsys.readouterr().out
+    assert "samples: probability tensor contains either `inf`, `nan` or element < 0\n" in capsys.readouterr().out
     monkeypatch.setattr(train, "evaluate", lambda *_: {"loss": None, "c0_accuracy": 0.0})
     run(tokens, tmp_path, "--max_iters=8", "--eval_samples=1", "--init_from=resume")
     assert "iter 8: no samples, as the loss is not finite" in capsys.readouterr().out
@@ -859,7 +859,7 @@ def test_several_folders_have_losses_of_their_own(two_folders, tmp_path, capsys)
 
 def test_samples_come_from_each_folder_in_turn(two_folders, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(Voice, "say", lambda self, ids, speaker, **_: said.append((ids.tolist(), speaker)) or noise(99))
+    monkeypatch.setattr(Voice, "speak", lambda self, lines, **_: said.extend(lines) or ())
     new, old = (word.rpartition(":")[0] for word in two_folders.split(","))
     copy = shutil.copytree(old, tmp_path / "copy")
     meta = json.loads((copy / "meta.json").read_text())
@@ -867,6 +867,7 @@ def test_samples_come_from_each_folder_in_turn(two_folders, tmp_path, monkeypatc
     run(f"{new}:2,{copy}", tmp_path / "out", "--max_iters=1", "--eval_samples=5")
     files = {"ab": TokenFiles(new, "val"), ("cid", "dan"): TokenFiles(copy, "val")}
     expected = [("ab", 0), (("cid", "dan"), 0), ("ab", 1), (("cid", "dan"), 1), (("cid", "dan"), 2)]
+    said = [(line["text"].tolist(), line["speaker"]) for line in said]
     assert said == [(files[names].text(i).tolist(), names[files[names].speaker(i)]) for names, i in expected]
     assert len(list((tmp_path / "out/samples").glob("original_*.wav"))) == 5
 
