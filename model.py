@@ -1785,6 +1785,9 @@ class XTTS(Family):
         frames = min(max_frames, self.config.max_frames)
         return frames, self.rows_before + len(self.layout(text)[0]) + frames
 
+    def head_weights(self):
+        return []  # the head is a linear layer, which is packed as such
+
     def scorers(self):
         """See Family. All classes are allowed; a start code ends the utterance as a stop code does."""
         return [self.code_head]

@@ -13,7 +13,6 @@
 """
 
 import math
-import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -68,15 +67,15 @@ def ready(model, quantize="", linear="auto", say=print):
             raise ValueError(f"quantize = {quantize!r} is for CPUs: on {model.device} take dtype = 'bfloat16'")
         return model
     kind = quantize or linear
-    if kind != "plain" and (reason := packed.missing()):
+    if kind == "auto":
+        kind = packed.fastest(model)
+        say(f"linear layers: {kind} ones are the fastest here")
+    if kind != "plain" and (reason := packed.missing(kind)):
         say(f"linear layers stay plain: {reason}")
         kind = "plain"
-    if kind == "auto":
-        start = time.perf_counter()
-        kind = packed.fastest(model)
-        say(f"linear layers: {kind} is the fastest here, measured in {time.perf_counter() - start:.2f} s")
     if kind != "plain":
-        model.packed_heads = torch.nn.ModuleList(packed.pack(w, bias, kind) for w, bias in model.head_weights())
+        heads = [packed.pack(weight, bias, kind) for weight, bias in model.head_weights()]
+        model.packed_heads = torch.nn.ModuleList(heads)
         packed.pack_linears(model, kind)
     return model
 
