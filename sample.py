@@ -41,7 +41,7 @@ from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.voices import save_voice as write_voice
 from speak import CUT, REPEATS
-from voice import DRAWS, Voice, as_texts, need_stretch
+from voice import DRAWS, SILENT, Voice, as_texts, need_stretch
 from weights import peft_base
 
 # a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
@@ -78,7 +78,8 @@ SHARED = {
                  "recording_seconds", "heard_seconds", "chunk_seconds"],
 }  # fmt: skip
 HOW = ("speaker", "language", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
-MEANING = {CUT: "cut off at the cap, it did not stop by itself", REPEATS: "it repeated itself, and is cut there"}
+MEANING = {CUT: "cut off at the cap, it did not stop by itself", REPEATS: "it repeated itself, and is cut there",
+           SILENT: "there is a long silence in it"}  # fmt: skip
 # keys that name what a checkpoint holds, and published weights do not
 PARTS = ("codec", "tokenizer", "text_format", "front_end")
 
@@ -213,7 +214,9 @@ def get_ready(cfg, path, lines, out_dir):
     prompt = voice.prompt(reference, texts, cfg.speaker, cfg.language)
     for i, line in enumerate(lines, 1):
         try:
-            voice.need_room(*voice.utterance(line, cfg.speaker, reference, texts, cfg.language))
+            how = dict(speaker=cfg.speaker, reference=reference, reference_text=texts, language=cfg.language)
+            for piece in voice.pieces(line, **how):
+                voice.plan(piece, **how)
         except ValueError as error:
             raise ValueError(f"{cfg.file}: line {i}: {error}" if cfg.file else str(error)) from None
     if out_dir != "-" and lines:

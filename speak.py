@@ -41,12 +41,14 @@ class Utterance:
 @dataclass
 class Spoken:
     """An utterance that is complete: frames (T, K), or states (T, D) for a vocoder; whether the model ended it by
-    itself; what is wrong with it, a few words for each fault; and the faults of every try."""
+    itself; what is wrong with it, a few words for each fault; the faults of every try; and the wav (N,), where the
+    caller's judge has decoded it."""
 
     frames: torch.Tensor
     ended: bool
     faults: list
     tries: list = field(default_factory=list)
+    wav: torch.Tensor | None = None
 
 
 def ready(model, quantize="", linear="auto", say=print):

@@ -23,7 +23,8 @@ import math
 import os
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -33,9 +34,11 @@ from codec import load_codec
 from data import MODEL_META, completed
 from model import contract_check, field_names
 from parts import configurator, lora, peft
-from parts.audio import read_audio
+from parts.audio import longest_silence, read_audio
 from parts.files import NUMBER, need
 from parts.frontend import language_name, read_text
+from parts.joining import joined
+from parts.sentences import split_text
 from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
 from parts.text import is_phonemic, load_tokenizer, wording
 from parts.voices import load_voice
@@ -54,6 +57,9 @@ speed: "0.05 <= float <= 20" = 1.0  # of speech by XTTS-v2's vocoder; 2: in half
 cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three times the usual for the text
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 
+LONGEST = 20.0  # seconds of speech that a model makes well at a time; a longer text is divided
+SILENT = "silence"  # a fault: within an utterance, longer than
+SILENCE = 2.0  # seconds
 AHEAD = 2  # codebooks that a CSM's depth decoder foresees, see CSM.foresee
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
@@ -63,13 +69,24 @@ DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repeti
 @dataclass
 class Said:
     """A text that was spoken: wav (N,) float32 on the CPU, its number of frames, whether the model ended it by itself,
-    and what is wrong with it; `tries` has the faults of every try."""
+    and what is wrong with it; `tries` has the faults of every try; the pieces of the text, and the Spoken of each."""
 
     wav: torch.Tensor
     frames: int
     ended: bool
     faults: list
     tries: list
+    pieces: list
+    spoken: list
+
+
+@dataclass
+class Text:
+    """A text that is being spoken: its pieces, the settings of `plan`, the Spoken of each complete piece."""
+
+    pieces: list
+    settings: dict
+    spoken: dict = field(default_factory=dict)
 
 
 class Voice:
@@ -371,9 +388,14 @@ class Voice:
     def cap(self, ids, cap_seconds=0.0):
         """The largest number of frames of an utterance: `cap_seconds`, or 1 s plus three times the mean duration of so
         many text ids in the training data."""
-        train = self.meta["splits"]["train"]
         rate = self.codec.frame_rate
-        return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * train["frames"] / max(1, train["text_tokens"]))
+        return math.ceil(cap_seconds * rate or rate + 3 * len(ids) * self.frames_per_id)
+
+    @property
+    def frames_per_id(self):
+        """The mean number of frames of a text id in the training data."""
+        train = self.meta["splits"]["train"]
+        return train["frames"] / max(1, train["text_tokens"])
 
     def ready(self, quantize="", linear="auto", say=lambda line: None):
         """The same voice, from now on in the form that speaks fast, see speak.ready. It can no longer be adapted."""
@@ -426,20 +448,98 @@ class Voice:
                 yield from frames
                 self.stopped = over == ENDED
 
+    def heard(self, how):
+        """Settings `how` in which all that is read of a recording has been read, for any number of texts."""
+        reference = how.get("reference")
+        if reference is None and self.model.reference == "recording":
+            return {**how, "reference": self.own_voice(how.get("speaker", ""))}
+        if isinstance(reference, str | os.PathLike) or reference and isinstance(reference[0], str | os.PathLike):
+            return {**how, "reference": self.listen(reference)}
+        return how
+
+    def fits(self, text, speaker="", reference=None, reference_text="", language="", **_):
+        """Whether the model can speak a text at once: in its positions, and in about LONGEST seconds."""
+        ids, side = self.utterance(text, speaker, reference, reference_text, language)
+        usual = len(ids) * self.frames_per_id
+        try:
+            room, _ = self.model.room(ids, side.get("prompt"), 2**30)
+        except ValueError:
+            return False
+        return usual <= LONGEST * self.codec.frame_rate and 1.5 * usual <= room
+
+    def pieces(self, text, **how):
+        """A text in pieces that the model can speak, see parts/sentences.py; text ids are one. Raises ValueError."""
+        fits = partial(self.fits, **how)
+        if not isinstance(text, str) or fits(text):
+            return [text]
+        try:
+            return split_text(text, fits)
+        except ValueError:  # not even a letter fits beside the reference: that is to be said
+            self.plan(text, **how)
+            raise
+
+    @property
+    def continues(self):
+        """Whether the model takes what it said before as a prompt, so that the voice stays the same in a long text."""
+        return not self.model.reference and self.prompted and self.model.config.prompt_style == "segments"
+
+    def behind(self, utterance, before, codes):
+        """An utterance that goes on after another one, `before`, and its codes (T, K): these become a prompt, unless
+        there is one already that fits, or no room."""
+        prompt = utterance.side.get("prompt", [])
+        codes = codes.cpu().numpy()
+        if self.model.fits_prompts:
+            most = round(self.reference_seconds[1] * self.codec.frame_rate)
+            longer = prompt or [(before.text, codes[-most:])]
+        else:
+            longer = [*prompt, (before.text, codes)]
+        try:
+            room, _ = self.model.room(utterance.text, longer, utterance.cap)
+        except ValueError:
+            return utterance
+        return replace(utterance, side={**utterance.side, "prompt": longer}) if room == utterance.cap else utterance
+
     def speak(self, lines, batch=8, tries=3, speed=1.0, **how):
         """Speak several texts, `batch` of them at a time: yields (number, Said) when one is complete, in any order.
 
-        lines: texts, or dicts of a text and settings of its own beside `how`, see `frames`. speed: of a vocoder. What
-        is faulty is spoken again, see Engine.follow. Raises ValueError as `frames` does.
+        lines: texts, or dicts of a text and settings of its own beside `how`, see `frames`. speed: of a vocoder. A text
+        too long for the model is spoken in pieces. What is faulty is spoken again, see Engine.follow. Raises ValueError
+        as `frames` does.
         """
         draw, how = divided(how)
         check_settings(speed=speed)
-        plans = [self.plan(**how | (line if isinstance(line, dict) else {"text": line})) for line in lines]
-        engine = self.prepare(min(batch, max(1, len(plans))), draw)
+        how = self.heard(how)
+        texts = [self.heard(how | (line if isinstance(line, dict) else {"text": line})) for line in lines]
+        texts = [Text(self.pieces(**settings), settings) for settings in texts]
+        plans = {(n, k): self.plan(**{**text.settings, "text": piece})
+                 for n, text in enumerate(texts) for k, piece in enumerate(text.pieces)}  # fmt: skip
+        queue = deque((place, plan[0]) for place, plan in plans.items() if place[1] == 0 or not self.continues)
+        engine = self.prepare(min(batch, max(1, len(queue))), draw)
         with evaluating(self.model):
-            for number, spoken in engine.speak([utterance for utterance, _ in plans], tries=tries):
-                wav = self.decode(spoken.frames, plans[number][1], speed)
-                yield number, Said(wav, len(spoken.frames), spoken.ended, spoken.faults, spoken.tries)
+            for (n, k), spoken in engine.follow(queue, partial(self.judge, plans, speed), tries):
+                text = texts[n]
+                text.spoken[k] = spoken
+                if self.continues and k + 1 < len(text.pieces):
+                    queue.append(((n, k + 1), self.behind(plans[n, k + 1][0], plans[n, k][0], spoken.frames)))
+                if len(text.spoken) == len(text.pieces):
+                    yield n, self.said(text)
+
+    def judge(self, plans, speed, place, spoken):
+        """Decode what was spoken, and add the faults that can be heard."""
+        spoken.wav = self.decode(spoken.frames, plans[place][1], speed)
+        if longest_silence(spoken.wav, self.sample_rate) > SILENCE:
+            spoken.faults.append(SILENT)
+
+    def said(self, text):
+        """The Said of a Text, whose pieces have been spoken."""
+        spoken = [text.spoken[k] for k in range(len(text.pieces))]
+        wav = spoken[0].wav
+        if len(spoken) > 1:
+            parts = ((piece, [x.wav]) for piece, x in zip(text.pieces, spoken, strict=True))
+            wav = torch.cat(list(joined(parts, self.sample_rate)))
+        faults = list(dict.fromkeys(fault for x in spoken for fault in x.faults))
+        return Said(wav, sum(len(x.frames) for x in spoken), all(x.ended for x in spoken), faults,
+                    [fault for x in spoken for fault in x.tries], text.pieces, spoken)  # fmt: skip
 
     def say(self, text, **how):
         """The wav (N,) of a text, float32 on the CPU; how: the settings of `speak`."""
@@ -451,8 +551,27 @@ class Voice:
         """Yields the wav of a text in pieces (n,) while it is generated; how: the settings of `frames`."""
         draw, how = divided(how)
         check_settings(speed=speed)
-        utterance, timbre = self.plan(text, **how)
-        yield from self.join(self.made(utterance, draw), timbre, speed)
+        how = self.heard(how)
+        pieces = self.pieces(text, **how)
+        plans = [self.plan(piece, **how) for piece in pieces]
+        parts = self.parts(plans, draw, speed)
+        if len(pieces) == 1:
+            yield from next(parts)
+        else:
+            yield from joined(zip(pieces, parts, strict=True), self.sample_rate)
+
+    def parts(self, plans, draw, speed):
+        """For each plan of a text, one after the other, the pieces of its wav while it is made."""
+        before = None
+        stopped = True
+        for utterance, timbre in plans:
+            if before and self.continues:
+                utterance = self.behind(utterance, *before)
+            frames = []
+            yield self.join(kept(self.made(utterance, draw), frames), timbre, speed)
+            stopped &= bool(self.stopped)
+            self.stopped = stopped
+            before = (utterance, torch.stack(frames)) if frames else None
 
     @torch.no_grad()
     def decode(self, frames, timbre=None, speed=1.0):
@@ -519,6 +638,13 @@ class Voice:
 def as_texts(text):
     """A text in which | divides several, or a list of texts, as a list."""
     return text.split("|") if isinstance(text, str) else text
+
+
+def kept(frames, into):
+    """Yields frames and keeps them in a list."""
+    for frame in frames:
+        into.append(frame)
+        yield frame
 
 
 def divided(how):

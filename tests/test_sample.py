@@ -618,7 +618,6 @@ def refused(out_dir, *argv):
         (["--text=one", "--device=toaster"], "device = 'toaster' is not available"),
         (["--text=one", "--codec_path=other"], "fingerprint"),
         (["--text=one", "--codec_path=hole.txt"], "hole.txt: not a codec table"),
-        (["--text=" + "one two three " * 100], "positions"),
         (["--text=one", "--ckpt="], "no checkpoint given"),
         (["--text=one", "--ckpt=none.pt"], "none.pt: no such checkpoint"),
         (["--text=one", "--ckpt=hole.txt"], "hole.txt is no file of weights, it is a text"),
@@ -699,13 +698,51 @@ def test_lines_end_at_line_ends_only(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("one two three " * 100, "l.txt: line 2: the text is too long: its .* leave none of the model's 256 positions"),
     ("\ufeff", "l.txt: line 2: the text is empty"),
 ])  # fmt: skip
 def test_the_line_that_is_refused_is_named(line, message, ckpt, tmp_path):
     (tmp_path / "l.txt").write_text(f"one\n{line}\ntwo\n", encoding="utf-8")
     assert re.search(message, refused(tmp_path / "out", "--ckpt", ckpt, f"--file={tmp_path}/l.txt"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_that_leaves_no_room_is_refused(voice, recording):
+    with pytest.raises(ValueError, match="the text is too long: its .* leave none of the model's 256 positions"):
+        voice.say("one", reference=recording, reference_text="one two three " * 100)
+
+
+def test_a_long_text_is_spoken_in_pieces(voice, monkeypatch, tmp_path, ckpt):
+    """None is lost, each has the piece before it as a prompt, and the stream has the same frames."""
+    text = "one two three four. five six seven. " * 20
+    pieces = voice.pieces(text)
+    assert len(pieces) > 3 and " ".join(pieces).split() == text.split() and all(map(voice.fits, pieces))
+    seat = voice.model.seat
+    prompts = []
+    voice.model.seat = lambda *a, **k: prompts.append(k.get("prompt")) or seat(*a, **k)
+    ((_, said),) = voice.speak([text], seed=3, cap_seconds=0.8, tries=1)
+    assert [x.frames.shape[1] for x in said.spoken] == [3] * len(pieces) and said.pieces == pieces
+    assert prompts[0] is None and len(said.wav) > 0
+    for prompt, before, piece in zip(prompts[1:], said.spoken, pieces, strict=False):
+        if prompt:
+            assert np.array_equal(prompt[-1][0], voice.text_ids(piece)) and np.array_equal(prompt[-1][1], before.frames)
+    assert sum(map(bool, prompts)) == len(pieces) - 1
+    wav = torch.cat(list(voice.stream(text, seed=3, cap_seconds=0.8)))
+    assert len(prompts) == 2 * len(pieces) and str(prompts[: len(pieces)]) == str(prompts[len(pieces) :])
+    assert abs(len(wav) - len(said.wav)) < 0.1 * len(wav)
+    run("--ckpt", ckpt, "--text", text, "--out_dir", tmp_path, "--cap_seconds=0.2")
+    assert os.listdir(tmp_path) == ["000.wav"]
+
+
+def test_what_can_be_heard_to_be_wrong_is_spoken_again(voice, monkeypatch, tmp_path, ckpt, capsys):
+    monkeypatch.setattr("voice.longest_silence", lambda wav, rate: 9.0 if len(asked) < 2 or not wav.any() else 0.0)
+    asked = []
+    judge = Voice.judge
+    monkeypatch.setattr(Voice, "judge", lambda *a: asked.append(0) or judge(*a))
+    ((_, said),) = voice.speak(["one two"], seed=3)
+    assert said.tries[0][-1] == "silence" and len(said.tries) == 2 and "silence" not in said.faults
+    monkeypatch.setattr("voice.longest_silence", lambda wav, rate: 9.0)
+    run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path, "--tries=2")
+    assert "there is a long silence in it" in (out := capsys.readouterr().out) and "spoken 2 times" in out
 
 
 def test_all_checkpoints_are_checked_before_the_first_speaks(ckpt, checkpoint, tmp_path):
