@@ -10,7 +10,7 @@
 | kani | transformers | AutoModelForCausalLM; a KaniTTS-2, one with an audio_step: the package kani-tts-2 |
 | xtts | original | coqui's TTS: model.pth, config.json, vocab.json, dvae.pth, mel_stats.pth |
 | valle | original | vall_e: fp32.sft |
-| csm, kani | peft | peft: the adapter alone |
+| csm, kani, xtts | peft | peft: the adapter alone |
 
 - The tensors' names and shapes come from the tables of layouts.py, which reads all of this back.
 - A tensor that training did not change is written as it was read, bit for bit.

@@ -58,6 +58,7 @@ class Layout:
         inverse.
     copies: those keys of `tied` that a published file holds too.
     prefix: what export.py writes before each key.
+    in_peft: whether adapters of peft's are beside the modules of these names.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Layout:
     split: Callable | None = None
     copies: tuple = ()
     prefix: str = ""
+    in_peft: bool = False
 
 
 def translate(name, words):
@@ -190,16 +192,25 @@ def published_names(model):
 
 
 def peft_names(model):
-    """{published name: (our name, function that makes our tensor of it)} of a model's parameters in transformers'
-    layout, whose adapters peft makes, and the regular expression of what the layout leaves out. Raises ValueError for a
-    family that transformers does not have."""
+    """{published name: [(our name, function that makes our tensor of it, its inverse)]} of a model's parameters in the
+    layout whose modules get peft's adapters, and the regular expression of what that layout leaves out. Several of ours
+    in a list are one matrix there, one behind the other. Raises ValueError for a family without such a layout."""
+    c = model.config
     for layout in LAYOUTS:
-        if layout.arch == model.config.arch and layout.name == "transformers":
-            names = {key: (name, layout.source(name, model.config)[1])
-                     for name, keys in published_names(model).items() for key in keys}  # fmt: skip
+        if layout.arch == c.arch and layout.in_peft:
+            names = {}
+            for name, keys in published_names(model).items():
+                for key in keys:
+                    back = partial(first_part, layout=layout, name=name, config=c)
+                    names.setdefault(key, []).append((name, layout.source(name, c)[1], back))
             return names, layout.ignored
-    raise ValueError(f"transformers has no model of the family {model.config.arch!r}, so peft has no adapters for it "
-                     "(and XTTS keeps queries, keys and values in one matrix, ours apart)")  # fmt: skip
+    raise ValueError(f"no code adds adapters of peft's to the family {c.arch!r}: export its weights whole, with the "
+                     "adapter merged")  # fmt: skip
+
+
+def first_part(tensor, layout, name, config):
+    """The first of the published tensors that our tensor of this name is made of."""
+    return layout.split(name, tensor, config)[0] if layout.split else layout.source(name, config)[1](tensor)
 
 
 def is_published(path):
@@ -497,7 +508,7 @@ CSM_TRANSFORMERS = Layout(
     "transformers", "csm", "depth_decoder.codebooks_head.weight", csm_transformers, partial(csm_sizes, TRANSFORMERS),
     ignored=r"^codec_model\.",  # Mimi, which codec.py reads
     tied={"backbone_model.embed_tokens.embed_audio_tokens.weight": "depth_decoder.model.embed_tokens.weight"},
-    copies=("backbone_model.embed_tokens.embed_audio_tokens.weight",),
+    copies=("backbone_model.embed_tokens.embed_audio_tokens.weight",), in_peft=True,
 )  # fmt: skip
 
 
@@ -569,7 +580,7 @@ def kani2_sizes(shapes, given):
 
 KANI_LFM2 = Layout(
     "transformers", "kani", "model.embedding_norm.weight", kani_lfm2, kani_sizes,
-    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    tied={"lm_head.weight": "model.embed_tokens.weight"}, in_peft=True,
 )  # fmt: skip
 
 
@@ -644,7 +655,7 @@ def xtts_sizes(shapes, given):
 XTTS_V2 = Layout(
     "original", "xtts", "mel_head.weight", xtts, xtts_sizes,
     ignored=r"^(xtts\.)?(hifigan_decoder\.|mel_stats$)|^(dvae|torch_mel_spectrogram_\w+|gpt_inference|gpt\.wte)\.",
-    split=xtts_split, prefix="gpt.",
+    split=xtts_split, prefix="gpt.", in_peft=True,
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from codec import CODECS, PUBLISHED, load_codec, published_sizes
 from data import TIMBRES, TokenWriter, npy, read_meta, token_folders
 from parts import configurator
-from parts.audio import audio_header, read_audio
+from parts.audio import QUIET, audio_header, clipped_share, frame_size, powers, read_audio
 from parts.files import locked, partial_name
 from parts.frontend import language_name, needs_language, read_text
 from parts.report import judge, report, show, show_cost
@@ -107,7 +107,6 @@ batch_seconds: "float > 0" = 240.0  # seconds of audio in a batch on that device
 SHARED = {"train.py": ["data_dir", "max_tokens"], "sample.py": ["device", "seed"]}
 FOLDERS = ["", "wavs", "clips", "audio"]  # where recordings may be, relative to their metadata
 ENDINGS = ["", *(f".{kind}" for extension in EXTENSIONS for kind in (extension, extension.upper()))]
-QUIET = 40.0  # dB below the loudest 20 ms; what is quieter at an end is silence
 
 
 # -----------------------------------------------------------------------------
@@ -359,10 +358,10 @@ def listen(u, limits):
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         raise Unfit("NaN" if "NaN or infinite" in words else "unreadable file", words) from None
-    step = min(len(wav), max(1, header.rate // 50))  # 20 ms
-    power = np.square(wav[: len(wav) // step * step].reshape(-1, step)).mean(1)
+    step = min(len(wav), frame_size(header.rate))
+    power = powers(wav, step)
     level = 10 * math.log10(power.max() + 1e-20)
-    clipped = (np.abs(wav) >= 0.99).mean()
+    clipped = clipped_share(wav)
     if level < limits["min_level"]:
         raise Unfit("silence", f"{level:.0f} dB at its loudest")
     if clipped > limits["max_clipped"]:

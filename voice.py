@@ -213,9 +213,9 @@ class Voice:
             return name, dict(vars(config)), self.own
         if not checkpoint["base"]:
             raise ValueError(f"{path} holds no adapter, but a whole model: give it as ckpt")
-        codec, *own = read_run(checkpoint)
-        if codec.fingerprint() != self.codec.fingerprint():
+        if checkpoint["codec_fingerprint"] != self.codec.fingerprint():
             raise ValueError(f"{path} speaks in the codes of another codec: give it as ckpt")
+        _, *own = read_run(checkpoint, codec=self.codec)
         try:
             known = field_names(config) & checkpoint["model_config"].keys()
             settings = replace(config, **{key: checkpoint["model_config"][key] for key in known})
@@ -676,8 +676,9 @@ def need_stretch(reference_seconds):
                          "[3.0, 6.0]")  # fmt: skip
 
 
-def read_run(checkpoint, codec_path=""):
-    """The codec of a checkpoint, or the one at codec_path, and the arguments of Voice.take. Raises ValueError."""
+def read_run(checkpoint, codec_path="", codec=None):
+    """The codec of a checkpoint, or the one at codec_path, or `codec`, which is open already; and the arguments of
+    Voice.take. Raises ValueError, and FileNotFoundError where the codec's weights are gone."""
     path = checkpoint.path
     pack = checkpoint["codec"]
     meta = checkpoint["meta"]
@@ -685,7 +686,7 @@ def read_run(checkpoint, codec_path=""):
         need(meta, MODEL_META, "meta")
         wanted = {f"{key}?": NUMBER for key in (*DRAWS, "voice_prompt")} | {"reference_seconds?": is_stretch}
         need(checkpoint["config"], wanted, "config")
-        codec = load_codec(pack["name"], codec_path or pack, os.path.dirname(path), **pack["options"])
+        codec = codec or load_codec(pack["name"], codec_path or pack, os.path.dirname(path), **pack["options"])
         tokenizer = load_tokenizer(checkpoint["tokenizer"]["kind"], checkpoint["tokenizer"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

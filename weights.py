@@ -481,7 +481,7 @@ def export_adapter(path, folder, base=""):
     published = is_published(base)
     peft.write(folder, lora.adapter_state(model), peft_names(model)[0], base if published else None)
     whole = "" if published else f" (which weights.py export writes from {base})"
-    return f"{folder} is written: peft adds it to its base in transformers' layout{whole}"
+    return f"{folder} is written: peft adds it to its base as published{whole}"
 
 
 def at_hand(notes, read, *given):

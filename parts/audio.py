@@ -5,6 +5,7 @@
 
 - A file that breaks off is refused: libsndfile alone would read what is left and report nothing.
 - Resampling is band-limited, between any two rates.
+- Loudness is that of frames of 20 ms.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from torch import nn
 
 from parts.files import whole
 
+QUIET = 40.0  # dB below the loudest 20 ms; what is quieter is silence
 MAX_RATE = 384_000  # Hz; a header with a higher sample rate is damaged
 PIPE_SIZES = 0x7FF00000  # bytes; programs that write to a pipe do not know the size and write this or more
 # what libsndfile logs of a file that is shorter than its header says
@@ -238,3 +240,42 @@ def write_audio(path, wav, sample_rate):
         file.setsampwidth(2)
         file.setframerate(sample_rate)
         file.writeframes(samples.astype("<i2").tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loudness
+
+
+def frame_size(rate):
+    """The samples of 20 ms."""
+    return max(1, rate // 50)
+
+
+def powers(wav, size):
+    """The power of each `size` samples of wav (N,), an array or a tensor on the CPU: (N // size,). A constant part does
+    not count, and power below that of the steps of 16 bits is 0."""
+    wav = np.asarray(wav)
+    power = wav[: len(wav) // size * size].reshape(-1, size).var(1)
+    return np.where(power > 2**-30 / 12, power, 0)
+
+
+def longest_silence(wav, rate):
+    """Seconds of the longest silence in wav (N,), an array or a tensor on the CPU. A constant wav is all silence.
+
+    Silence is 40 dB below what is loud: the 95th percentile of the frames that are not silent beside the loudest one,
+    so that neither a click nor a long silence changes it.
+    """
+    size = frame_size(rate)
+    power = powers(wav, size)
+    least = 10 ** (-QUIET / 10)
+    sounds = power[power > power.max(initial=0.0) * least]
+    if not len(sounds):
+        return len(wav) / rate
+    places = np.flatnonzero(power > np.quantile(sounds, 0.95) * least)
+    return float(np.diff(places, prepend=-1, append=len(power)).max() - 1) * size / rate
+
+
+def clipped_share(wav):
+    """The share of the samples of wav (N,), an array or a tensor on the CPU, at full scale."""
+    wav = np.asarray(wav)
+    return float((np.abs(wav) >= 0.99).mean()) if len(wav) else 0.0

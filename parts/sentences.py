@@ -22,6 +22,8 @@ LONG_SIGNS = re.compile("[ሀ-፼⺀-鿿가-힣]")  # syllables and words: one t
 
 STOPS = "。｡！？؟۔؛।॥።፧፨։။។៕།༎"  # end a sentence wherever they stand
 MARKS = ".!?…‽‼⁇⁈⁉"  # end a sentence before a space
+COLONS = "؛፤፥፦；"  # beside ASCII's, here and below
+COMMAS = "،、，፣၊"
 CLOSING = r"\"'”’»›)\]}）】」』〉》〕"
 END = re.compile(rf"(?<![{MARKS}])[{MARKS}]*(?:[{STOPS}]|፡፡|．(?!\d))[{STOPS}{MARKS}]*[{CLOSING}]*(?![、，,])"
                  rf"|(?<![{MARKS}])[{MARKS}]+[{CLOSING}“‘«]*(?= |$)(?: »(?= |$))?")  # fmt: skip
@@ -30,8 +32,8 @@ IN_BRACKETS = re.compile(rf"(?:(?<=[^{STOPS}{MARKS}{CLOSING} ])|(?<=[^{STOPS}{MA
                          rf"|{WITHIN}?(?=[{STOPS}{MARKS}]*[])）])")  # fmt: skip
 LEVELS = [re.compile(level) for level in (  # where a sentence is divided that is too long, from best to worst
     rf"[!?‽]+[{CLOSING}]* |[…{STOPS}]+[{CLOSING}]* ?",
-    r"[;:] |[؛፤፥፦；] ?|：(?!\d) ?| [—–-]+ |— ?|(?<!\d)–(?!\d) ?",
-    r", |[،、，፣၊](?!\d) ?",
+    rf"[;:] |[{COLONS}] ?|：(?!\d) ?| [—–-]+ |— ?|(?<!\d)–(?!\d) ?",
+    rf", |[{COMMAS}](?!\d) ?",
     r"(?<![.\d]) (?=[^\W\d])|[\u200b፡་]+ ?",
     " ",
 )]  # fmt: skip
@@ -83,6 +85,18 @@ def split_text(text, fits, pleasant=PLEASANT, short=SHORT):
             pieces[-1] += "\n"
         pieces += joined
     return pieces
+
+
+def pause_after(piece):
+    """The seconds of silence that belong between a piece of a text and the next one, by its end."""
+    if piece.endswith("\n"):
+        return 0.7  # a paragraph ends
+    end = piece.rstrip(f"{CLOSING}“‘« ")[-1:]
+    if not end:
+        return 0.0
+    if end in STOPS + MARKS:
+        return 0.35
+    return 0.25 if end in ";:：—–-" + COLONS else 0.15 if end in "," + COMMAS else 0.05
 
 
 def letters(text):

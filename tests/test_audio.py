@@ -13,7 +13,7 @@ from helpers import voice
 from scipy.signal import resample_poly
 
 from parts import audio
-from parts.audio import read_audio, resample, write_audio
+from parts.audio import clipped_share, longest_silence, read_audio, resample, write_audio
 
 # -----------------------------------------------------------------------------
 # resampling
@@ -240,3 +240,48 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as error:
         write_audio(tmp_path / "x.wav", torch.zeros(9), 16000)
     assert error.value.filename == str(tmp_path / "x.wav") and os.listdir(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# loudness
+
+
+def test_longest_silence():
+    speech = voice(2.0)[: 2 * 16000]
+    wav = torch.cat([torch.zeros(8000), speech, torch.zeros(24000), speech, torch.zeros(16000)])
+    inner = longest_silence(speech, 16000)
+    assert inner < 0.5
+    assert longest_silence(wav, 16000) == pytest.approx(1.5, abs=inner)
+    assert longest_silence(wav.numpy()[:40000], 16000) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.001])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_silence_is_relative_to_the_recording(level, noise):
+    tone = torch.sin(torch.arange(16000) * 0.1)
+    wav = level * (torch.cat([tone, torch.zeros(32000), tone]) + noise * torch.randn(64000))
+    assert longest_silence(wav, 16000) == pytest.approx(2, abs=0.04)
+
+
+def test_a_click_does_not_change_what_is_silent():
+    wav = torch.sin(torch.arange(48000) * 0.1)
+    wav[16000:32000] *= 0.05
+    wav[40000:40100] = 30.0
+    assert longest_silence(wav, 16000) == 0
+
+
+def test_one_word_in_much_silence():
+    wav = torch.zeros(30 * 16000)
+    wav[16000:24000] = torch.sin(torch.arange(8000) * 0.1)
+    assert longest_silence(wav, 16000) == pytest.approx(28.5, abs=0.04)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -1.0])
+@pytest.mark.parametrize("n", [0, 1, 100, 48000])
+def test_a_constant_is_all_silence(value, n):
+    assert longest_silence(torch.full((n,), value), 16000) == n / 16000
+
+
+def test_clipped_share():
+    assert clipped_share(torch.tensor([0.0, 0.5, 1.0, -0.995])) == 0.5
+    assert clipped_share(torch.zeros(0)) == 0.0

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import checkpoint_of, tiny
+from helpers import checkpoint_of, tiny, tiny_valle
 from safetensors.torch import load_file, save_file
+from test_xtts import write as write_xtts
 
 import weights
 from export import export
@@ -71,7 +72,7 @@ def test_golden_logits_losses_gradients_and_merged_weights(golden):
     compare(name, model, found, "out").backward()
     names, _ = peft_names(from_pretrained(base))
     for layer, adapter in lora.adapters(model)["default"].items():
-        key = next(key for key, (ours, _) in names.items() if ours == f"{layer}.weight").removesuffix(".weight")
+        key = next(key for key, [(ours, *_)] in names.items() if ours == f"{layer}.weight").removesuffix(".weight")
         for letter, p in (("A", adapter.a), ("B", adapter.b)):
             theirs = found[f"grad.{peft.BEFORE}{key}.lora_{letter}.weight"]
             torch.testing.assert_close(p.grad, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
@@ -80,7 +81,7 @@ def test_golden_logits_losses_gradients_and_merged_weights(golden):
     merged = {key.removeprefix("merged."): x for key, x in found.items() if key.startswith("merged.")}
     assert merged
     for key, x in merged.items():
-        ours, make = names[key]
+        [(ours, make, _)] = names[key]
         torch.testing.assert_close(state[ours], make(x), rtol=0, atol=1e-6)
 
 
@@ -113,7 +114,7 @@ def test_targets_choose_what_peft_chose(golden):
                 lora.find_linears(model, case["target_modules"], published_names(model))
             continue
         found = lora.find_linears(model, case["target_modules"], published_names(model))
-        assert set(found) == {names[f"{key}.weight"][0].removesuffix(".weight") for key in wanted}
+        assert set(found) == {names[f"{key}.weight"][0][0].removesuffix(".weight") for key in wanted}
         ours = sum(4 * (linear.in_features + linear.out_features) for linear in found.values())
         assert ours == case["trainable"] or name == "csm" and ours < case["trainable"]
 
@@ -269,6 +270,85 @@ def test_layers_with_a_rank_and_a_scale_of_their_own(arch, rs, tmp_path):
     assert ranks == ({1, 2, 3, 4} if arch == "csm" else {1, 4})
 
 
+@pytest.fixture(scope="module")
+def xtts(tmp_path_factory):
+    """The folder of a published XTTS."""
+    return write_xtts(tmp_path_factory.mktemp("xtts"))
+
+
+def module_tree(base):
+    """The layers of the authors' GPT of XTTS under their names, as the kinds of modules that they are there."""
+    layers = pytest.importorskip("transformers").pytorch_utils
+    root = torch.nn.Module()
+    tensors = {key.removeprefix("gpt."): x for key, x in torch.load(base / "model.pth")["model"].items()}
+    for key, x in tensors.items():
+        path, _, leaf = key.rpartition(".")
+        if leaf != "weight" or x.ndim < 2:
+            continue
+        if x.ndim == 3:
+            layer = torch.nn.Conv1d(x.shape[1], x.shape[0], 1)
+        else:
+            layer = layers.Conv1D(*x.T.shape) if path.startswith("gpt.h.") else torch.nn.Linear(*x.T.shape)
+        layer.weight.data = x.clone()
+        if (bias := tensors.get(f"{path}.bias")) is not None:
+            layer.bias.data = bias.clone()
+        owner = root
+        for name in path.split(".")[:-1]:
+            if name not in dict(owner.named_children()):
+                owner.add_module(name, torch.nn.Module())
+            owner = owner.get_submodule(name)
+        owner.add_module(path.split(".")[-1], layer)
+    return root
+
+
+def compare_merged(ours, theirs, base):
+    """Both with their adapters merged; they differ from the base."""
+    lora.merge(ours)
+    state, before = (dict(model.named_parameters()) for model in (ours, from_pretrained(base)))
+    theirs = dict(theirs.merge_and_unload().named_parameters())
+    changed = set()
+    for key, parts in peft_names(ours)[0].items():
+        for name, make, _ in parts if key in theirs else ():
+            torch.testing.assert_close(state[name], make(theirs[key]), rtol=0, atol=1e-5)
+            changed |= set() if torch.equal(state[name], before[name]) else {name.split(".")[-2]}
+    return changed
+
+
+@pytest.mark.parametrize("rs", [False, True])
+def test_an_adapter_of_xtts_goes_out(xtts, rs, tmp_path):
+    """Queries and values of three become one layer there, of twice the rank."""
+    package = pytest.importorskip("peft")
+    model = from_pretrained(xtts)
+    lora.add_lora(model, 2, 3, rs=rs, targets=[r"backbone.*[qv]_proj", "o_proj", "mlp", "qkv_proj"], also=["text_head"])
+    for p in lora.own_parameters(model, "default").values():
+        p.data.normal_(std=0.2)
+    save_checkpoint(tmp_path / "best.pt", {**checkpoint_of(model, base=str(xtts)), "arch": "xtts",
+                                           "model": lora.adapter_state(model)})  # fmt: skip
+    said = weights.export_adapter(tmp_path / "best.pt", tmp_path / "adapter")
+    assert said.endswith("adapter is written: peft adds it to its base as published")
+    theirs = package.PeftModel.from_pretrained(module_tree(xtts), tmp_path / "adapter")
+    again = from_pretrained(tmp_path / "adapter")
+    assert compare_merged(model, theirs, xtts) == {"q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "qkv_proj",
+                                                   "text_head"}  # fmt: skip
+    lora.merge(again)
+    for name, p in again.named_parameters():
+        torch.testing.assert_close(p, model.get_parameter(name), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_xtts_comes_in(xtts, tmp_path):
+    """Beside the layers that a public recipe for it names."""
+    package = pytest.importorskip("peft")
+    layers = ["c_attn", "c_proj", "c_fc", "qkv", "proj_out", "to_q", "to_kv", "to_out"]
+    theirs = package.get_peft_model(module_tree(xtts), package.LoraConfig(r=2, lora_alpha=3, target_modules=layers))
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = from_pretrained(tmp_path / "adapter", base=str(xtts))
+    assert compare_merged(ours, theirs, xtts) == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj",
+                                                  "qkv_proj", "kv_proj"}  # fmt: skip
+
+
 # what a CSM of transformers has inside, as small as it goes
 TINY_MIMI = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_filters=4,
                  intermediate_size=16, codebook_size=16, codebook_dim=8, vector_quantization_hidden_dimension=8,
@@ -317,8 +397,10 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match="base.pt holds no adapter: layout = 'peft' is for those"):
         words = ["export", f"{tmp_path}/base.pt", *flags]
         weights.main(configurator.configure(weights.__file__, words, ["command", "ckpt"]))
+    with pytest.raises(ValueError, match="no code adds adapters of peft's to the family 'valle'"):
+        peft_names(tiny_valle())
     rows = {"text_embedding.weight": torch.zeros(2, 32)}
     lora.add_lora(model, 2, 2, rows=rows)
-    with pytest.raises(ValueError, match="text_embedding.weight has new rows, which peft cannot express"):
+    with pytest.raises(ValueError, match="text_embedding.weight: the adapter has new rows, which peft cannot express"):
         peft.write(tmp_path / "out", lora.adapter_state(model), peft_names(model)[0])
     assert not (tmp_path / "out").exists()

@@ -132,6 +132,13 @@ def test_several_adapters_are_chosen_when_speaking(tokens, base, tmp_path):
     assert [heard(voice), second] == alone and voice.draw["temperature"] == 0.9
     with pytest.raises(ValueError, match="holds no adapter, but a whole model"):
         voice.adapt(base)
+    checkpoint = {**load_checkpoint(paths[1]), "codec": {"name": "mel", "options": {}}}  # it needs no codec of its own
+    save_checkpoint(tmp_path / "bare.pt", checkpoint)
+    voice.adapt(str(tmp_path / "bare.pt"))
+    assert heard(voice) == second
+    save_checkpoint(tmp_path / "other.pt", {**checkpoint, "codec_fingerprint": "0" * 16})
+    with pytest.raises(ValueError, match="other.pt speaks in the codes of another codec: give it as ckpt"):
+        voice.adapt(str(tmp_path / "other.pt"))
 
 
 def test_a_run_goes_on_where_its_base_has_moved(tokens, base, tmp_path):
