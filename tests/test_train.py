@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, exact, noise, run, same, write_tokens
+from helpers import ROOT, TINY, exact, run, same, write_tokens
 
 import sample
 import train
