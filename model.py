@@ -167,8 +167,9 @@ def turns(angles):
 
 
 def rotate(x, table):
-    """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by table (2, [B,] S, 1, head_dim / 2)."""
-    cos, sin = table.to(x.dtype)
+    """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by the cosines and sines in a table of two
+    ([B,] S, 1, head_dim / 2)."""
+    cos, sin = table
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -229,12 +230,12 @@ class Cache:
         return int(most) if least == most else self.used
 
     def extend(self, layer, k, v, rows, end):
-        """Store the keys and values (B, H, S, head_dim) of new rows, whose numbers are rows (S,) or (B, S); return
-        those of the rows below `end`."""
+        """Store the keys and values (B, H, S, head_dim) of new rows, whose numbers are a slice or (B, S); return those
+        of the rows below `end`."""
         keys, values = self.layers[layer]
-        if rows.ndim == 1:
-            keys[:, :, end - len(rows) : end] = k
-            values[:, :, end - len(rows) : end] = v
+        if isinstance(rows, slice):
+            keys[:, :, rows] = k
+            values[:, :, rows] = v
         else:
             place = torch.arange(len(k), device=k.device)[:, None]
             keys[place, :, rows] = k.transpose(1, 2)
@@ -355,8 +356,8 @@ def norm(c):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or with a mask.
 
-    rope: cosines and sines (2, [B,] S, 1, head_dim / 2); angles ([B,] S, 1, head_dim / 2) where the layer learns the
-    speed at which it turns (KaniTTS-2).
+    rope: cosines and sines, each ([B,] S, 1, head_dim / 2); angles of that shape where the layer learns the speed at
+    which it turns (KaniTTS-2).
     """
 
     together = ("q_proj", "k_proj", "v_proj")  # one product where weights are packed, see parts/packed.py
@@ -377,14 +378,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
         B, S, _ = x.shape
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))  # (B, S, H, head_dim)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.speeds:
-            slow, fast = self.speeds
-            rope = turns(rope * (slow + (fast - slow) * self.speed.sigmoid()))
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # views, and so is y below: nothing is copied
+        q, k, v = (y.transpose(1, 2) for y in self.heads(x, rope))  # views, and so is y below: nothing is copied
         if cache is not None:
             k, v = cache.extend(layer, k, v, *rows)
         if S == 1:  # the heads that share keys become rows that read the same keys: none is repeated
@@ -393,10 +387,21 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def project(self, x):
-        if self.joined is not None:
-            return self.joined(x).split(self.widths, -1)
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def heads(self, x, rope):
+        """Queries, keys and values (B, S, H, head_dim), the first two rotated."""
+        if rope is not None and self.speeds:
+            slow, fast = self.speeds
+            rope = turns(rope * (slow + (fast - slow) * self.speed.sigmoid()))
+        if self.joined is None:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            n, m, _ = (width // self.head_dim for width in self.widths)
+            y = self.joined(x).unflatten(-1, (-1, self.head_dim))
+            if rope is not None and isinstance(self.q_norm, nn.Identity):
+                return *rotate(y[:, :, : n + m], rope).split([n, m], 2), y[:, :, n + m :]
+            q, k, v = y.split([n, m, m], 2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
 
 class ShortConvolution(nn.Module):
@@ -482,21 +487,24 @@ class Transformer(nn.Module):
     def forward(self, x, cache=None, mask=None, positions=None):
         S = x.shape[1]
         start = 0 if cache is None else cache.start()
-        new = torch.arange(S, device=x.device)
-        rows = start + new if isinstance(start, int) else start[:, None] + new
         if isinstance(start, int):
             end = start + S
-        elif x.is_cuda:  # the host does not look: it reads all rows, and rows beyond the last are written there
-            end = cache.memory[self.config.layers.index("a")].shape[-2]
-            rows = rows.clamp(max=end - 1)
+            rows = slice(start, end)
         else:
-            end = int(rows.max()) + 1
+            rows = start[:, None] + torch.arange(S, device=x.device)
+            if x.is_cuda:  # the host does not look: all rows are read, and those beyond the last are written there
+                end = cache.memory[self.config.layers.index("a")].shape[-2]
+                rows = rows.clamp(max=end - 1)
+            else:
+                end = int(rows.max()) + 1
         if end > self.config.max_positions:
             raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
-        rope = self.rotation(rows if positions is None else positions) if self.config.rope_theta else None
-        if mask is None and (rows.ndim == 2 or (start and S > 1)):
-            mask = torch.arange(end, device=x.device) <= rows[..., None]  # is_causal would begin at the first key
-            mask = mask.unsqueeze(-3)
+        rope = None
+        if self.config.rope_theta:
+            rope = self.rotation(rows if positions is None else positions, x)
+        if mask is None and (not isinstance(start, int) or (start and S > 1)):  # is_causal begins at the first key
+            new = torch.arange(start, end, device=x.device) if isinstance(start, int) else rows
+            mask = (torch.arange(end, device=x.device) <= new[..., None]).unsqueeze(-3)
         for i, block in enumerate(self.layers):
             if self.config.recompute and self.training:  # training has no cache
                 x = recompute(block, x, rope, mask)
@@ -506,15 +514,15 @@ class Transformer(nn.Module):
             cache.used += S
         return self.norm(x)
 
-    def rotation(self, positions):
-        """`rope` as Attention takes it, for positions ([B,] S)."""
-        if self.config.rotation_speed:
-            rope = rope_angles(self.config, positions)
-        elif positions.is_floating_point():
-            rope = turns(rope_angles(self.config, positions))
-        else:
-            rope = self.rope[:, positions]
-        return rope.unsqueeze(-2)
+    def rotation(self, positions, x):
+        """`rope` as Attention takes it, for positions ([B,] S) or a slice, in the type of x: cosines and sines
+        ([B,] S, 1, head_dim / 2); or, where layers turn at speeds of their own, angles."""
+        if self.config.rotation_speed or not isinstance(positions, slice) and positions.is_floating_point():
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.start, positions.stop, device=x.device)
+            angles = rope_angles(self.config, positions).unsqueeze(-2)
+            return angles if self.config.rotation_speed else turns(angles).to(x.dtype).unbind()
+        return self.rope[:, positions].unsqueeze(-2).to(x.dtype).unbind()
 
 
 def init_weights(model):
