@@ -1496,7 +1496,8 @@ class Kani(Family):
             where = stage.where[:, None] if c.audio_step else None
             code = stage.choose(scorer(self.backbone(stage.x, stage.cache, positions=where)[:, -1]), k)
             frame.append(code)
-            stage.x.copy_(self.embedding[c.first_code + k * c.codebook_size + code][:, None])
+            row = c.first_code + k * c.codebook_size + code.clamp(max=c.codebook_size - 1)  # no row for end of speech
+            stage.x.copy_(self.embedding[row][:, None])
             if k == 0:
                 stage.where.copy_(stage.first + stage.made * c.audio_step)
         stage.commit(torch.stack(frame, 1), frame[0] == c.codebook_size)

@@ -29,6 +29,7 @@ STACK = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_position
 LFM2_STACK = dict(STACK, n_layer=4, max_positions=512, layers="caca", qk_norm=True)
 GPT2_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, **GPT2)
 VALLE_STACK = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48, max_positions=256, **VALLE)
+GREEDY = dict(temperature=0.0)
 
 
 def write_tokens(folder, n_train=30, n_val=5, noise=0, words=WORDS, K=3, V=16, n_mels=20, references=False,
@@ -153,6 +154,17 @@ def spoken_by(model, *given, **options):
             frames.append(next(speaking).tolist())
         except StopIteration as end:
             return frames, end.value
+
+
+def choices(*codes):
+    """A `choose` that picks these codes, one after the other."""
+    codes = iter(codes)
+    return lambda logits, **how: torch.tensor([int(next(codes)) for _ in logits.flatten(0, -2)]).view(logits.shape[:-1])
+
+
+def always(code):
+    """A `choose` that picks the same code again and again."""
+    return lambda logits, **how: torch.full(logits.shape[:-1], code)
 
 
 def gradients(model):

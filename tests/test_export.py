@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import GREEDY, assert_same, batch_of, run, tiny, utterance
 from helpers import TINY as HELPERS_TINY
-from helpers import assert_same, batch_of, run, tiny, utterance
 from safetensors.torch import load_file
 from test_codec_networks import TINY, mimi, moshi
 from test_valle import published_table
@@ -336,7 +336,7 @@ def test_transformers_reads_the_text_and_speaks(kind, codec, tmp_path):
     assert inputs["input_ids"].tolist() == [expected]
     greedy = dict(do_sample=False, depth_decoder_do_sample=False, max_new_tokens=12)
     audio = theirs.generate(**inputs, **greedy, output_audio=True)[0]
-    ours = torch.stack(list(model.generate(np.array(ids), max_frames=12, choose=models.sampler(temperature=0))))
+    ours = torch.stack(list(model.generate(np.array(ids), max_frames=12, draw=GREEDY)))
     torch.testing.assert_close(audio, codec.decode(ours.T[None])[0], rtol=0, atol=1e-4)
     assert len(theirs.generate(**inputs, max_new_tokens=5)[0]) == 5  # as generation_config.json says
     if kind == "own":
@@ -517,8 +517,8 @@ def test_xtts_comes_out_as_it_went_in(xtts, tmp_path):
     again = from_pretrained(tmp_path)
     assert again.config == model.config
     heard = torch.randn(50, 80)
-    first, second = ([int(code) for code in speaker.generate(np.array([5, 6, 7]), reference=heard, max_frames=9,
-                                                             choose=models.sampler(temperature=0))]
+    given = dict(reference=heard, max_frames=9, draw=GREEDY)
+    first, second = ([int(code) for code in speaker.generate(np.array([5, 6, 7]), **given)]
                      for speaker in (model, again))  # fmt: skip
     assert first == second and load_codec("xtts", tmp_path).fingerprint() == load_codec("xtts", xtts).fingerprint()
 

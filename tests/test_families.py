@@ -169,8 +169,9 @@ def forgets_what_came_in_last(model):
     def change(forward):
         def forget(x, cache=None, *more, **options):
             if cache is not None and x.shape[1] == 1:
-                letters = model.config.backbone.layers
-                cache.memory = [m * (letter == "a") for m, letter in zip(cache.memory, letters, strict=True)]
+                for letter, memory in zip(model.config.backbone.layers, cache.memory, strict=True):
+                    if letter == "c":
+                        memory.zero_()
             return forward(x, cache, *more, **options)
 
         return forget
@@ -196,14 +197,16 @@ def keeps_the_last_frame_in_the_depth_cache(model):
 
 def embeds_in_another_table(model):
     """Generation embeds the codes it chose in another codebook's table."""
-    def change(embed):
-        return lambda tokens, segment: embed(tokens.roll(1, -1) if tokens.shape[1] == 1 else tokens, segment)
+    other = model.offset.roll(1) - model.offset
 
-    while_speaking(model, model, "embed", change)
+    def change(embed):
+        return lambda rows: embed(rows + other if rows.shape == (1, len(other)) else rows)
+
+    while_speaking(model, model.audio_embedding, "forward", change)
 
 
 def offers_the_next_codebook(model):
-    while_speaking(model, model, "heads", lambda heads: lambda: heads().roll(1, 0))
+    while_speaking(model, model, "head_weights", lambda whole: lambda: [*whole()[1:], whole()[0]])
 
 
 def hears_nothing(model):
@@ -213,25 +216,18 @@ def hears_nothing(model):
 
 def counts_codes_anew(model):
     """Generation counts the codes from 0 on again after the start code."""
-    table = model.code_positions.weight.data
-    late = torch.cat([table[:1], table[:-1]])
-    generate = model.generate
-
-    def speak(*given, **options):
-        for frame in generate(*given, **options):
-            model.code_positions.weight.data = table
-            yield frame
-            model.code_positions.weight.data = late
-        model.code_positions.weight.data = table
-
-    model.generate = speak
+    while_speaking(model, model.code_positions, "forward", lambda look: lambda place: look((place - 1).clamp(min=0)))
 
 
 def counts_frames_from_one(model):
-    def change(forward):
-        return lambda x, cache=None, mask=None, positions=None: forward(x, cache, mask, positions + (x.shape[1] == 1))
+    def change(step):
+        def late(stage):
+            step(stage)
+            stage.where += 1
 
-    while_speaking(model, model.backbone, "forward", change)
+        return late
+
+    while_speaking(model, model, "step", change)
 
 
 def knows_the_end(model):
@@ -261,8 +257,10 @@ def mixes_levels(model):
 
 
 def leaves_out_a_frame(model):
-    whole = model._demask
-    model._demask = lambda lay, most, choose, frames, rounds: whole(lay, most, choose, frames - 1, rounds)
+    def change(seat):
+        return lambda *given, frames, **options: seat(*given, frames=frames - 1, **options)
+
+    while_speaking(model, model, "seat", change)
 
 
 CAUSAL = ("csm", "kani", "xtts", "valle-ar")

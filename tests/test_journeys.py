@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers import ROOT, assert_same, shell, voice
+from helpers import GREEDY, ROOT, assert_same, shell, voice
 from safetensors.torch import load_file, save_file
 from test_codec_networks import TINY, mimi
 from test_export import FIVE, sheet
@@ -18,7 +18,6 @@ from test_sources import kani, marvis, parquet
 from test_valle import published_table
 from test_xtts import download
 
-from model import sampler
 from parts import lora
 from parts.tensors import read_metadata
 from weights import from_pretrained
@@ -144,7 +143,7 @@ def speaks_in_transformers(folder, ours):
     assert inputs["input_ids"].tolist() == [ours.config.marked(ids).tolist()]
     how = dict(do_sample=False, depth_decoder_do_sample=False, max_new_tokens=6)
     codes, audio = (theirs.generate(**inputs, **how, output_audio=wanted)[0] for wanted in (False, True))
-    expected = list(ours.generate(np.array(ids), max_frames=6, choose=sampler(temperature=0)))
+    expected = list(ours.generate(np.array(ids), max_frames=6, draw=GREEDY))
     assert torch.equal(codes[: len(expected)], torch.stack(expected))
     assert abs(audio).max() > 1e-3
 
@@ -211,7 +210,7 @@ def test_kani_from_tables_to_two_voices(here):
     assert prompt.shape[1] < made.shape[1] <= prompt.shape[1] + 9
     with torch.no_grad():
         logits = theirs(prompt).logits[0, -1]
-    first = next(ours.generate(np.array(ids), choose=sampler(temperature=0)))
+    first = next(ours.generate(np.array(ids), draw=GREEDY))
     assert first[0] == logits[64410 : 64410 + 4032].argmax()
     base = AutoModelForCausalLM.from_pretrained(here / "weights/kani-tts-450m-0.2-pt")
     merged = PeftModel.from_pretrained(base, here / "hub/kani-adapter").eval()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LFM2_STACK, ROOT, batch_of, exact, same, spoken_by, utterance
+from helpers import GREEDY, LFM2_STACK, ROOT, always, batch_of, choices, exact, same, spoken_by, utterance
 from helpers import tiny_kani as tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,14 +32,6 @@ from voice import Voice
 
 LOSSES = ("all", "audio", "codebook")
 
-
-def choices(*codes):
-    """A `choose` that picks these, one after the other."""
-    codes = iter(codes)
-    return lambda logits, seen=None: torch.tensor(next(codes))
-
-
-greedy = models.sampler(temperature=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,8 +116,8 @@ def test_fifty_frames_equal_those_of_transformers(port, penalty, use_cache):
 
     expected = theirs.generate(prompt, max_new_tokens=200, do_sample=False, use_cache=use_cache, pad_token_id=0,
                                repetition_penalty=penalty, logits_processor=[grammar])  # fmt: skip
-    choose = models.sampler(temperature=0, repetition_penalty=penalty)
-    frames, stopped = spoken_by(ours, text, max_frames=50, choose=choose)
+    draw = dict(temperature=0.0, repetition_penalty=penalty)
+    frames, stopped = spoken_by(ours, text, max_frames=50, draw=draw)
     codes = (expected[0, prompt.shape[1] :] - c.first_code).view(50, 4) - 16 * torch.arange(4)
     assert frames == codes.tolist() and stopped is False
     assert len({tuple(frame) for frame in frames}) > 10  # it says something
@@ -483,9 +475,9 @@ def test_generation_keeps_to_the_grammar():
     for worst in (torch.argmax, torch.argmin):
         offered = []
 
-        def choose(logits, seen=None, worst=worst, offered=offered):
-            offered.append(len(logits))
-            return worst(logits[:16])
+        def choose(logits, key, worst=worst, offered=offered):
+            offered.append(logits.shape[-1])
+            return worst(logits[:, :16], -1)
 
         frames, stopped = spoken_by(model, text, max_frames=5, choose=choose)
         assert offered == [17, 16, 16, 16] * 5 and len(frames) == 5 and stopped is False
@@ -494,37 +486,43 @@ def test_generation_keeps_to_the_grammar():
 
 def test_generation_ends_at_end_of_speech():
     model, (text, codes) = tiny(), utterance(T=3)
-    assert spoken_by(model, text, max_frames=9, choose=choices(*codes.ravel(), 16)) == (codes.tolist(), True)
-    assert spoken_by(model, text, max_frames=3, choose=choices(*codes.ravel(), 16)) == (codes.tolist(), False)
-    assert spoken_by(model, text, choose=choices(16)) == ([], True)
+    assert spoken_by(model, text, max_frames=9, choose=choices(*codes.ravel(), 16, 0, 0, 0)) == (codes.tolist(), True)
+    assert spoken_by(model, text, max_frames=3, choose=choices(*codes.ravel())) == (codes.tolist(), False)
+    assert spoken_by(model, text, choose=choices(16, 0, 0, 0)) == ([], True)
 
 
 def test_what_was_spoken_is_told_by_codebook():
     model, (text, codes), heard = tiny(), utterance(T=4), []
-    forced = choices(*codes.ravel(), 16)
+    forced = choices(*codes.ravel(), 16, 0, 0, 0)
 
-    def choose(logits, seen=None):
-        heard.append(seen.tolist())
+    def choose(logits, key, age=None, **settings):
+        heard.append((age is not None and age[0].tolist(), settings))
         return forced(logits)
 
-    spoken_by(model, text, utterance(4, 5, seed=3), choose=choose)  # what a prompt says has not been spoken
-    expected = [codes[:t, k].tolist() for t in range(4) for k in range(4)]
-    assert heard == [*expected, codes[:, 0].tolist()]
+    before = utterance(4, 5, seed=3)  # what a prompt says has not been spoken
+    draw = dict(repetition_penalty=1.5)
+    spoken_by(model, text, before, choose=choose, draw=draw)
+    ages = [({code: t - i for i, code in enumerate(codes[:t, k])}, 16 + (k == 0)) for t in range(5) for k in range(4)]
+    assert heard == [([age.get(code, 0) for code in range(V)], draw) for age, V in ages]
+    forced = choices(16, 0, 0, 0)
+    heard.clear()
+    spoken_by(model, text, before, choose=choose, draw=dict(repetition_penalty=1.0))
+    assert heard == [(False, dict(repetition_penalty=1.0))] * 4  # not needed
 
 
 def test_repetition_penalty_reaches_the_draw():
     model, (text, _) = tiny(), utterance()
-    plain, _ = spoken_by(model, text, max_frames=40, choose=greedy)
-    varied, _ = spoken_by(model, text, max_frames=40, choose=models.sampler(temperature=0, repetition_penalty=5.0))
+    plain, _ = spoken_by(model, text, max_frames=40, draw=GREEDY)
+    varied, _ = spoken_by(model, text, max_frames=40, draw=dict(GREEDY, repetition_penalty=5.0))
     assert plain[0] == varied[0]
     assert sum(len(set(c)) for c in zip(*varied, strict=True)) > sum(len(set(c)) for c in zip(*plain, strict=True))
 
 
 def test_generation_within_the_positions():
     model, (text, codes) = tiny(backbone=dict(max_positions=30)), utterance(n=5)
-    frames, stopped = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3))
+    frames, stopped = spoken_by(model, text, choose=always(3))
     assert len(frames) == (30 - 11) // 4 and stopped is False
-    assert len(spoken_by(model, np.arange(20), choose=greedy)[0]) == 1  # 26 rows and one frame of 4
+    assert len(spoken_by(model, np.arange(20), draw=GREEDY)[0]) == 1  # 26 rows and one frame of 4
     for said, rows in (((np.arange(21),), 27), ((text, (text, codes)), 48)):
         with pytest.raises(ValueError, match=f"text and prompt take {rows} rows, the model has 30 positions"):
             next(model.generate(*said))
@@ -533,16 +531,17 @@ def test_generation_within_the_positions():
 @torch.no_grad()
 def test_a_prompt_changes_the_voice():
     model, (text, codes), (before, said) = tiny(), utterance(), utterance(3, 4, seed=1)
-    first = [spoken_by(model, text, p, max_frames=20, choose=greedy)[0]
+    first = [spoken_by(model, text, p, max_frames=20, draw=GREEDY)[0]
              for p in (None, (before, said), (before, (said + 1) % 16))]  # fmt: skip
     assert first[0] != first[1] != first[2]
     logits = []
     model.layout = lambda *given, **how: model.config.layout(text, codes, (before, said), **how)
     whole = model.teacher_forced_logits(text, codes)
     model.layout = model.config.layout
-    forced = choices(*codes.ravel(), 16)
-    spoken_by(model, text, (before, said), choose=lambda x, seen: logits.append(x) or forced(x))
-    for x, y in zip(logits, whole.flatten(0, 1), strict=False):
+    forced = choices(*codes.ravel(), 16, 0, 0, 0)
+    spoken_by(model, text, (before, said), choose=lambda x, key: logits.append(x[0]) or forced(x))
+    assert len(logits) == whole[..., 0].numel()
+    for x, y in zip(logits[:-3], whole.flatten(0, 1), strict=False):
         torch.testing.assert_close(x, y[: len(x)], rtol=1e-4, atol=1e-4)
 
 
@@ -589,7 +588,7 @@ def test_it_learns_and_speaks(tokens, tmp_path):
     assert lines[-1]["val_loss"] < 1.0 and lines[-1]["val_stop_missed"] < 0.5
     voice, files = Voice.from_checkpoint(tmp_path / "best.pt", "cpu"), TokenFiles(tokens, "train")
     for i in range(3):
-        assert spoken_by(voice.model, files.text(i), choose=greedy) == (files.codes(i).tolist(), True)
+        assert spoken_by(voice.model, files.text(i), draw=GREEDY) == (files.codes(i).tolist(), True)
     wav = voice.say("one", temperature=0.0)
     assert len(wav) == 4 * voice.codec.sample_rate / voice.codec.frame_rate and voice.stopped
 

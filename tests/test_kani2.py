@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import batch_of, exact, gradients, run, same, spoken_by, utterance
+from helpers import GREEDY, always, batch_of, exact, gradients, run, same, spoken_by, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -91,7 +91,7 @@ def test_positions(port, golden):
     places = model.places(golden["in.input_ids"][..., None])
     assert torch.equal(places[used], golden[f"in.{step}.positions"][used])
     seen = []
-    model.backbone.forward = lambda x, cache, positions: seen.append(positions) or x
+    model.backbone.forward = lambda x, cache=None, positions=None: seen.append(positions) or x
     model.states(torch.zeros(2, 42, 32), places, torch.zeros(2, 1, 32))
     used = torch.cat([used[:, :1], used], 1)
     assert torch.equal(seen[0][used], golden[f"in.{step}.positions_speaker"][used])
@@ -153,15 +153,15 @@ def test_golden_generation(port, golden, heard, how, penalty):
     text = golden["gen.prompt"][0, 2:-2].numpy()  # without the marks, which `layout` adds
     expected = golden[f"{name}.ids"][0, 2:].view(6, 4) - 50 - 16 * torch.arange(4)
     raw = golden[f"{name}.logits"][0, 2:]
-    pick = models.sampler(temperature=0, repetition_penalty=penalty)
     said = []
 
-    def choose(logits, seen=None):
-        said.append(logits[:16])
-        return pick(logits[:16], seen=seen)
+    def choose(logits, age=None, **settings):
+        said.append(logits[0, :16])
+        return models.sample_code(logits[:, :16], age=None if age is None else age[:, :16], **settings)
 
     reference = golden["in.speaker_emb"][:1] if heard == "speaker" else None
-    frames, stopped = spoken_by(model, text, max_frames=6, choose=choose, reference=reference)
+    draw = dict(temperature=0.0, repetition_penalty=penalty)
+    frames, stopped = spoken_by(model, text, max_frames=6, draw=draw, choose=choose, reference=reference)
     assert frames == expected.tolist() and stopped is False
     for i, logits in enumerate(said):
         first = 50 + 16 * (i % 4)
@@ -292,8 +292,7 @@ def test_contract_holds(dtype, audio_step):
 def test_a_vector_changes_what_is_said():
     model, (text, codes) = tiny(), utterance()
     one, two = vectors(2)
-    greedy = models.sampler(temperature=0)
-    said = [spoken_by(model, text, max_frames=9, choose=greedy, reference=x)[0] for x in (None, one, two)]
+    said = [spoken_by(model, text, max_frames=9, draw=GREEDY, reference=x)[0] for x in (None, one, two)]
     assert said[0] != said[1] != said[2] != said[0]
     batch = batch_of(model, (text, codes))
     losses = {round(model(*batch, *x)[0].item(), 5) for x in ((), (one[None],), (two[None],))}
@@ -315,22 +314,16 @@ def test_the_row_of_the_speaker_has_a_position():
     model = tiny(backbone=dict(max_positions=30))
     assert model.max_rows == 29 and tiny(speaker_size=0).max_rows == 512
     text, reference = utterance(n=5)[0], vectors(1)[0]
-    frames, _ = spoken_by(model, text, choose=lambda logits, seen: torch.tensor(3), reference=reference)
+    frames, _ = spoken_by(model, text, choose=always(3), reference=reference)
     assert len(frames) == (29 - 11) // 4
 
 
 class Standing(Kani):
     """Generation does not move on from frame to frame."""
 
-    def generate(self, *args, **options):
-        states = self.states
-
-        def stand(x, places, voice=None, cache=None):
-            return states(x, places if x.shape[1] > 1 else places * 0 + 12, voice, cache)
-
-        self.states = stand
-        yield from super().generate(*args, **options)
-        self.states = states
+    def step(self, stage):
+        super().step(stage)
+        stage.first -= self.config.audio_step
 
 
 class Deaf(Kani):
@@ -571,7 +564,7 @@ def test_published_weights_speak(spoken):
     for reference in (None, files[0]):
         ids, given = voice.utterance("one two", reference=reference)
         assert given.keys() == ({"voice"} if reference else set())
-        next(voice.model.generate(ids, choose=lambda x, seen: logits.append(x) or x[:16].argmax(), **given))
+        next(voice.model.generate(ids, choose=lambda x, key: logits.append(x) or x[:, :16].argmax(-1), **given))
         assert len(list(voice.frames("one two", reference=reference, temperature=0.0, cap_seconds=1.0)))
     assert not torch.allclose(logits[0], logits[3], atol=1e-3)
 

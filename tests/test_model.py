@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import STACK, Evil, assert_same, batch_of, checkpoint_of, gradients, spoken_by, tiny, utterance
+from helpers import (
+    GREEDY,
+    STACK,
+    Evil,
+    always,
+    assert_same,
+    batch_of,
+    checkpoint_of,
+    choices,
+    gradients,
+    spoken_by,
+    tiny,
+    utterance,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -269,7 +282,7 @@ def test_golden_generation(original, golden):
     prompt = text[:first], tokens[0, first:stop, :-1].numpy()
     rows, _ = original.layout(text[stop + 1 :], None, prompt)
     assert np.array_equal(rows, tokens[0])
-    spoken = list(original.generate(text[stop + 1 :], prompt, max_frames=8, choose=models.sampler(temperature=0)))
+    spoken = list(original.generate(text[stop + 1 :], prompt, max_frames=8, draw=GREEDY))
     assert torch.equal(torch.stack(spoken), golden["gen.frames"])
 
 
@@ -303,24 +316,20 @@ def narrow_csm(tokenizer="csm_rows.smollm2.json", **options):
 
 
 def spoken_rows(model, text, prompt, frames, cap):
-    """What generate gives the backbone, as (tokens, text or frame, first position), when these frames are drawn; and
-    the frames that it yields, and whether it ended by itself."""
-    given = []
-    embed, backbone = model.embed, model.backbone.forward
+    """When these frames are drawn: the rows (S, D) that generate gives the backbone, and their positions (S,); the
+    frames that it yields, and whether it ended by itself."""
+    rows, places = [], []
+    backbone = model.backbone.forward
 
-    def watched(x, cache):
-        given[-1].append(cache.used)
+    def watched(x, cache, positions=None):
+        assert positions is None
+        rows.extend(x[0].clone())
+        places.extend(int(cache.used) + i for i in range(x.shape[1]))
         return backbone(x, cache)
 
-    def looked_up(tokens, segment):
-        given.append([tokens[0].tolist(), segment[0].tolist()])
-        return embed(tokens, segment)
-
-    model.embed = looked_up
     model.backbone.forward = watched
-    forced = iter(np.array(frames).ravel().tolist())
-    spoken, ended = spoken_by(model, text, prompt, cap, choose=lambda logits: torch.tensor(next(forced)))
-    return given, spoken, ended
+    spoken, ended = spoken_by(model, text, prompt, cap, choose=choices(*np.ravel(frames)))
+    return torch.stack(rows), places, spoken, ended
 
 
 ZEROS = [0] * 32
@@ -346,10 +355,14 @@ def test_the_authors_rows_in_generation(case):
         text = np.array(tokenizer.encode(f"[{case['speaker']}]{case['text']}"))
         prompt = [(np.array(tokenizer.encode(f"[{s}]{words}")), codes) for words, s, codes in context] or None
     frames = case["decoded_frames"]
-    given, spoken, ended = spoken_rows(model, text, prompt, [*frames, ZEROS], len(frames) + 1)
-    expected = [dict(tokens=case["tokens"], mask=case["mask"], position=[0]), *case["next"]]
-    for (tokens, segment, position), step in zip(given, expected, strict=True):
-        assert (tokens, masks(segment), [position]) == (step["tokens"], step["mask"], step["position"])
+    rows, places, spoken, ended = spoken_rows(model, text, prompt, [*frames, ZEROS], len(frames) + 1)
+    laid_out, kinds = model.layout(text, None, prompt)
+    assert (laid_out.tolist(), masks(kinds)) == (case["tokens"], case["mask"])
+    assert places == [*range(len(laid_out)), *(place for step in case["next"] for place in step["position"])]
+    tokens = torch.tensor([*case["tokens"], *(row for step in case["next"] for row in step["tokens"])])
+    segment = torch.tensor([*kinds, *(AUDIO for step in case["next"] for mask in step["mask"])])
+    assert all(mask == "1" * 32 + "0" for step in case["next"] for mask in step["mask"])
+    torch.testing.assert_close(rows, model.embed(tokens[None], segment[None])[0], rtol=0, atol=1e-6)
     assert spoken == frames and ended
     if len(context) == 1:
         words, codes = prompt if joined else prompt[0]
@@ -362,7 +375,7 @@ def test_the_authors_stops(case):
     plain = authors_rows()["stops"][-1]["frame"]
     for rule, count in (("marvis", "decoded_frames"), ("sesame", "decoded_frames"), ("transformers", "frames_decoded")):
         model, _ = narrow_csm(loose_stop=rule == "transformers")
-        _, spoken, ended = spoken_rows(model, np.array([5]), None, [plain, case["frame"], plain], 3)
+        *_, spoken, ended = spoken_rows(model, np.array([5]), None, [plain, case["frame"], plain], 3)
         assert (ended, len(spoken)) == (case[rule]["stops"], case[rule][count])
         assert spoken == [plain, case["frame"], plain][: len(spoken)]
 
@@ -624,8 +637,7 @@ def test_every_parameter_gets_a_gradient_even_without_depth_frames():
 
 def test_generation_ends_at_the_stop_class():
     model, (text, codes) = tiny(), utterance(T=3)
-    forced = iter([*codes.ravel().tolist(), 16])
-    spoken = model.generate(text, max_frames=10, choose=lambda logits: torch.tensor(next(forced)))
+    spoken = model.generate(text, max_frames=10, choose=choices(*codes.ravel(), 16, 0, 0, 0))
     frames = []
     with pytest.raises(StopIteration) as end:
         while True:
@@ -637,22 +649,21 @@ def test_generation_ends_at_the_stop_class():
 def test_generation_never_speaks_spare_classes_and_ends_at_the_cap(stop):
     model, (text, _) = tiny(stop=stop), utterance()
     widths = []
-    forced = iter([5] * 1000)
-    spoken = model.generate(text, max_frames=4, choose=lambda x: widths.append(len(x)) or torch.tensor(next(forced)))
+    spoken = model.generate(text, max_frames=4, choose=lambda x, key: widths.append(x.shape[-1]) or torch.tensor([5]))
     assert [frame.tolist() for frame in spoken] == [[5] * 4] * 4
     assert widths == ([17 if stop == "class" else 16] + [16] * 3) * 4
 
 
 def test_generation_ends_at_zeros():
     model, (text, codes) = tiny(stop="zeros"), utterance(T=3)
-    forced = iter([*codes.ravel().tolist(), 0, 0, 0, 1, 0, 0, 0, 0])
-    spoken = list(model.generate(text, max_frames=10, choose=lambda logits: torch.tensor(next(forced))))
+    forced = choices(*codes.ravel(), 0, 0, 0, 1, 0, 0, 0, 0)
+    spoken = list(model.generate(text, max_frames=10, choose=forced))
     assert torch.stack(spoken).tolist() == [*codes.tolist(), [0, 0, 0, 1]]
 
 
 def test_generation_within_the_positions():
     model, (text, codes) = tiny(backbone=dict(max_positions=12)), utterance(n=5)
-    spoken = model.generate(text, max_frames=50, choose=lambda logits: torch.tensor(3))
+    spoken = model.generate(text, max_frames=50, choose=always(3))
     assert len(list(spoken)) == 12 - 7
     with pytest.raises(ValueError, match="text and prompt take 19 rows, the model has 12 positions"):
         next(model.generate(text, (text[:3], codes)))
@@ -683,9 +694,13 @@ def test_contract_check_refuses_a_model_of_another_shift(shift):
 # sampling
 
 
-def draws(logits, n=4000, **settings):
-    g = torch.Generator().manual_seed(0)
-    picked = [int(models.sample_code(logits, generator=g, **settings)) for _ in range(n)]
+def keys(*shape):
+    return models.mix(torch.arange(math.prod(shape)).view(shape))
+
+
+def draws(logits, n=4000, age=None, **settings):
+    age = None if age is None else age.expand(n, -1)
+    picked = models.sample_code(logits.expand(n, -1), keys(n), age, **settings)
     return np.bincount(picked, minlength=len(logits)) / n
 
 
@@ -710,41 +725,40 @@ def test_top_k_and_top_p():
 
 
 def test_many_draws_at_once():
-    g = torch.Generator().manual_seed(0)
     p = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]])
     logits = p.log().expand(4000, 2, 3)
-    picked = models.sample_code(logits, generator=g)
+    picked = models.sample_code(logits, keys(4000, 2))
     assert picked.shape == (4000, 2)
     assert np.allclose(F.one_hot(picked, 3).double().mean(0), p, atol=0.03)
-    cut = models.sample_code(logits, top_p=0.7, generator=g)
+    cut = models.sample_code(logits, keys(4000, 2), top_p=0.7)
     assert np.allclose(F.one_hot(cut, 3).double().mean(0), [[0, 2 / 3, 1 / 3], [0.625, 0, 0.375]], atol=0.03)
-    few = models.sample_code(logits, top_k=1, generator=g)
+    few = models.sample_code(logits, keys(4000, 2), top_k=1)
     assert torch.equal(few, logits.argmax(-1)) and torch.equal(few, models.sample_code(logits, temperature=0))
 
 
 def test_repetition_penalty():
     logits = torch.tensor([2.0, 1.5, -1.0, -1.1])
-    seen = torch.tensor([0, 2, 0])
+    age = torch.tensor([1, 0, 2, 0])
     for penalty in (1.0, 1.2, 2.0):
         expected = torch.tensor([2.0 / penalty, 1.5, -1.0 * penalty, -1.1])
-        assert models.sample_code(logits, temperature=0, repetition_penalty=penalty, seen=seen) == expected.argmax()
-        share = draws(logits, repetition_penalty=penalty, seen=seen)
+        assert models.sample_code(logits, None, age, temperature=0, repetition_penalty=penalty) == expected.argmax()
+        share = draws(logits, age=age, repetition_penalty=penalty)
         assert np.allclose(share, expected.softmax(0), atol=0.03)
     assert models.sample_code(logits, temperature=0, repetition_penalty=2.0) == 0
     assert logits[0] == 2.0
 
 
 def test_a_penalty_that_decays():
-    """A class counts from where it was last; `seen` has a column for each row of logits."""
+    """By the age of a class, which is its own in each row of logits."""
     logits = torch.tensor([[2.0, 1.5, -1.0, -1.1], [4.0, 3.0, 2.0, 1.0]])
-    seen = torch.tensor([[0, 1], [2, 1], [0, 3], [1, 3]])  # 0 was there 2 codes ago, 2 three, 1 one; 1 three, 3 one
+    age = torch.tensor([[2, 1, 3, 0], [0, 3, 0, 1]])
     for decay in (0.0, 0.5, 1.0):
         near, two, three = (1 + 2 / n**decay for n in (1, 2, 3))
         expected = torch.tensor([[2 / two, 1.5 / near, -1.0 * three, -1.1], [4, 3 / three, 2, 1 / near]])
-        torch.testing.assert_close(models.penalised(logits, seen, 3.0, decay), expected)
-        picked = models.sample_code(logits, temperature=0, seen=seen, repetition_penalty=3.0, repetition_decay=decay)
+        torch.testing.assert_close(models.penalised(logits, age, 3.0, decay), expected)
+        picked = models.sample_code(logits, None, age, temperature=0, repetition_penalty=3.0, repetition_decay=decay)
         assert torch.equal(picked, expected.argmax(-1))
-    assert torch.equal(models.penalised(logits, seen[:0], 3.0, 1.0), logits)
+    assert torch.equal(models.penalised(logits, 0 * age, 3.0, 1.0), logits)
     assert logits[0, 0] == 2
 
 
@@ -759,11 +773,9 @@ def test_min_p():
 
 
 def test_sampling_by_seed():
-    def some(seed):
-        choose = models.sampler(temperature=1.0, generator=torch.Generator().manual_seed(seed))
-        return [int(choose(torch.zeros(1000))) for _ in range(5)]
-
-    assert some(1) == some(1) != some(2)
+    model, (text, _) = tiny(), utterance()
+    one, again, two = (spoken_by(model, text, max_frames=5, draw=dict(temperature=2.0), seed=s) for s in (1, 1, 2))
+    assert one == again != two
 
 
 # ---------------------------------------------------------------------------------------------------------------------

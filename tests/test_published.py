@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Evil, assert_same, batch_of, checkpoint_of, tiny, utterance
+from helpers import GREEDY, ROOT, Evil, assert_same, batch_of, checkpoint_of, tiny, utterance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -171,7 +171,7 @@ def test_greedy_generation_equals_that_of_transformers(port, exported, tmp_path,
     ids = torch.from_numpy(text)[None]
     how = dict(max_new_tokens=50, do_sample=False, depth_decoder_do_sample=False)
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[0]
-    spoken = torch.stack(list(ours.generate(text, max_frames=50, choose=models.sampler(temperature=0))))
+    spoken = torch.stack(list(ours.generate(text, max_frames=50, draw=GREEDY)))
     assert spoken.shape == (50, 4) and len(spoken.unique(dim=0)) > 10
     assert torch.equal(spoken, expected)
     whole = ours.teacher_forced_logits(text, spoken.numpy())  # the same in one pass, without a cache

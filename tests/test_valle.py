@@ -11,7 +11,21 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, VALLE_STACK, batch_of, command, exact, gradients, same, spoken_by, utterance, write_tokens
+from helpers import (
+    GREEDY,
+    ROOT,
+    VALLE_STACK,
+    always,
+    batch_of,
+    choices,
+    command,
+    exact,
+    gradients,
+    same,
+    spoken_by,
+    utterance,
+    write_tokens,
+)
 from helpers import tiny_valle as tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +44,6 @@ from voice import Voice
 
 GOLDEN = ROOT / "tests/golden/valle2"
 MODES = ("ar", "nar")
-greedy = models.sampler(temperature=0)
 
 
 def close(ours, theirs, atol=1e-4):
@@ -168,7 +181,7 @@ def test_golden_length(sft, golden):
     # as the original turns frames into seconds and back; of a batch, it reads the shorter one's length off its padding
     lengths = [int(x / 86.1 * 86.1) for x in model.guess_length(state).tolist()]
     assert lengths[0] == golden["gen.len"][0]
-    frames, _ = spoken_by(model, *golden_utterance(model, golden, 0)[::2], 7, greedy)
+    frames, _ = spoken_by(model, *golden_utterance(model, golden, 0)[::2], 7, GREEDY)
     assert len(frames) == 7 < lengths[0]
 
 
@@ -187,14 +200,14 @@ def test_golden_demasking(sft, golden, facts, i, top):
             codes.copy_(golden[f"{name}.step_inputs"][len(inputs) - 1])
         return frame_logits(tokens, segment)
 
-    def choose(logits):
-        chosen.append(greedy(logits))
+    def choose(logits, key):
+        chosen.append(logits.argmax(-1))
         return chosen[-1]
 
     model.frame_logits = watched
     steps, T = facts["demask"]["max_steps"], facts["demask"]["lens"][i]
-    frames, stopped = spoken_by(model, text, prompt, 99, choose, frames=T, rounds=steps)
-    assert stopped and torch.equal(torch.stack(chosen), golden[f"{name}.step_ids"][:-1])
+    frames, stopped = spoken_by(model, text, prompt, 99, choose=choose, frames=T, rounds=steps)
+    assert stopped and torch.equal(torch.stack(chosen), golden[f"{name}.step_ids"])
     expected = golden[f"{name}.result"]
     assert frames == expected.where(expected < facts["stop_token"], 0).tolist()
     if not top:
@@ -219,7 +232,7 @@ def test_golden_guidance(sft, golden):
 def test_golden_generation_frame_by_frame(sft, golden):
     model = original(sft, "ar")
     text, _, prompt = golden_utterance(model, golden, 0)
-    frames, _ = spoken_by(model, text, prompt, 6, greedy)
+    frames, _ = spoken_by(model, text, prompt, 6, GREEDY)
     assert frames == golden["ar.generated"].tolist()
 
 
@@ -678,23 +691,21 @@ def test_generation_ends_where_any_codebook_says_stop():
     for k in range(4):
         last = codes[0].copy()
         last[k] = 16
-        forced = iter([*codes, last])
-        frames, stopped = spoken_by(model, text, max_frames=10, choose=lambda x, seen: torch.from_numpy(next(forced)))  # noqa: B023
+        frames, stopped = spoken_by(model, text, max_frames=10, choose=choices(*codes.ravel(), *last))
         assert frames == codes.tolist() and stopped is True
 
 
 def test_caps_and_positions():
     text, codes = utterance(n=5)
-    still = lambda logits, seen=None: torch.full(logits.shape[:-1], 3)  # noqa: E731
     for mode in MODES:
         model = tiny(mode=mode)
         given = {} if mode == "ar" else {"frames": 40, "rounds": 1}
-        assert spoken_by(model, text, None, 4, still, **given) == ([[3] * 4] * 4, False)
+        assert spoken_by(model, text, max_frames=4, choose=always(3), **given) == ([[3] * 4] * 4, False)
         tight = tiny(mode=mode, backbone=dict(max_positions=20))
-        assert spoken_by(tight, text, None, 50, still, **given) == ([[3] * 4] * 10, False)
+        assert spoken_by(tight, text, max_frames=50, choose=always(3), **given) == ([[3] * 4] * 10, False)
         with pytest.raises(ValueError, match="text and prompt take 27 rows, the model has 20 positions"):
             next(tight.generate(text, utterance(2, 16)))
-    assert spoken_by(model, text, None, 40, still, **given)[1] is True
+    assert spoken_by(model, text, max_frames=40, choose=always(3), **given)[1] is True
 
 
 def test_demasking_masks_fewer_frames_in_every_round():
@@ -711,7 +722,7 @@ def test_demasking_masks_fewer_frames_in_every_round():
             return frame_logits(tokens, segment)  # noqa: B023
 
         model.frame_logits = watched
-        frames, stopped = spoken_by(model, text, choose=greedy, frames=T, rounds=5)
+        frames, stopped = spoken_by(model, text, draw=GREEDY, frames=T, rounds=5)
         assert stopped and len(frames) == T
         assert counts == [[n] * 4 for n in (12, 11, 8, 4, 1)]
 
@@ -724,7 +735,7 @@ def test_more_rounds_than_frames():
         return torch.rand(3, 4, 17)
 
     model.frame_logits = count
-    frames, stopped = spoken_by(model, utterance()[0], choose=greedy, frames=3, rounds=6)
+    frames, stopped = spoken_by(model, utterance()[0], draw=GREEDY, frames=3, rounds=6)
     assert stopped and len(frames) == 3 and counts == [3, 2, 1, 1, 1, 1]
 
 
@@ -740,7 +751,7 @@ def test_what_is_certain_stays():
         return logits
 
     model.frame_logits = watched
-    spoken_by(model, text, choose=greedy, frames=8, rounds=6)
+    spoken_by(model, text, draw=GREEDY, frames=8, rounds=6)
     assert (kept[0] == 17).all() and all(codes[3].tolist() == [7] * 4 for codes in kept[1:])
     for before, after in itertools.pairwise(kept[1:]):
         changed = before != after
@@ -751,12 +762,12 @@ def test_draws_become_less_daring():
     model, (text, _), scales = tiny(whole_frames=False), utterance(), []
     model.frame_logits = lambda tokens, segment: torch.ones(4, 4, 17).index_fill_(-1, torch.tensor(5), 2.0)
 
-    def choose(logits):
+    def choose(logits, key):
         scales.append(float(logits.max()) / 2)
-        return torch.full(logits.shape[:-1], 7)
+        return torch.full(logits.shape[:-1], 7) if len(scales) < 5 else models.sample_code(logits, key)
 
     frames, _ = spoken_by(model, text, choose=choose, frames=4, rounds=5)
-    assert np.allclose(scales, [1, 4 / 3, 2, 4])  # the last round takes the likeliest
+    assert np.allclose(scales[:-1], [1, 4 / 3, 2, 4]) and scales[-1] > 1e5  # the last round takes the likeliest
     assert sum(frame.count(5) for frame in frames) == 4 and sum(frame.count(7) for frame in frames) == 12
 
 
@@ -765,11 +776,11 @@ def test_top_sigma_bars_what_is_unlikely(mode):
     """In both modes; the likeliest codes stay, and the contract check does not mind."""
     text, codes = utterance()
     length = dict(frames=9, rounds=1) if mode == "nar" else dict(max_frames=9)
-    plain = spoken_by(tiny(mode=mode), text, choose=greedy, **length)
+    plain = spoken_by(tiny(mode=mode), text, draw=GREEDY, **length)
     model = tiny(mode=mode, top_sigma=0.5)
-    assert plain == spoken_by(model, text, choose=greedy, **length)
+    assert plain == spoken_by(model, text, draw=GREEDY, **length)
     asked = []
-    spoken_by(model, text, choose=lambda logits, seen=None: asked.append(logits) or greedy(logits), **length)
+    spoken_by(model, text, choose=lambda logits, key: asked.append(logits) or logits.argmax(-1), **length)
     logits = model.teacher_forced_logits(text, np.zeros((9, 4), int))[: 9 if mode == "nar" else 1]
     least = logits.amax(-1, keepdim=True) - 0.5 * logits.std(-1, keepdim=True)
     assert torch.equal(asked[0] == -math.inf, (logits < least).view(asked[0].shape))
@@ -780,12 +791,17 @@ def test_the_penalty_of_mode_ar_counts_each_codebook():
     model, (text, _) = tiny(mode="ar"), utterance()
     earlier = []
 
-    def choose(logits, seen):
-        earlier.append(seen.tolist())
-        return torch.tensor([len(earlier), 2, 3, 4])
+    def choose(logits, key, age, repetition_penalty):
+        earlier.append(age[0])
+        return torch.tensor([[len(earlier), 2, 3, 4]])
 
-    frames, _ = spoken_by(model, text, choose=choose, max_frames=3)
-    assert earlier == [frames[:n] for n in range(3)]
+    frames, _ = spoken_by(model, text, draw=dict(repetition_penalty=2.0), choose=choose, max_frames=3)
+    assert frames == [[n, 2, 3, 4] for n in (1, 2, 3)]
+    for n, age in enumerate(earlier):
+        expected = torch.zeros(4, 17, dtype=torch.long)
+        expected[0, 1 : n + 1] = torch.arange(n, 0, -1)
+        expected[[1, 2, 3], [2, 3, 4]] = int(n > 0)
+        assert torch.equal(age, expected)
     assert {"repetition_penalty", "repetition_decay"} <= model.draw.keys()
     assert "repetition_penalty" not in tiny().draw  # all frames at once: nothing was seen before
 
@@ -806,7 +822,7 @@ def test_prompts_change_what_is_said():
     text, _ = utterance()
     for mode in MODES:
         model, given = tiny(mode=mode), {} if mode == "ar" else {"frames": 5}
-        said = [spoken_by(model, text, prompt, 5, greedy, **given)[0]
+        said = [spoken_by(model, text, prompt, 5, GREEDY, **given)[0]
                 for prompt in (None, utterance(3, 4, seed=1), utterance(3, 4, seed=2))]  # fmt: skip
         assert said[0] != said[1] != said[2]
 
@@ -897,7 +913,7 @@ def test_it_learns_and_speaks(tokens, tmp_path, mode, steps):
         "--learning_rate=0.02", "--shared_heads=True", *(["--rounds=3"] if mode == "nar" else []))  # fmt: skip
     voice, files, right = Voice.from_checkpoint(tmp_path / "last.pt", "cpu"), TokenFiles(tokens, "train"), []
     for i in range(10):
-        frames, stopped = spoken_by(voice.model, files.text(i), choose=greedy)
+        frames, stopped = spoken_by(voice.model, files.text(i), draw=GREEDY)
         said = files.codes(i).tolist()
         right.append((stopped and len(frames) == len(said), np.mean([a == b for a, b in zip(frames, said)])))  # noqa: B905
     assert (np.mean(right, 0) > 0.65).all()  # by chance 0.33 and 0.06
@@ -934,7 +950,7 @@ def test_one_model_learns_both_modes(tokens, tmp_path):
         voice, right = Voice.from_checkpoint(tmp_path / "last.pt", "cpu", speaks=mode), []
         assert voice.model.causal == (mode == "ar")
         for i in range(10):
-            frames, stopped = spoken_by(voice.model, files.text(i), choose=greedy)
+            frames, stopped = spoken_by(voice.model, files.text(i), draw=GREEDY)
             said = files.codes(i).tolist()
             matches = np.mean([a == b for a, b in zip(frames, said)])  # noqa: B905
             right.append((stopped and len(frames) == len(said), matches))

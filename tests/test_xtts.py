@@ -12,7 +12,7 @@ import soundfile
 import tokenizers
 import torch
 import torch.nn.functional as F
-from helpers import GPT2_STACK, WORDS, exact, same, write_tokens
+from helpers import GPT2_STACK, GREEDY, WORDS, choices, exact, same, write_tokens
 from helpers import tiny_xtts as tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,10 +221,6 @@ def test_the_reference_counts():
 # generation
 
 
-def greedy(logits, seen=None):
-    return logits.argmax(-1)
-
-
 def speak(model, text, heard, **options):
     """Codes, and whether the model ended by itself."""
     frames, made = [], model.generate(text, reference=heard, **options)
@@ -238,47 +234,46 @@ def speak(model, text, heard, **options):
 @given(seed=st.integers(0, 50), n=st.integers(0, 18), most=st.integers(0, 40))
 def test_generation_speaks_only_codes(seed, n, most):
     model, (text, _, heard) = tiny(), utterance(n, seed=seed)
-    generator, kinds = torch.Generator().manual_seed(seed), []
+    kinds = []
 
-    def choose(logits, seen=None):
-        kinds.append((len(logits), seen.tolist()))
-        return models.sample_code(logits, generator=generator)
+    def choose(logits, key, age, **settings):
+        kinds.append((logits.shape[-1], age[0].tolist()))
+        return models.sample_code(logits, key, age, **settings)
 
-    codes, ended = speak(model, text, heard, max_frames=most, choose=choose)
+    draw = dict(repetition_penalty=1.5)
+    codes, ended = speak(model, text, heard, max_frames=most, draw=draw, choose=choose, seed=seed)
     assert all(0 <= code < 16 for code in codes) and len(codes) <= min(most, 25)
     assert ended == (len(kinds) > len(codes)) and (ended or len(codes) == min(most, 25))
-    assert kinds == [(18, codes[:i]) for i in range(len(kinds))]
+    ages = [{code: n - i for i, code in enumerate(codes[:n])} for n in range(len(kinds))]
+    assert kinds == [(18, [age.get(code, 0) for code in range(18)]) for age in ages]
 
 
 @pytest.mark.parametrize("end", [16, 17])
 def test_generation_ends(end):
     model, (text, _, heard) = tiny(), utterance()
-    ending = iter([3, 3, end])
-    assert speak(model, text, heard, choose=lambda logits, seen: torch.tensor(next(ending))) == ([3, 3], True)
+    assert speak(model, text, heard, choose=choices(3, 3, end)) == ([3, 3], True)
     model.code_head.bias.data[end] = 1e4
-    assert speak(model, text, heard, choose=greedy) == ([], True)
+    assert speak(model, text, heard, draw=GREEDY) == ([], True)
     model.code_head.bias.data[end] = -1e4
     model.code_head.bias.data[33 - end] = -1e4
-    assert [len(codes) for codes, ended in (speak(model, text, heard, choose=greedy, max_frames=n) for n in (7, 99))
+    assert [len(codes) for codes, ended in (speak(model, text, heard, draw=GREEDY, max_frames=n) for n in (7, 99))
             if not ended] == [7, 25]  # fmt: skip
 
 
 def test_a_prompt_changes_nothing():
     model, (text, _, heard) = tiny(), utterance()
-    assert speak(model, text, heard, choose=greedy) == speak(model, text, heard, choose=greedy, prompt=utterance()[:2])
+    assert speak(model, text, heard, draw=GREEDY) == speak(model, text, heard, draw=GREEDY, prompt=utterance()[:2])
 
 
 def test_latents_are_the_states_the_codes_came_from():
     model, (text, codes, heard) = tiny().eval(), utterance(5, 9)
     states = []
     model.code_head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-    ending = iter([*codes[:, 0].tolist(), 17])
-    said, _ = speak(model, text, heard, choose=lambda logits, seen: torch.tensor(next(ending)))
-    latents, expected = model.latents(text, torch.tensor(said)[:, None], heard), torch.stack(states[:-1])
+    said, _ = speak(model, text, heard, choose=choices(*codes[:, 0], 17))
+    latents, expected = model.latents(text, torch.tensor(said)[:, None], heard), torch.cat(states[:-1])
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     assert latents.shape == (9, 32)
-    ending = iter([*said, 17])
-    made = model.generate(text, choose=lambda logits, seen: torch.tensor(next(ending)), reference=heard, latents=True)
+    made = model.generate(text, choose=choices(*said, 17), reference=heard, latents=True)
     assert torch.equal(torch.stack(list(made)), expected)
 
 
@@ -539,8 +534,8 @@ def test_greedy_generation_equals_the_original(released):
     weights.load_weights(model, state)
     heads = []
 
-    def choose(scores, seen=None):
-        heads.append(scores[:34])
+    def choose(scores, key):
+        heads.append(scores[0, :34])
         return scores.argmax(-1)
 
     assert speak(model, text, heard, choose=choose, max_frames=12) == (codes, False)

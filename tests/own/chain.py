@@ -16,7 +16,6 @@ from model import (
     free,
     init_weights,
     multi_codebook_cross_entropy,
-    sample_code,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,11 +78,8 @@ class Chain(Family):
         state, frame = self.states(tokens, segment)
         losses, correct = multi_codebook_cross_entropy(state, self.heads, frame)
         loss = (losses * self.config.loss_decay ** torch.arange(len(losses), device=losses.device)).mean()
-        n, counts = len(frame), torch.full_like(correct, len(frame))
-        stats = {
-            "loss": (loss.detach() * n, n), "c0_accuracy": (correct[0], n),
-            "loss_by_codebook": (losses.detach() * n, counts), "accuracy_by_codebook": (correct, counts),
-        }  # fmt: skip
+        counts = torch.full_like(correct, len(frame))
+        stats = self.stats(loss, len(frame), losses * len(frame), correct, counts)
         if not self.training:
             ends = state[frame[:, 0] == self.config.codebook_size, 0]
             stats["stop_missed"] = (((ends @ self.heads[0].T).argmax(-1) != self.config.codebook_size).sum(), len(ends))
@@ -92,23 +88,21 @@ class Chain(Family):
     def teacher_forced_logits(self, text, codes):
         return torch.einsum("nkd,kvd->nkv", self.states(*self.rows(text, codes))[0], self.heads)
 
+    def head_weights(self):
+        V = self.config.codebook_size
+        return [(head[: V + (k == 0)], None) for k, head in enumerate(self.heads)]  # only codebook 0 may end it
+
     @torch.no_grad()
-    def generate(self, text, prompt=None, max_frames=1125, choose=sample_code):
-        c = self.config
-        tokens, segment = self.rows(text, None, prompt)
-        taken = tokens.shape[1]
-        max_frames = self.frames_left(taken, max_frames)
-        cache = self.backbone.cache(1, taken + max_frames)
-        x = self.embed(tokens, segment)
-        for _ in range(max_frames):
-            state = self.backbone(x, cache)[:, -1]
-            frame = tokens.new_zeros(1, 0)
-            for k in range(c.n_codebooks):
-                logits = self.heads[k] @ self.chain(state, frame)[0, -1]
-                code = choose(logits[: c.codebook_size + (k == 0)])  # only codebook 0 may end the utterance
-                if code == c.codebook_size:
-                    return True
-                frame = torch.cat([frame, code.view(1, 1)], 1)
-            yield frame[0]
-            x = self.code_embedding(frame + self.offset).sum(1, keepdim=True)
-        return False
+    def opening(self, text, prompt=None):
+        return self.embed(*self.rows(text, None, prompt)), None, 0
+
+    @torch.no_grad()
+    def step(self, stage):
+        stage.begin()
+        state = self.backbone(stage.x, stage.cache)[:, -1]
+        frame = stage.made.new_zeros(len(state), 0)
+        for k, score in enumerate(stage.scorers):
+            code = stage.choose(score(self.chain(state, frame)[:, -1]), k)
+            frame = torch.cat([frame, code[:, None]], 1)
+        stage.x.copy_(self.code_embedding(frame + self.offset).sum(1, keepdim=True))
+        stage.commit(frame, frame[:, 0] == self.config.codebook_size)
