@@ -913,7 +913,7 @@ def test_speed(spoken):
     how = dict(reference=spoken / "3.wav", temperature=0, cap_seconds=1.0)
     voice.model.code_head.bias.data[32:] = -1e4  # it never stops
     states = torch.stack(list(voice.frames("one two", **how)))
-    timbre = voice.timbre[None]
+    timbre = voice.listen(spoken / "3.wav")[1][None]
     plain = voice.say("one two", **how)
     torch.testing.assert_close(plain, voice.codec.vocode(states[None], timbre)[0])
     for speed in (2.0, 0.8):
@@ -926,7 +926,7 @@ def test_speed(spoken):
     cli(sample, "--ckpt", f"{spoken}/out/best.pt", "--text=one two", "--device=cpu", f"--reference={spoken}/3.wav",
         "--temperature=0", "--cap_seconds=1", "--speed=2", f"--out_dir={spoken}/fast")  # fmt: skip
     assert 0 < soundfile.info(spoken / "fast/000.wav").frames < 0.6 * len(plain)
-    assert len(voice.decode([states[0]])) > 0  # not even a single state vanishes
+    assert len(voice.decode(states[:1], timbre[0], 2.0)) > 0  # not even a single state vanishes
 
 
 def test_each_speaker_has_a_timbre_of_its_own(spoken):
@@ -950,8 +950,9 @@ def test_a_vocoder_that_streams(spoken):
     voice = Voice.from_checkpoint(spoken / "out/best.pt", "cpu")
     voice.model.code_head.bias.data[32:] = -1e4  # it never stops
     states, drawn = list(voice.frames("one two three", speaker="a", cap_seconds=1.1)), []
-    whole = voice.decode(states)
-    pieces = voice.join((drawn.append(1) or state for state in states), block=0.2, context=0.4, ahead=0.2)
+    timbre = voice.plan("one two three", speaker="a")[1]
+    whole = voice.decode(torch.stack(states), timbre)
+    pieces = voice.join((drawn.append(1) or state for state in states), timbre, block=0.2, context=0.4, ahead=0.2)
     first = next(pieces)
     assert len(drawn) == 10 < len(states) == 24
     joined = torch.cat([first, *pieces])
