@@ -45,7 +45,7 @@ ABBREVIATIONS, NUMBERED, FINAL, STARTERS = (set(words.split()) for words in (
     approx cf est viz vs ext ca bzw vgl evtl ggf inkl exkl sog geb gest bspw zzgl hr hrn frl dipl ing mag std mio mrd mm
     mme mmes mlle mlles mgr cie env sr sra srta sres dña ud uds vd vds lic gral avda cía aprox ej dra profa exmo exma
     sig dott avv geom egr dhr mevr mw bijv np tzn tzw tj ul inż św ул пер им проф акад тыс млн млрд руб коп см ср гр
-    обл вул doç sn bkz डॉ प्रो
+    обл вул doç sn bkz डॉ प्रो श्री ur av
     """,
     # nor after one of these before a number
     """
@@ -53,7 +53,7 @@ ABBREVIATIONS, NUMBERED, FINAL, STARTERS = (set(words.split()) for words in (
     стр рис гл кв тел jan feb mar apr jun jul aug sep sept oct nov dec min
     """,
     # but one may end after one of these before a capital
-    "etc a.m p.m usw usf itd itp osv enz т.д т.п др пр inc ltd corp jr bros esq ave blvd rd sq",
+    "etc ecc a.m p.m usw usf itd itp osv enz т.д т.п др пр inc ltd corp jr bros esq ave blvd rd sq",
     # and after initials before one of these
     """
     A After An And As At But By For From He Her His How I If In It Its My Now On Our She So That The Their Then There
@@ -61,7 +61,8 @@ ABBREVIATIONS, NUMBERED, FINAL, STARTERS = (set(words.split()) for words in (
     Wir Elle Elles Et Il Ils Je Mais Nous Puis Vous Ella Luego Pero Una Él А В Вы И Мы На Но Он Она Они Это Я
     """,
 ))  # fmt: skip
-INITIALS = re.compile(r"[^\W\d]|(?:[^\s.\d]{1,3}\.)+[^\s.\d]{1,3}|[Ss]t|[Cc]o")  # J., U.S., z.B.
+# J., z.B., EE. UU.
+INITIALS = re.compile(r"[^\W\d⺀-鿿가-힣]|(?:[^\s.\d@]{1,3}\.)+[^\s.\d@]{1,3}|([A-Z])\1|[Ss]t|[Cc]o")
 TAIL = re.compile("[ﾞﾟำຳ\u1160-\u11ff\U0001f3fb-\U0001f3ff]")  # what belongs to the character before it
 FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")  # one half
 VIRAMA = 9  # the sign between consonants of one syllable
@@ -142,13 +143,13 @@ def ends(before, stop, after, cased):
         return False
     if stop.rstrip(f"{CLOSING}“‘« ") != ".":
         return True
-    word = re.search(rf"[^\s{CLOSING}(\[¿¡“‘«„/–—-]*$", before)[0]
+    word = re.search(r"(?:(?!\W)[^\s/–—-]+)?$", before)[0]
     if re.fullmatch(r"\d{1,2}|[IVX]{2,}", word):
         return not ORDINAL.search(before.removesuffix(word))
     initials = INITIALS.fullmatch(word)
     short = word.lower()
     if following[:1].isdigit():
-        return not initials and short not in ABBREVIATIONS | NUMBERED
+        return not initials and short not in ABBREVIATIONS | NUMBERED and not short.endswith("str")
     if short in FINAL:
         return True
     return word[0].isupper() and following in STARTERS if initials else short not in ABBREVIATIONS

@@ -51,21 +51,23 @@ def test_int8_is_near_plain(sizes, bias):
         exact = F.linear(x, weight, bias)
         assert y.shape == exact.shape and y.dtype == exact.dtype
         # half a step of an activation at each input, half a step of a weight likewise
-        steps = x.abs().amax(-1, keepdim=True) / 63 / 2 * weight.abs().sum(1)
-        steps = steps + x.abs().sum(-1, keepdim=True) * weight.abs().amax(1) / 127 / 2
+        steps = x.abs().amax(-1, keepdim=True) / 127 / 2 * weight.abs().sum(1)
+        steps = steps + x.abs().sum(-1, keepdim=True) * weight.abs().amax(1) / 64 / 2
         assert ((y - exact).abs() <= 1.02 * steps + 1e-6).all()
     if sizes[1] > 30:
         x = torch.randn(300, sizes[1])
-        assert error(pack(weight, None, "int8")(x), F.linear(x, weight)) < 0.04
+        assert error(pack(weight, None, "int8")(x), F.linear(x, weight)) < 0.03
 
 
 @needs_int8
 def test_int8_does_not_overflow():
     """The largest products of one sign are exact: 16 bits hold the sums of two of them."""
-    x = torch.tensor([[63.0], [-63.0]]).expand(2, 1000)
+    x = torch.tensor([[127.0], [-127.0]]).expand(2, 1000)
     for sign in (1.0, -1.0):
-        y = pack(torch.full((16, 1000), sign * 127), None, "int8")(x)
-        torch.testing.assert_close(y, (x.sum(1) * sign * 127)[:, None].expand(2, 16), rtol=1e-6, atol=0)
+        product = pack(torch.full((16, 1000), sign * 64), None, "int8")
+        exact = (x.sum(1) * sign * 64)[:, None].expand(2, 16)
+        torch.testing.assert_close(product(x), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(product(x[1:]), exact[1:], rtol=1e-6, atol=0)
 
 
 @needs_int8
@@ -76,8 +78,9 @@ def test_a_row_of_int8_does_not_depend_on_its_neighbours():
     beside = torch.cat([quiet, 1e6 * torch.randn(64, 96)])
     assert torch.equal(product(beside)[:64], product(quiet))
     assert torch.equal(product(beside.view(2, 64, 96))[0], product(quiet))
-    alone = torch.stack([product(x) for x in quiet])  # another order of operations, the same integers
-    torch.testing.assert_close(alone, product(quiet), rtol=1e-5, atol=2e-6)
+    alone = torch.stack([product(x) for x in quiet])  # but for an activation in ten thousand that rounds differently
+    assert error(alone, product(quiet)) < 0.01
+    assert ((alone - product(quiet)).norm(dim=-1) < 1e-5 * alone.norm(dim=-1)).float().mean() > 0.9
 
 
 @needs_int8
@@ -90,10 +93,12 @@ def test_int8_of_zeros_and_of_rows_of_any_size(rows):
     product = pack(weight, None, "int8")
     x = torch.randn(rows, 96)
     for size in (1e-30, 1e-10, 1e10, 1e30):
-        assert error(product(size * x) / size, F.linear(x, weight)) < 0.04
+        assert error(product(size * x) / size, F.linear(x, weight)) < 0.03
     x[0, 5] = torch.nan
     assert product(x)[0].isnan().all()
     assert not product(x)[1:].isnan().any()
+    x[0, 5] = torch.inf
+    assert not product(x)[0].isfinite().any()
 
 
 @pytest.mark.parametrize("kind", both)
@@ -196,15 +201,14 @@ def test_the_faster_kind_is_chosen(monkeypatch, faster):
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64, bias=False))
     seen = []
 
-    def measured(products, inputs):
-        kind = "packed" if isinstance(products[0], Packed) else "plain"
-        seen.append(kind)
-        for product, x in zip(products, inputs, strict=True):
-            assert product(x).shape == (1, 32 if x.shape[1] == 64 else 64)
+    def seconds(product, x):
+        kind = "packed" if isinstance(product, Packed) else "plain"
+        seen.append((kind, *x.shape, *product(x).shape))
         return 1.0 if kind == faster else 2.0
 
-    monkeypatch.setattr(packed, "measured", measured)
-    assert fastest(model) == faster and set(seen) == {"plain", "packed"}
+    monkeypatch.setattr(packed, "seconds", seconds)
+    assert fastest(model, rows=3) == faster
+    assert set(seen) == {(kind, 3, *sizes) for kind in ("plain", "packed") for sizes in ((64, 3, 32), (32, 3, 64))}
     assert all(type(m) is nn.Linear for m in (model[0], model[2]))  # nothing is packed yet
 
 

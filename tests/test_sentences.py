@@ -15,7 +15,8 @@ HARD = {
     "ar": ["مرحبا.| كيف حالك؟| أنا بخير۔| نعم؛| شكرا!", "وصل د. أحمد.| ثم ذهب (سريعا. جدا.) الى البيت."],
     "de": [
         "Das ist z.B. am 3. Oktober um 10.30 Uhr.| Danach ca. 5 Min. später, d.h. um elf.",
-        "Prof. Dr. Müller zahlte 1.000,5 Euro.| Die Nr. 5 usw. blieb.| Ludwig XIV. war da.",
+        "Prof. Dr. Müller zahlte 1.000,5 Euro.| Die Nr. 5 usw. blieb.| Ludwig XIV. war da.| Das war's.| „Gut.“",
+        "Er wohnt Hauptstr. 5 in Köln.| Am 1. Mai.| Vgl. S. 12.",
         "z. B. Äpfel u. a. Obst.| „Nein.“| Er ging.| Im 19. Jahrhundert.| Es war 1990.| Dann kam er.",
     ],
     "en": [
@@ -25,10 +26,16 @@ HARD = {
         "Version v2.0 costs $3.14.| Buy No. 5 at Acme Inc. today!| I said no.| Mr. No. 5 left at 5 p.m.| She stayed.",
         "Wait... what?!| Really?!| Yes...| It was (late. Very late.) and dark.| See fig. 3 in vol. 2, pp. 10.",
         "The U.S. Army came.| He left the U.S.| The end.| So did I.| He lives on Main St.| The house is red.",
+        "'Dr. No' (Mr. T. or (vs. B) too).| Mail a.b@c.de.| Thanks!",
         "Visit example.com.| Then see a.b/c?d now.| Yahoo! is big.| MR. SMITH CAME.| Wow!| 😀 Great.",
     ],
+    "it, pt, pl": [
+        "Il Sig. Rossi, ecc.| Poi no.| A Av. Paulista, 3.| O Sr. Silva.",
+        "Pan dr. Nowak, ur. w 1990 r. w Łodzi.| Itd.| On.",
+    ],
+    "ko": ['안녕하세요.| 3.5점.| "네."| 그래요.'],
     "lower case": ["hello there.| this is dr. smith, e.g. the one.| is it?| yes."],
-    "es": ["El Sr. García vive en la Av. 5 de Mayo.| ¿Qué?| ¡No!| Ud. y la Dra. Ruiz pagan 3,50 EE.UU. aprox. hoy."],
+    "es": ["El Sr. García vive en la Av. 5 de Mayo.| ¿Qué?| ¡No!| Ud. y la Dra. Ruiz pagan 3 EE.UU. hoy.| EE. UU. no."],
     "fr": ["M. Dupont est là.| Mme. Durand aussi.| « Non. »| Puis rien.| Quoi ?| Non !| J.-C. Petit, env. 3 m."],
     "hi": ["नमस्ते।| आप कैसे हैं?| डॉ. शर्मा यहाँ हैं।| अ. ब. वर्मा नहीं॥"],
     "hy": ["Բարեւ։| Ինչպե՞ս ես։"],
