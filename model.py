@@ -391,7 +391,7 @@ class Attention(nn.Module):
         """Queries, keys and values (B, S, H, head_dim), the first two rotated."""
         if rope is not None and self.speeds:
             slow, fast = self.speeds
-            rope = turns(rope * (slow + (fast - slow) * self.speed.sigmoid()))
+            rope = turns(rope * (slow + (fast - slow) * self.speed.sigmoid())).to(x.dtype)
         if self.joined is None:
             q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         else:
