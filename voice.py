@@ -457,7 +457,7 @@ class Voice:
             return {**how, "reference": self.listen(reference)}
         return how
 
-    def fits(self, text, speaker="", reference=None, reference_text="", language="", **_):
+    def fits(self, text, speaker="", reference=None, reference_text="", language="", cap_seconds=0.0, **_):
         """Whether the model can speak a text at once: in its positions, and in about LONGEST seconds."""
         ids, side = self.utterance(text, speaker, reference, reference_text, language)
         usual = len(ids) * self.frames_per_id
@@ -465,7 +465,7 @@ class Voice:
             room, _ = self.model.room(ids, side.get("prompt"), 2**30)
         except ValueError:
             return False
-        return usual <= LONGEST * self.codec.frame_rate and 1.5 * usual <= room
+        return usual <= LONGEST * self.codec.frame_rate and min(1.5 * usual, self.cap(ids, cap_seconds)) <= room
 
     def pieces(self, text, **how):
         """A text in pieces that the model can speak, see parts/sentences.py; text ids are one. Raises ValueError."""
@@ -474,9 +474,9 @@ class Voice:
             return [text]
         try:
             return split_text(text, fits)
-        except ValueError:  # not even a letter fits beside the reference: that is to be said
+        except ValueError:  # a letter is too long already: the positions are few, or the reference takes them
             self.plan(text, **how)
-            raise
+            return [text]
 
     @property
     def continues(self):
