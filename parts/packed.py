@@ -12,7 +12,7 @@ The kinds:
   overflow 16 bits on AVX2. Weights lose less by that than activations, which have outliers.
 The operators are private to torch and may go: `missing` tries them.
 
-Letters in shapes: O outputs, I inputs, R rows.
+Letters in shapes: O outputs, I inputs.
 """
 
 import time
