@@ -2546,9 +2546,11 @@ def check_mode(model, text, codes, **side):
 #
 # A tile takes at most 1/18 of the memory of all N K V logits in float32 (1/30 in half precision): with its work space
 # that stays at 1/16. It has at least 0.5 MB, and no more than 17 MB (4,096 rows of 2,051 columns in half precision) or
-# 2,048 rows. Each tile adds to all of dW, so a single head in half precision gets 1,024 rows if these alone are no more
-# than 1/16. Where heads are small, a tile holds several of them. Where all heads read one state, they are, for the
-# kernel and in half precision, one wide head of K V columns, so that the product itself sums their parts of dh.
+# 2,048 rows. It may always have D / 8 rows, an eighth of the memory of a head's weights: each tile reads all of these,
+# and for few rows of many classes that takes most of the time (27 of Kani's 80,538: almost twice as long as 128). Each
+# tile adds to all of dW, so a single head in half precision gets 1,024 rows if these alone are no more than 1/16. Where
+# heads are small, a tile holds several of them. Where all heads read one state, they are, for the kernel and in half
+# precision, one wide head of K V columns, so that the product itself sums their parts of dh.
 # Weights in half precision, whose gradient several tiles sum, need a sum in float32 beside it. A loss per codebook that
 # is not simply summed, over a shared state, costs a second pass: one state holds one dh, but each codebook has its own
 # factor.
@@ -2705,7 +2707,7 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     correct = torch.empty_like(target, dtype=torch.bool)
 
     # the tile: n rows of g heads
-    buffer = buffer or _tile_size(N, K, V, C, dtype, exact)
+    buffer = buffer or _tile_size(N, K, V, C, D, dtype, exact)
     n = max(1, min(N, buffer // C))
     if n < N:  # tiles of nearly equal size; a CPU takes a tenth longer for 1,725 rows of bfloat16 than for 1,728
         step = 64 if n >= 64 else 1
@@ -2754,14 +2756,14 @@ def _cross_entropy_pass(hidden, weight, bias, target, scale, wanted, dtype, buff
     return loss, correct, grads
 
 
-def _tile_size(N, K, V, C, dtype, exact):
-    """Elements of a tile whose rows have C columns; the comment above says why so many."""
+def _tile_size(N, K, V, C, D, dtype, exact):
+    """Elements of a tile whose rows have C columns, for weights (C, D); the comment above says why so many."""
     logits = N * K * V * 4  # bytes
     width = C * dtype.itemsize
     share = logits // (18 if dtype == exact else 30)
     if K == 1 and dtype != exact:
         share = max(share, min(logits // 16, 1024 * width))
-    return min(max(share, 2**19), max(17_000_000, 2048 * width)) // dtype.itemsize
+    return min(max(share, 2**19, D // 8 * width), max(17_000_000, 2048 * width)) // dtype.itemsize
 
 
 def _product(a, b, out, new):

@@ -64,10 +64,11 @@ class LoRALinear(nn.Linear):
     active = None
 
     def forward(self, x):
-        y = super().forward(x)
         if self.active is None:
-            return y
-        return (y + getattr(self, f"lora_{self.active}")(x)).to(y.dtype)
+            return super().forward(x)
+        added = getattr(self, f"lora_{self.active}")(x)
+        y = super().forward(x)  # last: a frozen product keeps no activation, so checkpointing has no need to repeat it
+        return (y + added).to(y.dtype)
 
 
 class Table(nn.Module):

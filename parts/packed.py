@@ -12,7 +12,7 @@ The kinds:
   overflow 16 bits on AVX2. Weights lose less by that than activations, which have outliers.
 The operators are private to torch and may go: `missing` tries them.
 
-Letters in shapes: O outputs, I inputs, R rows.
+Letters in shapes: O outputs, I inputs.
 """
 
 import time
@@ -45,7 +45,7 @@ class Packed(nn.Module):
 
 class PackedFloat(Packed):
     def prepare(self, weight):
-        # packed for a number of rows it would be no faster for these, and up to twice as slow for others
+        # given a number of rows of 1, oneDNN keeps the plain order: one row is a little faster, two take twice as long
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def product(self, x):

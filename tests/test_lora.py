@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from model import (
     ARCHS,
@@ -212,6 +214,30 @@ def test_only_adapters_are_trained(base_dtype):
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad == ("lora" in name), name
         assert p.dtype == (torch.float32 if "lora" in name else base_dtype)
     assert_equal(base_of(model), before)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of the two matrices of each product."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket == torch.ops.aten.mm:
+            self.shapes.append(tuple(tuple(x.shape) for x in args))
+        return function(*args, **(kwargs or {}))
+
+
+def test_checkpointing_repeats_no_product_with_a_frozen_weight():
+    model = nn.Sequential(nn.Linear(12, 20, bias=False))
+    add_lora(model, 2, 4, dropout=0.1)
+    x = torch.randn(6, 12, requires_grad=True)
+    with Products() as made:
+        y = checkpoint(model, x, use_reentrant=False)
+        y.sum().backward()
+    assert made.shapes.count(((6, 12), (12, 20))) == 1
+    assert made.shapes.count(((6, 12), (12, 2))) == 2  # that of the adapter is repeated
 
 
 def test_gradients_are_exact():
