@@ -848,6 +848,7 @@ class Family(nn.Module):
     fits_prompts = False  # a voice prompt is cut or repeated until it has one of the usual lengths
     rows_per_frame = 1
     rows_before = 0  # of the backbone, beside those of `layout`
+    has_depth = False  # a depth decoder makes the codebooks of a frame one by one, see CSM.stage
     vocoder = False  # a vocoder is trained on this model's states, see XTTS.latents
     text_tables = ()  # names of the parameters with a row for each text id, where a tokenizer may bring more ids
     front_end = "plain"  # what its authors do to a text before a tokenizer reads it, see parts/frontend.py
@@ -1054,6 +1055,7 @@ class CSM(Family):
     """
 
     transcript = True
+    has_depth = True
     front_end = "none"
     draw = dict(temperature=0.9, top_k=50, top_p=1.0, min_p=0.0)
 

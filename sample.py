@@ -62,6 +62,7 @@ voice_note = ""  # licence or origin of that voice; it is shown wherever the voi
 seed: "0 <= int <= 4294967295" = 1337
 batch: "1 <= int <= 1024" = 8  # lines that are spoken at the same time
 tries: "1 <= int <= 20" = 3  # of a line that does not end or repeats itself, each with another seed
+n_codebooks: "0 <= int <= 1000" = 0  # CSM: speak in so many of the first codebooks, faster and coarser; 0: in all
 stream = False  # write audio while it is generated, line after line
 quantize: Literal["", "int8"] = ""  # int8: weights in 8 bits, on a CPU: several times as fast, nearly the same
 linear: Literal["auto", "plain", "packed"] = "auto"  # order of the weights on a CPU; auto: measure which is faster
@@ -169,14 +170,18 @@ def stream_line(voice, line, path, **how):
     factor = (time.perf_counter() - start) / max(seconds, 1e-9)
     faults = [] if voice.stopped else [CUT]
     about = f"real-time factor {factor:.2f}, first audio after {first:.2f} s"
-    return f"{path}  {line!r}: {seconds:.2f} s of audio, {about}{warning(samples, faults, [])}", seconds
+    return f"{path}  {short(line)!r}: {seconds:.2f} s of audio, {about}{warning(samples, faults, 0)}", seconds
 
 
-def warning(samples, faults, tries):
-    """What was wrong with an utterance, for the terminal."""
+def short(line):
+    return line if len(line) <= 100 else f"{line[:80]} ... {line[-15:]}"
+
+
+def warning(samples, faults, again):
+    """What was wrong with an utterance, for the terminal. again: how often it, or a piece of it, was spoken again."""
     if not samples:
         return "; warning: the model stopped at once"
-    again = f", spoken {len(tries)} times" if len(tries) > 1 else ""
+    again = f", spoken again {again} time{'s' * (again > 1)}" if again else ""
     return f"; warning: {', '.join(map(MEANING.get, faults))}{again}" if faults else again
 
 
@@ -210,6 +215,7 @@ def get_ready(cfg, path, lines, out_dir):
     if "reference_seconds" in cfg.given:
         need_stretch(cfg.reference_seconds)
         voice.reference_seconds = cfg.reference_seconds
+    voice.use_codebooks(cfg.n_codebooks)
     reference, texts = heard_voice(cfg, voice, partial(print, file=messages))
     prompt = voice.prompt(reference, texts, cfg.speaker, cfg.language)
     for i, line in enumerate(lines, 1):
@@ -270,10 +276,12 @@ def read_out(cfg, path, lines, out_dir):
     start = time.perf_counter()
     paths = ["-" if piped else os.path.join(out_dir, f"{i:03d}.wav") for i in range(len(lines))]
     speaking = in_turn if cfg.stream or piped else at_once
-    with tqdm(total=len(lines), desc="speaking", disable=len(lines) < 2) as bar:
-        for message, ended, tries, seconds in speaking(cfg, voice, lines, paths, how):
+    bar = dict(total=len(lines), unit=" lines") if len(lines) > 1 else dict(unit=" frames", delay=2, leave=False)
+    with tqdm(desc="speaking", disable=piped, **bar) as bar:
+        tick = bar.update if len(lines) == 1 else None
+        for message, ended, tries, seconds in speaking(cfg, voice, lines, paths, how, tick):
             tqdm.write(message, file=messages)
-            bar.update()
+            bar.update(len(lines) > 1)
             report["ended"] += ended
             report["tries"] += tries
             report["seconds"] += seconds
@@ -289,25 +297,26 @@ def read_out(cfg, path, lines, out_dir):
     return ["published" if step is None else f"{step:,}", f"{report['ended']} of {len(lines)}", factor, *spoken]
 
 
-def in_turn(cfg, voice, lines, paths, how):
+def in_turn(cfg, voice, lines, paths, how, tick):
     """Speak line after line, each while it is made. Yields of each a message, whether it ended, tries, seconds."""
     for line, target in zip(lines, paths, strict=True):
         message, seconds = stream_line(voice, line, target, **how)
         yield message, bool(voice.stopped), 1, seconds
 
 
-def at_once(cfg, voice, lines, paths, how):
+def at_once(cfg, voice, lines, paths, how, tick):
     """Speak several lines at a time. Yields the same as `in_turn`, of each line when it is complete."""
     start = time.perf_counter()
-    for i, said in voice.speak(lines, cfg.batch, cfg.tries, **how):
+    for i, said in voice.speak(lines, cfg.batch, cfg.tries, tick=tick, **how):
         with wav_file(paths[i], voice.sample_rate, growing=False) as write:
             write(said.wav)
         seconds = len(said.wav) / voice.sample_rate
-        message = f"{paths[i]}  {lines[i]!r}: {seconds:.2f} s of audio, {said.frames} frames"
+        again = len(said.tries) - len(said.pieces)
+        message = f"{paths[i]}  {short(lines[i])!r}: {seconds:.2f} s of audio, {said.frames} frames"
         if len(lines) == 1 and seconds:
             took = time.perf_counter() - start
             message += f", real-time factor {took / seconds:.2f}, {said.frames / took:.1f} frames a second"
-        yield message + warning(len(said.wav), said.faults, said.tries), said.ended, len(said.tries), seconds
+        yield message + warning(len(said.wav), said.faults, again), said.ended, 1 + again, seconds
 
 
 def find_checkpoints(ckpt, *folders):

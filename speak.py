@@ -106,18 +106,20 @@ class Engine:
         """Yields (number, Spoken) of each utterance when it is complete, in any order; see `follow`."""
         return self.follow(deque(enumerate(utterances)), judge, tries)
 
-    def follow(self, queue, judge=None, tries=3):
+    def follow(self, queue, judge=None, tries=3, tick=None):
         """`speak` for a queue of (number, Utterance), to which the caller may append while it runs.
 
         judge(number, Spoken) adds the faults that it finds. An utterance with faults is spoken again with other seeds,
         until it has none or the tries are over; then the try with the fewest faults counts. Without a temperature all
-        tries would be equal, so that there is one.
+        tries would be equal, so that there is one. tick(n) is told of n more frames.
         """
         tries = 1 if self.draw.get("temperature", 1.0) == 0 else tries
         made = {}
         earlier = {}
         for number, utterance, frames, over in self.run(queue):
             made.setdefault(number, []).append(frames)
+            if tick is not None:
+                tick(len(frames))
             if over is None:
                 continue
             spoken = Spoken(torch.cat(made.pop(number)), over == ENDED, [] if over == ENDED else [over])

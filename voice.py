@@ -107,6 +107,7 @@ class Voice:
         self.stopped = None
         self.adapted = {}
         self.engine = None
+        self.n_codebooks = 0
         self.fixed = False
         self.take(tokenizer, meta, config, references, timbres, voices)
 
@@ -404,6 +405,14 @@ class Voice:
         self.fixed = True
         return self
 
+    def use_codebooks(self, n):
+        """Speak in the first n codebooks from now on, 0: in all. Raises ValueError where these alone are no speech."""
+        if n and not (self.model.has_depth and self.codec.residual and 2 <= n <= self.codec.n_codebooks):
+            raise ValueError(f"n_codebooks = {n}: only a CSM with a residual codec can speak in its first codebooks, "
+                             f"2 or more of {self.codec.n_codebooks}")  # fmt: skip
+        self.n_codebooks = n
+        self.engine = None
+
     def plan(self, text, speaker="", reference=None, reference_text="", seed=1337, cap_seconds=0.0, language=""):
         """What the engine is to speak, an Utterance, and the timbre (E,) for a vocoder, or None.
 
@@ -425,7 +434,7 @@ class Voice:
         given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
         settings = {**self.draw, **given}
         if self.engine is None or (self.engine.places, self.engine.draw) != (batch, settings):
-            how = {"ahead": AHEAD} if self.model.config.arch == "csm" and batch == 1 else {}
+            how = {"ahead": AHEAD if batch == 1 else 0, "n_codebooks": self.n_codebooks} if self.model.has_depth else {}
             self.engine = Engine(self.model, batch, settings, self.vocoder, self.codec.frame_rate, **how)
         return self.engine
 
@@ -499,12 +508,12 @@ class Voice:
             return utterance
         return replace(utterance, side={**utterance.side, "prompt": longer}) if room == utterance.cap else utterance
 
-    def speak(self, lines, batch=8, tries=3, speed=1.0, **how):
+    def speak(self, lines, batch=8, tries=3, speed=1.0, tick=None, **how):
         """Speak several texts, `batch` of them at a time: yields (number, Said) when one is complete, in any order.
 
         lines: texts, or dicts of a text and settings of its own beside `how`, see `frames`. speed: of a vocoder. A text
-        too long for the model is spoken in pieces. What is faulty is spoken again, see Engine.follow. Raises ValueError
-        as `frames` does.
+        too long for the model is spoken in pieces. What is faulty is spoken again, see Engine.follow. tick(n) is told
+        of n more frames. Raises ValueError as `frames` does.
         """
         draw, how = divided(how)
         check_settings(speed=speed)
@@ -516,7 +525,7 @@ class Voice:
         queue = deque((place, plan[0]) for place, plan in plans.items() if place[1] == 0 or not self.continues)
         engine = self.prepare(min(batch, max(1, len(queue))), draw)
         with evaluating(self.model):
-            for (n, k), spoken in engine.follow(queue, partial(self.judge, plans, speed), tries):
+            for (n, k), spoken in engine.follow(queue, partial(self.judge, plans, speed), tries, tick):
                 text = texts[n]
                 text.spoken[k] = spoken
                 if self.continues and k + 1 < len(text.pieces):
