@@ -58,6 +58,7 @@ cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 
 LONGEST = 20.0  # seconds of speech that a model makes well at a time; a longer text is divided
+SHORTEST = 3.0  # of a stream of utterances whose frames all come at once
 SILENT = "silence"  # a fault: within an utterance, longer than
 SILENCE = 2.0  # seconds
 AHEAD = 2  # codebooks that a CSM's depth decoder foresees, see CSM.foresee
@@ -466,19 +467,21 @@ class Voice:
             return {**how, "reference": self.listen(reference)}
         return how
 
-    def fits(self, text, speaker="", reference=None, reference_text="", language="", cap_seconds=0.0, **_):
-        """Whether the model can speak a text at once: in its positions, and in about LONGEST seconds."""
+    def fits(self, text, speaker="", reference=None, reference_text="", language="", cap_seconds=0.0, longest=LONGEST,
+             **_):  # fmt: skip
+        """Whether the model can speak a text at once: in its positions, and in about `longest` seconds."""
         ids, side = self.utterance(text, speaker, reference, reference_text, language)
         usual = len(ids) * self.frames_per_id
         try:
             room, _ = self.model.room(ids, side.get("prompt"), 2**30)
         except ValueError:
             return False
-        return usual <= LONGEST * self.codec.frame_rate and min(1.5 * usual, self.cap(ids, cap_seconds)) <= room
+        return usual <= longest * self.codec.frame_rate and min(1.5 * usual, self.cap(ids, cap_seconds)) <= room
 
-    def pieces(self, text, **how):
-        """A text in pieces that the model can speak, see parts/sentences.py; text ids are one. Raises ValueError."""
-        fits = partial(self.fits, **how)
+    def pieces(self, text, longest=LONGEST, **how):
+        """A text in pieces that the model can speak, each of at most about `longest` seconds, see parts/sentences.py;
+        text ids are one piece. Raises ValueError."""
+        fits = partial(self.fits, longest=longest, **how)
         if not isinstance(text, str) or fits(text):
             return [text]
         try:
@@ -561,7 +564,8 @@ class Voice:
         draw, how = divided(how)
         check_settings(speed=speed)
         how = self.heard(how)
-        pieces = self.pieces(text, **how)
+        # where all frames of an utterance come at once, the first ones come early only if it is short
+        pieces = self.pieces(text, LONGEST if self.model.causal else SHORTEST, **how)
         plans = [self.plan(piece, **how) for piece in pieces]
         parts = self.parts(plans, draw, speed)
         if len(pieces) == 1:
@@ -596,24 +600,32 @@ class Voice:
             states = torch.nn.functional.interpolate(states.mT, scale_factor=factor, mode="linear").mT
         return self.codec.vocode(states, timbre[None].to(states))[0].cpu()
 
+    def block_sizes(self, longest):
+        """Numbers of frames: of 80 ms, then twice as many each time, up to those of `longest` seconds."""
+        size = max(1, round(0.08 * self.codec.frame_rate))
+        most = max(size, math.ceil(longest * self.codec.frame_rate))
+        while True:
+            yield min(size, most)
+            size = min(2 * size, most)
+
     def join(self, frames, timbre=None, speed=1.0, block=0.4, context=0.4, ahead=0.15):
         """Decode frames while they come: yields pieces of wav (n,), together as long as the frames.
 
-        A causal decoder continues from frame to frame, at least 80 ms at a time. Any other decoder needs neighbours:
-        each block of `block` seconds is decoded with `context` seconds before and `ahead` seconds after it. The phases
-        of two blocks may differ where they meet. So the new block slides by up to 5 ms to the best match (WSOLA,
-        Verhelst and Roelands 1993) and is faded in over 10 ms.
+        The first block has at least 80 ms, each one after it twice as much as the one before, up to `block` seconds. A
+        causal decoder continues from block to block. Any other decoder needs neighbours: each block is decoded with
+        `context` seconds before and `ahead` seconds after it. The phases of two blocks may differ where they meet. So
+        the new block slides by up to 5 ms to the best match (WSOLA, Verhelst and Roelands 1993) and is faded in over
+        10 ms.
         """
         if self.codec.streams and not self.vocoder:
-            frames = iter(frames)
-            size = max(1, round(0.08 * self.codec.frame_rate))
-            blocks = iter(lambda: list(itertools.islice(frames, size)), [])
-            codes = (torch.stack(block, 1)[None].to(self.device) for block in blocks)
+            blocks = blocks_of(iter(frames), self.block_sizes(block))
+            codes = (torch.stack(x, 1)[None].to(self.device) for x in blocks)
             yield from (wav[0].float().cpu() for wav in self.codec.decode_stream(codes))
             return
         rate = self.sample_rate
         frame_rate = self.codec.frame_rate
-        block, context, ahead = (math.ceil(seconds * frame_rate) for seconds in (block, context, ahead))
+        sizes = self.block_sizes(block)
+        context, ahead = (math.ceil(seconds * frame_rate) for seconds in (context, ahead))
         reach = rate // 200  # 5 ms, in samples
         fade = rate // 100
         up = torch.linspace(0, 1, fade)
@@ -625,6 +637,7 @@ class Voice:
         tail = None
         ended = False
         while not ended:
+            block = next(sizes)
             seen += itertools.islice(frames, done + block + ahead - len(seen))
             ended = len(seen) < done + block + ahead
             end = len(seen) if ended else done + block
@@ -647,6 +660,15 @@ class Voice:
 def as_texts(text):
     """A text in which | divides several, or a list of texts, as a list."""
     return text.split("|") if isinstance(text, str) else text
+
+
+def blocks_of(frames, sizes):
+    """Frames in lists of these sizes, the last one shorter."""
+    for size in sizes:
+        block = list(itertools.islice(frames, size))
+        if not block:
+            return
+        yield block
 
 
 def kept(frames, into):
