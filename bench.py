@@ -5,13 +5,15 @@
     python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
     python bench.py loss      seconds and memory of the loss of K classification heads
     python bench.py train     seconds and memory of a training step of a CSM
-    python bench.py gpu       for a GPU machine: the tests of the kernel, then loss, then train
+    python bench.py speak     speed of models of published sizes that speak: one text at a time, eight at once
+    python bench.py gpu       for a GPU machine, in ten minutes: the tests of the kernel, speak, loss, train
     python bench.py report    print BENCHMARKS.md: python bench.py report > BENCHMARKS.md
 
 - Each way to do a job, ours or a peer's, runs in a fresh process. The order of the ways is random.
 - Equality comes before speed: a way first gives its numbers for a small job. Where they differ from the reference, the
   row says so and the way is not timed.
-- Beside the loss stands the floor: the three matrix products that any such loss needs, and nothing else.
+- Beside the loss stands the floor: the three matrix products that any such loss needs, and nothing else. Beside
+  speaking it is the time in which the memory gives all weights of a frame, once for each pass over them.
 - Peers inside this file are plain torch and packages that pip installs: transformers, moshi, cut-cross-entropy,
   liger-kernel. If one cannot be imported, one line says so.
 
@@ -46,6 +48,10 @@ and the answer
   numbers: draw weights and write them there in the layout in which the authors publish them; ours then loads them.
   Numbers: the codes of wav = 0.1 * rng.standard_normal((1, frames * samples_per_frame), float32), then the waveform of
   codes = rng.integers(codebook_size, size=(1, n_codebooks, frames)), thinned out as above.
+- speak: arch, fields of its config in `sizes`, text_rows, frames, and how many texts are spoken `together`. Seconds are
+  those of a frame: the median of all but the first, which waits for the text. Weights are random, so the likeliest
+  class that is no stop is chosen. `weights` is an empty folder for the numbers, as for a codec: weights.pt there is a
+  state_dict of ours. Numbers: the codes of a small model.
 `python bench.py work` does one of these jobs from standard input in our own way: an example to read.
 
 Letters in shapes: K codebooks, V classes, D width, N rows, B utterances, S rows of an utterance, C = K + 1 columns.
@@ -66,12 +72,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, lru_cache, partial
 from importlib import metadata
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -79,17 +87,23 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
-from export import export
-from model import CSM, LLAMA3_ROPE, CSMConfig, multi_codebook_cross_entropy
+from data import open_tokens
+from evaluate import evaluate
+from export import Source, export, kani_config, published
+from layouts import KANI_LFM2, XTTS_V2
+from model import ARCHS, CSM, GPT2, LFM2, LLAMA3_ROPE, VALLE, CSMConfig, Stage, multi_codebook_cross_entropy
 from parts import configurator
 from parts.audio import read_audio, resample
 from parts.files import need
 from parts.optim import Optimizer
 from parts.segment import AUDIO, TEXT
 from parts.tensors import pick_device
-from voice import Voice
+from plan import make_batches
+from speak import Engine, Utterance, ready
+from voice import AHEAD, Voice
+from weights import load_checkpoint
 
-name = "data"  # what to do: data, sample, codec, loss, train, gpu, report
+name = "data"  # what to do: data, sample, codec, loss, train, speak, gpu, report
 results = "benchmarks.jsonl"  # file of rows: measured ones are added, report reads them; empty: add none
 note = ""  # a remark that the report prints under the table
 raw = "data/digits"  # data, sample, codec: raw data set of digits: a folder with metadata.csv and heldout.txt
@@ -98,15 +112,16 @@ ckpt = "out/digits/best.pt"  # sample: the models, separated by commas
 strings: "int >= 0" = 200  # sample: new strings of 3 to 6 digits for each voice; 0: the held-out ones
 voices = ""  # sample: voices, separated by commas; empty: all of the data set
 seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
-sizes = ""  # codec, loss, train: names of sizes, separated by commas; empty: all
+sizes = ""  # codec, loss, train, speak: names of sizes, separated by commas; empty: all
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
-ways = ""  # codec, loss, train: who does it, likewise; --ways=ours is quick
+ways = ""  # codec, loss, train, speak: who does it, likewise; --ways=ours is quick
 fractions = "1/16,1"  # train: shares of the frames that the depth decoder trains on
 batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
-peer = ""  # codec, loss, train: a command that does the same job, see above
-repeats: "int >= 1" = 3  # codec, loss, train: how often to time each way, after a warm-up; the median counts
+peer = ""  # codec, loss, train, speak: a command that does the same job, see above
+repeats: "int >= 1" = 3  # codec, loss, train, speak: how often to time each way, after a warm-up; the median counts
 
-SHARED = {"voice.py": ["temperature"], "sample.py": ["seed"]}  # sample: of the draw; seed also of the new strings
+# sample: of the draw, seed also of the new strings; and the form in which the model speaks
+SHARED = {"voice.py": ["temperature"], "sample.py": ["seed", "quantize", "linear"]}
 HERE = Path(__file__).resolve().parent
 WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -296,14 +311,22 @@ def bench_report(cfg):
 # -----------------------------------------------------------------------------
 # ways: each in a process of its own
 
+END = {}  # "at": the time.monotonic() at which all of them have to be done, if any
+
 
 def ask(command, job):
     """Give a job to a command and return its answer, a dict. Raises ValueError, one line, if it fails."""
     env = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
+    left = END.get("at", math.inf) - time.monotonic()
+    if left < 1:
+        raise ValueError("no time is left")
     try:
-        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env,
+                              timeout=None if left == math.inf else left)  # fmt: skip
     except OSError as error:
         raise ValueError(f"{command[0]}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError("it was stopped, no time is left") from None
     lines = done.stdout.strip().splitlines() or [""]
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
@@ -385,7 +408,7 @@ def work(cfg):
     """Do one job from standard input, as a peer does."""
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
-    answer = {"loss": loss_job, "train": train_job, "codec": codec_job}[job["benchmark"]](job)
+    answer = JOBS[job["benchmark"]](job)
     packages = ("transformers", "moshi", "cut_cross_entropy", "liger_kernel")
     answer["versions"] = {name: metadata.version(name) for name in packages if name in sys.modules}
     print(json.dumps(answer))
@@ -488,12 +511,42 @@ def texts_to_speak(cfg):
     return [(voice, text) for voice in wanted for text in new_strings(rows, voice, cfg.strings, cfg.seed)]
 
 
-voice_of = lru_cache(maxsize=1)(Voice.from_checkpoint)  # once in each process
+@lru_cache(maxsize=1)  # once in each process
+def voice_of(ckpt, quantize, linear):
+    return Voice.from_checkpoint(ckpt).ready(quantize, linear)
+
+
+def held_out_loss(model, checkpoint):
+    """Mean loss of a frame over the held-out utterances of the run that made a checkpoint; None without its token
+    folder."""
+    cfg = SimpleNamespace(**checkpoint["config"])
+    try:
+        files = [open_tokens(cfg.data_dir, split) for split in ("train", "val")]
+    except (OSError, ValueError):
+        return None
+    _, val = make_batches(cfg, model, *files)
+    return None if val is None else evaluate(model, val, contextlib.nullcontext())["loss"]
+
+
+@torch.no_grad()
+def held_out_losses(cfg, ckpt):
+    """The held-out loss of a checkpoint in float32, and with linear layers and heads in fewer bits."""
+    voice = Voice.from_checkpoint(ckpt)
+    model = voice.model
+    checkpoint = load_checkpoint(ckpt)
+    plain = held_out_loss(model, checkpoint)
+    if plain is None:
+        return {}
+    voice.ready(cfg.quantize, cfg.linear)
+    for (weight, bias), head in zip(model.head_weights(), model.packed_heads or [], strict=False):
+        # the loss reads the heads as they were; a unit matrix is exact in 8 bits, and its product the rounded weight
+        weight.copy_((head(torch.eye(weight.shape[1])) - (0 if bias is None else bias)).T)
+    return {"held-out loss": plain, f"in {cfg.quantize}": held_out_loss(model, checkpoint)}
 
 
 def speak_and_listen(cfg, ckpt, utterance):
     """(speaker, text) -> (speaker, text, recognised), whether it ended by itself, seconds of work, seconds of audio."""
-    voice = voice_of(ckpt)
+    voice = voice_of(ckpt, cfg.quantize, cfg.linear)
     speaker, text = utterance
     start = time.perf_counter()
     wav = voice.say(text, speaker=speaker, seed=cfg.seed, temperature=cfg.temperature)
@@ -511,7 +564,7 @@ def bench_sample(cfg):
     texts = texts_to_speak(cfg)
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     for ckpt in cfg.ckpt.split(","):
-        voice = voice_of(ckpt)  # here too, so that what is wrong with it is one line
+        voice = voice_of(ckpt, cfg.quantize, cfg.linear)  # here too, so that what is wrong with it is one line
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             done = pool.map(partial(speak_and_listen, cfg, ckpt), texts)
             results, stopped, took, audio = zip(*tqdm(done, ckpt, len(texts), unit="wav"), strict=True)
@@ -519,8 +572,10 @@ def bench_sample(cfg):
         rates.pop("all")
         values = {"case": ckpt, "steps": voice.report["iter"]}
         values |= {f"{name}, word errors %": rate for name, rate in rates.items()}
-        record(cfg, values | {"mean %": statistics.mean(rates.values()), "ended": f"{sum(stopped)} of {len(results)}",
-                              "real-time factor": sum(took) / max(sum(audio), 1e-9)}, voice.device.type)  # fmt: skip
+        values |= {"mean %": statistics.mean(rates.values()), "ended": f"{sum(stopped)} of {len(results)}",
+                   "real-time factor": sum(took) / max(sum(audio), 1e-9)}  # fmt: skip
+        values |= held_out_losses(cfg, ckpt) if cfg.quantize else {}
+        record(cfg, values, voice.device.type)
 
 
 # -----------------------------------------------------------------------------
@@ -784,6 +839,406 @@ def train_columns(frames, answer, _):
 
 
 # -----------------------------------------------------------------------------
+# models that speak
+
+TINY = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48)
+# of each: its family, its sizes, small ones for the numbers, what is counted, how many of them are a second of speech,
+# and the way whose speed is the measure
+SPEAKERS = {
+    "csm": ("csm", {key: x for key, x in TRAIN_SIZES["marvis"].items()} | {"stop": "zeros"},
+            dict(text_vocab_size=50, n_codebooks=6, codebook_size=32, stop="zeros",
+                 backbone={**TINY, "rope_scaling": LLAMA3_ROPE}, decoder={**TINY, "rope_scaling": LLAMA3_ROPE}),
+            "frames", 12.5, "transformers"),
+    "kani": ("kani", dict(text_vocab_size=64400, n_codebooks=4, codebook_size=4032, backbone="lfm2-350M"),
+             dict(text_vocab_size=50, n_codebooks=4, codebook_size=32,
+                  backbone={**TINY, **LFM2, "n_layer": 4, "layers": "caca"}),
+             "tokens", 50, "transformers"),
+    "xtts": ("xtts", dict(text_vocab_size=6681, n_codebooks=1, codebook_size=1024, backbone="gpt2-xtts",
+                          text_bos=261, text_eos=0),
+             dict(text_vocab_size=50, n_codebooks=1, codebook_size=32, backbone={**TINY, **GPT2}, text_bos=1,
+                  text_eos=0),
+             "codes", 21.5, "transformers"),
+    "valle": ("valle", dict(text_vocab_size=256, n_codebooks=8, codebook_size=1000, backbone="valle-60M", mode="ar"),
+              dict(text_vocab_size=50, n_codebooks=4, codebook_size=32, backbone={**TINY, **VALLE}, mode="ar"),
+              "frames", 86.1, "2126be8"),
+}  # fmt: skip
+SPEAKERS["valle nar"] = ("valle", *[{**sizes, "mode": "nar"} for sizes in SPEAKERS["valle"][1:3]],
+                         *SPEAKERS["valle"][3:])  # fmt: skip
+ACCEPTED = (0.44, 0.38)  # guesses of a trained CSM that are right, one codebook ahead and two
+OURS = ("ours plain", "ours packed", "ours int8")
+GUESSING = ("ours packed ahead", "ours int8 ahead", "ours int8 ahead at imposed acceptance")
+SPEAKING = (*OURS, *GUESSING, "transformers", "2126be8")
+BLOCK = 2**27  # numbers, half a gigabyte: more than any cache holds
+FRAMES = 24  # of a text; all but the first are timed
+EIGHT = 8  # texts at once
+STREAMS = (1, 8, 64, 300)  # texts at once on a GPU
+OLDER = '''"""The commit 2126be8 speaks: the job of bench.py in, its answer out."""
+import json, sys, time
+import numpy as np
+import torch
+from model import VallE, VallEConfig
+
+job = json.load(sys.stdin)
+torch.set_num_threads(job["threads"])
+torch.manual_seed(0)
+model = VallE(VallEConfig(**job["sizes"])).eval()
+if not job["repeats"]:
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.normal_(std=0.3)
+    torch.save(model.state_dict(), job["weights"] + "/weights.pt")
+size, frames, nar = job["sizes"]["codebook_size"], job["frames"], job["sizes"]["mode"] == "nar"
+choose = lambda logits, **_: logits[..., :size].argmax(-1)
+how = {"frames": frames} if nar else {}
+seconds = []
+for _ in range(1 + job["repeats"]):
+    codes, times = [], [time.perf_counter()]
+    for frame in model.generate(np.array(job["text"]), max_frames=frames, choose=choose, **how):
+        codes.append(frame.tolist())
+        times.append(time.perf_counter())
+    seconds.append((times[-1] - times[0]) / frames if nar else float(np.median(np.diff(times[1:]))))
+print(json.dumps({"seconds": seconds[1:], "numbers": {"codes": sum(codes, [])}}))
+'''
+
+
+class Imposed(Stage):
+    """The stage of a CSM whose guesses are right as often as a trained model's, in a fixed order, whatever its logits
+    say. The work is the same: all is scored and chosen first."""
+
+    def choose(self, logits, k=slice(None), chosen=True):
+        code = super().choose(logits, k, chosen)
+        if not chosen:
+            self.guesses[k] = code, ACCEPTED[k - self.at - 1]
+            return code
+        guess, chance = self.guesses.pop(k, (code, 1.0))
+        self.at = k
+        return guess if self.dice.random() < chance else (guess + 1) % logits.shape[-1]
+
+
+class ImposedCSM(CSM):
+    def stage(self, *sizes, **how):
+        plain = super().stage(*sizes, **how)
+        stage = object.__new__(Imposed)
+        vars(stage).update(vars(plain), guesses={}, at=0, dice=random.Random(0))
+        return stage
+
+
+def speaker_of(job):
+    """A model with random weights. Those for the numbers are wide, so that its codes differ, or they lie in the folder
+    of the job."""
+    torch.manual_seed(0)
+    family, config = ARCHS[job["arch"]]
+    made = ImposedCSM if "imposed" in job["way"] else family
+    model = made(config(**job["sizes"])).eval().requires_grad_(False)
+    if not job["repeats"]:
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.3)
+        if job["arch"] == "csm":  # transformers may choose a class that is no code: not with these logits, all 0
+            model.codebook0_head[job["sizes"]["codebook_size"] :] = 0
+            model.decoder_heads[:, job["sizes"]["codebook_size"] :] = 0
+    if job["weights"] and os.listdir(job["weights"]):
+        model.load_state_dict(torch.load(os.path.join(job["weights"], "weights.pt"), weights_only=True))
+    return model
+
+
+def texts_of(job, model):
+    """Utterances of different texts, each with a few ids more than the one before."""
+    rng = np.random.default_rng(0)
+    side = {}
+    if job["arch"] == "xtts":
+        latents = rng.standard_normal((model.config.n_latents, model.config.backbone.d_model), np.float32)
+        side["voice"] = torch.from_numpy(latents)
+    if job["sizes"].get("mode") == "nar":
+        side["frames"] = job["frames"]
+    most = model.config.text_vocab_size
+    return [Utterance(rng.integers(3, most, job["text_rows"] + 3 * i), job["frames"], i, dict(side))
+            for i in range(job.get("streams") or job["together"])]  # fmt: skip
+
+
+def likeliest(size, logits, **_):
+    """A choice of sample_code's kind that never ends an utterance."""
+    return logits[..., :size].argmax(-1)
+
+
+def refuse(line):
+    raise ValueError(line)
+
+
+def engine_of(job, model):
+    """Our engine in the form that the job's way names. Weights in another form are refused where they do not work."""
+    way = job["way"]
+    places = 1 if way == "one after another" else job["together"]
+    quantize = "int8" if "int8" in way else ""
+    ready(model, quantize, "plain" if "plain" in way else "packed", refuse)
+    how = {"ahead": AHEAD} if "ahead" in way else {}
+    # random weights may repeat themselves: at this frame rate no window of the guard fits in
+    return Engine(model, places, frame_rate=1e6, choose=partial(likeliest, model.config.codebook_size), **how)
+
+
+def pace(engine, lines):
+    """Speak lines beside each other. Returns their codes [(T, K)], and the seconds of a frame: the median of all steps
+    but the first; in mode nar, where all frames come together, the mean."""
+    frames = [[] for _ in lines]
+    start = time.perf_counter()
+    times = []
+    for number, _, new, _ in engine.run(deque(enumerate(lines))):
+        frames[number].append(new)
+        times.append(time.perf_counter())
+    codes = [torch.cat(parts) for parts in frames]
+    if not engine.model.causal:
+        return codes, (times[-1] - start) / sum(map(len, codes))
+    n = len(lines)
+    return codes, float(np.median(np.diff(times[n - 1 :: n]))) / n
+
+
+class Clock:
+    """Notes when transformers' generate gives out what it makes; the first time it is the text."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, _):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def seconds(self, n=1):
+        """Of n tokens, the first of which are left out."""
+        return n * float(np.median(np.diff(self.times[1 + n :])))
+
+
+def csm_in_transformers(job, model, line):
+    net, *_ = transformers_csm(model)
+    ids = torch.from_numpy(line.text)[None]
+
+    def once():
+        clock = Clock()
+        made = net.eval().generate(ids, max_new_tokens=job["frames"], do_sample=False, depth_decoder_do_sample=False,
+                                   streamer=clock)  # fmt: skip
+        return made.view(-1, model.config.n_codebooks)[-job["frames"] :], clock.seconds()
+
+    return once
+
+
+def kani_in_transformers(job, model, line):
+    """For the numbers only the classes of the codebook whose turn it is are allowed, as in ours."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    c = model.config
+    net = Lfm2ForCausalLM(Lfm2Config(**kani_config(c)))
+    net.load_state_dict(published(KANI_LFM2, Source(model)), strict=False)
+    net.tie_weights()
+    tokens = torch.from_numpy(model.layout(line.text)[0]).T
+    first = c.first_code + c.codebook_size * torch.arange(c.n_codebooks)
+
+    def allowed(ids, logits):
+        start = first[(ids.shape[1] - tokens.shape[1]) % c.n_codebooks]
+        return torch.full_like(logits, -math.inf).index_copy_(
+            1, at := start + torch.arange(c.codebook_size), logits[:, at])  # fmt: skip
+
+    def once():
+        clock = Clock()
+        made = net.eval().generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, eos_token_id=None,
+                                   pad_token_id=0, max_new_tokens=job["frames"] * c.n_codebooks, streamer=clock,
+                                   logits_processor=[] if job["repeats"] else [allowed])  # fmt: skip
+        codes = made[0, tokens.shape[1] :].view(-1, c.n_codebooks) - first
+        return codes, clock.seconds(c.n_codebooks)
+
+    return once
+
+
+def xtts_in_transformers(job, model, line):
+    """GPT-2 with the tables and heads of XTTS around it, in the loop that its authors' code has too."""
+    from transformers import GPT2Config, GPT2Model
+
+    c = model.config
+    s = c.backbone
+    net = GPT2Model(GPT2Config(n_positions=s.max_positions, n_embd=s.d_model, n_layer=s.n_layer, n_head=s.n_head,
+                               n_inner=s.d_ff, vocab_size=1)).eval()  # fmt: skip
+    tensors = {key.removeprefix("gpt.gpt."): x for key, x in published(XTTS_V2, Source(model)).items()}
+    net.load_state_dict({key: x for key, x in tensors.items() if key in net.state_dict()}, strict=False)
+    net.wpe.weight.data.zero_()  # XTTS has positions of its own
+    opening, *_ = model.opening(line.text, **line.side)
+
+    def once():
+        x = opening
+        cache = None
+        codes = []
+        times = []
+        for t in range(job["frames"]):
+            out = net(inputs_embeds=x, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            code = model.code_head(model.final_norm(out.last_hidden_state[:, -1]))[:, : c.codebook_size].argmax(-1)
+            codes.append(code)
+            times.append(time.perf_counter())
+            x = (model.code_embedding(code) + model.code_positions.weight[t + 1])[:, None]
+        return torch.stack(codes), float(np.median(np.diff(times)))
+
+    return once
+
+
+THEIRS = {"csm": csm_in_transformers, "kani": kani_in_transformers, "xtts": xtts_in_transformers}
+
+
+def weights_of_a_frame(model):
+    """How many weights are read for a frame of one text where no layer is spared: that of a CSM's depth decoder for
+    each codebook, that of a Kani for each token."""
+    c = model.config
+    size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters() if p.ndim > 1)  # noqa: E731
+    heads = sum(weight.numel() for weight, _ in model.head_weights())
+    if c.arch == "csm":
+        return size(model.backbone) + (c.n_codebooks - 1) * size(model.decoder, model.projection) + heads
+    if c.arch == "kani":
+        return c.n_codebooks * size(model.backbone) + heads
+    if c.arch == "xtts":
+        return size(model.backbone, model.code_head)
+    return size(model.backbone, model.decoder) + heads
+
+
+def older_speaker(job):
+    """The answer of the commit 2126be8, in a folder of its own. Raises ValueError where git does not have it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["git", "-C", str(HERE), "show", "2126be8:model.py"]  # it needs no other file of ours
+        try:
+            source = subprocess.run(command, capture_output=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            raise ValueError("git does not have that commit here") from None
+        Path(folder, "model.py").write_bytes(source)
+        Path(folder, "older.py").write_text(OLDER, encoding="utf-8")
+        with torch.device("meta"):
+            (line,) = texts_of(job, ARCHS[job["arch"]][0](ARCHS[job["arch"]][1](**job["sizes"])))
+        return ask([sys.executable, str(Path(folder, "older.py"))], {**job, "text": line.text.tolist()})
+
+
+@torch.no_grad()
+def speak_job(job):
+    """Numbers, or seconds of a frame and bytes of the weights that it reads, of one way."""
+    way = job["way"]
+    family, config = ARCHS[job["arch"]]
+    if way == "2126be8":
+        return older_speaker(job)
+    with torch.device("meta"):
+        model = family(config(**job["sizes"]))
+        check_room(10 * sum(p.numel() for p in model.parameters()), "cpu")
+    needed = weights_of_a_frame(model) * (1 if "int8" in way else 4)
+    if way == "floor":
+        block = torch.ones(BLOCK)
+        reading = [timed(block.sum, "cpu") / block.nbytes for _ in range(2 + job["repeats"])]
+        return {"seconds": [needed * seconds for seconds in reading[2:]], "bytes": needed}
+    model = speaker_of(job)
+    lines = texts_of(job, model)
+    passes = []
+    if way == "transformers":
+        once = THEIRS[job["arch"]](job, model, lines[0])
+    else:
+        engine = engine_of(job, model)
+        once = partial(pace, engine, lines)
+        if job["arch"] == "csm":
+            counting = model.decoder.register_forward_hook(lambda *_: passes.append(1))
+    codes, _ = once()
+    answer = {"bytes": needed}
+    if passes:
+        counting.remove()
+        answer["passes"] = len(passes) / sum(map(len, codes)) * len(lines)
+    if not job["repeats"]:
+        codes = codes if isinstance(codes, list) else [codes]
+        return {} if "int8" in way else {"numbers": {"codes": torch.cat(codes).flatten().tolist()}}
+    if job["together"] == 1:
+        return {**answer, "seconds": [once()[1] for _ in range(job["repeats"])]}
+    engine = Engine(model, 1, **{"frame_rate": 1e6, **engine.how})
+    singly = lambda: statistics.mean(pace(engine, [line])[1] for line in lines)  # noqa: E731
+    return {"seconds": {"one after another": [singly() for _ in range(job["repeats"])],
+                        "eight at once": [once()[1] for _ in range(job["repeats"])]}}  # fmt: skip
+
+
+def bench_speak(cfg):
+    """Models of published sizes speak in float32: one text, with transformers or an older commit beside; eight. On a
+    GPU a CSM and its codec, see bench_streams."""
+    if pick_device("auto") == "cuda":
+        bench_streams(cfg)
+        return
+    wanted = chosen(cfg.ways, dict.fromkeys(SPEAKING), "ways")
+    for size, (arch, sizes, small, unit, rate, measure) in chosen(cfg.sizes, SPEAKERS, "sizes").items():
+        job = new_job("speak", f"{size}, float32", "float32", cfg.repeats, arch=arch, sizes=sizes, text_rows=20,
+                      frames=FRAMES, together=1)  # fmt: skip
+        small = {"sizes": small, "frames": min(FRAMES, 8)}
+        causal = sizes.get("mode") != "nar"
+        ways = [way for way in (*OURS, *(GUESSING if arch == "csm" else ()), measure) if way in wanted]
+        per_frame = sizes["n_codebooks"] if unit == "tokens" else 1
+        columns = partial(speak_columns, unit, per_frame, rate, measure, sizes["n_codebooks"] if arch == "csm" else 0)
+        compare(cfg, job, small, [*ways, *(["floor"] if causal else [])], "ours plain", columns)
+        ways = [way for way in OURS[1:] if way in wanted]
+        job = {**job, "case": f"{size}, eight texts, float32", "together": EIGHT}
+        compare(cfg, job, small, ways, "one after another", partial(eight_columns, unit, per_frame))
+
+
+def speak_columns(unit, per_frame, rate, measure, K, answer, answers):
+    took = statistics.median(answer["seconds"])
+    values = {f"{unit}/s": per_frame / took}
+    if seconds := answers.get(measure, {}).get("seconds"):
+        values[f"x {measure}"] = statistics.median(seconds) / took
+    values["x real time"] = per_frame / took / rate
+    if K:
+        values["passes/frame"] = answer.get("passes", K - 1)
+    if "floor" in answers:
+        floor = statistics.median(answers["floor"]["seconds"])
+        share = answer.get("bytes", answers["floor"]["bytes"]) / answers["floor"]["bytes"]
+        values["% of the floor's speed"] = 100 * floor * share / took
+    return values
+
+
+def eight_columns(unit, per_frame, answer, _):
+    one, eight = (statistics.median(answer["seconds"][key]) for key in ("one after another", "eight at once"))
+    return {f"one after another, {unit}/s": per_frame / one, f"eight at once, {unit}/s": per_frame / eight,
+            "ratio": one / eight}  # fmt: skip
+
+
+@torch.no_grad()
+def streams_job(job):
+    """Seconds to the first audio, and of a frame of all texts with and without the codec, of a CSM with Mimi."""
+    device = job["device"]
+    model = ready(speaker_of(job).to(device, DTYPES[job["dtype"]]))
+    mimi = codes_of_one_length(codecs.CODECS["mimi"](**job["codec"])).to(device)
+    lines = texts_of(job, model)
+    engine = Engine(model, len(lines), dict(temperature=0.9, top_k=50))
+    seconds = {"first": [], "frame": [], "with codec": []}
+    for _ in range(1 + job["repeats"]):
+        frames = [[] for _ in lines]
+        first = 0.0
+        start = time.perf_counter()
+        for number, _, new, _ in engine.run(deque(enumerate(lines))):
+            frames[number].append(new)
+            if not first:
+                mimi.decode(new.T[None]).cpu()
+                first = time.perf_counter() - start
+        spoken = time.perf_counter() - start
+        codes = torch.stack([torch.cat(parts) for parts in frames]).mT
+        for wav in mimi.decode_stream(codes.split(4, 2)):
+            wav.cpu()
+        took = [first, spoken / job["frames"], (time.perf_counter() - start) / job["frames"]]
+        for values, value in zip(seconds.values(), took, strict=True):
+            values.append(value)
+    return {"seconds": {key: values[1:] for key, values in seconds.items()}, "peak": peak(device)}
+
+
+def bench_streams(cfg):
+    """Many texts at once, from the text to the waveform of each."""
+    _, sizes, _, _, rate, _ = SPEAKERS["csm"]
+    for n in STREAMS:
+        job = new_job("streams", f"csm and mimi, bfloat16, {n} at once", "bfloat16", cfg.repeats, arch="csm",
+                      sizes=sizes, codec={}, text_rows=20, frames=64, streams=n)  # fmt: skip
+        compare(cfg, job, {}, ["ours"], "ours", partial(streams_columns, n, rate))
+
+
+def streams_columns(n, rate, answer, _):
+    first, frame, whole = (statistics.median(values) for values in answer["seconds"].values())
+    return {"first audio, ms": 1000 * first, "frames/s": n / frame, "real-time factor": rate * whole,
+            "times real time": n / (rate * whole), "peak GB": in_units(answer, 1e9)}  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
 # codecs
 
 CODECS = {  # our codec and its options, seconds of audio, its name and sizes in transformers, peers
@@ -933,19 +1388,44 @@ def bench_mel(cfg):
 # all together
 
 
+TEN_MINUTES = 600
+GPU = {  # what is measured in that time
+    "speak": [], "loss": ["--sizes=csm-16384,valle,kani", "--dtypes=bfloat16"],
+    "train": ["--sizes=marvis", "--dtypes=bfloat16", "--batches=32"],
+}  # fmt: skip
+
+
 def bench_gpu(cfg):
-    """The kernel's tests, then loss and train. Raises ValueError without a GPU or if a test fails."""
+    """The kernel's tests, then what GPU names, as far as ten minutes go. What fails costs one line. Raises ValueError
+    without a GPU."""
     if pick_device("auto") != "cuda":
         raise ValueError("bench.py gpu needs a GPU that torch can use")
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "", "tests/test_loss.py"], cwd=HERE).returncode:
-        raise ValueError("a test of the loss fails on this GPU, so nothing is timed")
-    for cfg.name in ("loss", "train"):
-        BENCHES[cfg.name](cfg)
+    END["at"] = time.monotonic() + TEN_MINUTES
+    sound = kernel_is_sound()
+    for name, flags in GPU.items():
+        if name != "speak" and not sound:
+            tell(f"a test of the loss fails on this GPU, so {name} is not timed")
+            continue
+        flags = [*flags, f"--results={cfg.results}", f"--note={cfg.note}", f"--repeats={cfg.repeats}"]
+        try:
+            main(configurator.configure(str(HERE / "bench.py"), [name, *flags], ("name",)))
+        except (ValueError, OSError, RuntimeError) as error:
+            tell(f"{name}: {str(error).splitlines()[0]:.200}")
 
 
+def kernel_is_sound():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "tests/test_loss.py"]
+    try:
+        return not subprocess.run(command, cwd=HERE, timeout=TEN_MINUTES / 2).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        tell(f"{shlex.join(command[1:])}: {error!s:.200}")
+        return False
+
+
+JOBS = {"loss": loss_job, "train": train_job, "codec": codec_job, "speak": speak_job, "streams": streams_job}
 BENCHES = {
     "data": bench_data, "sample": bench_sample, "codec": bench_codec, "loss": bench_loss, "train": bench_train,
-    "gpu": bench_gpu, "report": bench_report, "work": work,
+    "speak": bench_speak, "gpu": bench_gpu, "report": bench_report, "work": work,
 }  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from parts import configurator
 STACK = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, rope_scaling=bench.LLAMA3_ROPE)
 TINY = dict(text_vocab_size=50, n_codebooks=4, codebook_size=16, backbone=STACK, decoder={**STACK, "d_model": 16})
 HEADS = dict(K=3, V=19, D=8, N=40, shared=False)
-JOBS = {"loss": bench.loss_job, "train": bench.train_job, "codec": bench.codec_job}
 
 PEER = '''"""A peer that knows nothing but bench.py's docstring: the loss in numpy."""
 import json, os, sys
@@ -53,7 +52,7 @@ def here(monkeypatch):
     """Do our own jobs in this process, not each in a fresh one."""
     ask = bench.ask
     monkeypatch.setattr(bench, "ask", lambda command, job:
-                        JOBS[job["benchmark"]](job) if command == bench.WORK else ask(command, job))  # fmt: skip
+                        bench.JOBS[job["benchmark"]](job) if command == bench.WORK else ask(command, job))  # fmt: skip
     bench.tell.cache_clear()
 
 
@@ -247,7 +246,9 @@ def test_the_page_is_the_report_and_has_no_empty_cell(report):
     (["train", "--ways=ours,eager"], "ways = 'eager': choose from ours, ours sparse, ours in backward"),
     (["train", "--fractions=1/3"], "fractions = '1/3': choose from 1/16, 1"),
     (["codec", "--sizes=dac"], "sizes = 'dac': choose from mel, mimi, .*, xtts"),
-    (["families"], "data, sample, codec, loss, train, gpu, report, .*not 'families'"),
+    (["speak", "--sizes=huge"], "sizes = 'huge': choose from csm, kani, xtts, valle, valle nar"),
+    (["speak", "--ways=ours"], "ways = 'ours': choose from ours plain, ours packed"),
+    (["families"], "data, sample, codec, loss, train, speak, gpu, report, .*not 'families'"),
 ])  # fmt: skip
 def test_what_is_chosen_has_to_exist(measure, argv, message):
     with pytest.raises(ValueError, match=message):
@@ -307,6 +308,112 @@ def test_rows_of_steps(here, measure, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# speech
+
+
+@pytest.mark.parametrize("size", bench.SPEAKERS)
+def test_rows_of_models_that_speak(here, measure, monkeypatch, size):
+    """All ways give the same codes, but for weights in 8 bits, which are not compared."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "BLOCK", 2**10)
+    monkeypatch.setattr(bench, "FRAMES", 4)
+    arch, _, small, *rest = bench.SPEAKERS[size]
+    monkeypatch.setattr(bench, "SPEAKERS", {size: (arch, small, small, *rest)})
+    rows = [row["values"] for row in measure("speak", "--repeats=1")]
+    one = {row["way"]: row for row in rows if "eight" not in row["case"]}
+    eight = {row["way"]: row for row in rows if "eight" in row["case"]}
+    expected = {*bench.OURS, *(bench.GUESSING if size == "csm" else ()), rest[-1]}
+    assert expected - one.keys() <= {"2126be8"} and set(eight) == {"ours packed", "ours int8"}
+    differs = {way: row["differs by"] for way, row in one.items() if way != "floor"}
+    assert differs.pop("ours plain") == "the reference"
+    assert all((way.find("int8") > 0) == (x == "not compared") for way, x in differs.items()), differs
+    assert all(x in ("not compared", "codes 0.0e+00") for x in differs.values()), differs
+    assert eight["ours packed"]["differs by"] == "codes 0.0e+00" and eight["ours packed"]["ratio"] > 0
+    if rest[-1] in one:
+        other = one[rest[-1]]
+        per_second = f"{rest[0]}/s"
+        ratio = one["ours int8"][per_second] / other[per_second]
+        assert other[f"x {rest[-1]}"] == 1 and one["ours int8"][f"x {rest[-1]}"] == pytest.approx(ratio)
+    if size != "valle nar":
+        assert one["floor"]["% of the floor's speed"] == pytest.approx(100)
+    if size == "csm":
+        assert one["ours int8"]["passes/frame"] == small["n_codebooks"] - 1 > one["ours packed ahead"]["passes/frame"]
+
+
+@pytest.mark.parametrize("size", ["csm", "kani", "xtts", "valle"])
+def test_the_weights_of_a_frame(size):
+    """Those of the linear layers of a step, each as often as it multiplies, those of the heads, and a few others."""
+    arch, _, small, *_ = bench.SPEAKERS[size]
+    job = {"arch": arch, "way": "ours plain", "repeats": 1, "weights": "", "sizes": small, "together": 1,
+           "text_rows": 5, "frames": 4}  # fmt: skip
+    model = bench.speaker_of(job)
+    bench.ready(model, linear="plain")
+    (line,) = bench.texts_of(job, model)
+    stage = model.stage(1, 64, 4)
+    model.seat(stage, 0, line.text, **line.side)
+    read = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, *_: read.append(m.weight.numel()))
+    model.step(stage)
+    read.extend(weight.numel() for weight, _ in model.head_weights())
+    assert sum(read) == pytest.approx(bench.weights_of_a_frame(model), rel=0.05)
+
+
+def test_acceptance_can_be_imposed():
+    """Of guesses of random weights so many are right, and the codes are those of no other way."""
+    job = {"arch": "csm", "way": "imposed", "repeats": 1, "weights": "", "sizes": bench.SPEAKERS["csm"][2] |
+           {"n_codebooks": 32}, "together": 1, "text_rows": 5, "frames": 60}  # fmt: skip
+    model = bench.speaker_of(job)
+    passes = []
+    model.decoder.register_forward_hook(lambda *_: passes.append(1))
+    engine = bench.engine_of({**job, "way": "ours packed ahead"}, model)
+    bench.pace(engine, bench.texts_of(job, model))
+    one, two = bench.ACCEPTED
+    assert 31 / (1 + one + one * two) == pytest.approx(len(passes) / 60, rel=0.05)
+
+
+def test_streams_of_a_csm():
+    """What a GPU is asked for, on a CPU."""
+    codec = dict(n_codebooks=6, codebook_size=32, dims=8, width=16, channels=2, layers=1)
+    job = bench.new_job("streams", "", "float32", 2, arch="csm", sizes=bench.SPEAKERS["csm"][2], codec=codec,
+                        text_rows=5, frames=6, streams=3, way="ours", weights="")  # fmt: skip
+    answer = bench.streams_job({**job, "device": "cpu"})
+    values = bench.streams_columns(3, 12.5, answer, {})
+    assert [len(x) for x in answer["seconds"].values()] == [2, 2, 2] and all(x > 0 for x in values.values())
+    assert values["times real time"] == pytest.approx(3 / values["real-time factor"])
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_gpu_s_ten_minutes(measure, monkeypatch, capsys, sound):
+    """Each way that fails is one line; without a sound kernel what needs it is left out."""
+    def ask(command, job):
+        if job["benchmark"] == "streams" and job["streams"] == 8:
+            return {"seconds": {"first": [0.05], "frame": [0.01], "with codec": [0.02]}, "peak": 1e9}
+        raise ValueError(f"exit code 1: {job['benchmark']}")
+
+    bench.tell.cache_clear()
+    monkeypatch.setattr(bench, "ask", ask)
+    monkeypatch.setattr(bench, "END", {})
+    monkeypatch.setattr(bench, "pick_device", lambda _: "cuda")
+    monkeypatch.setattr(bench, "kernel_is_sound", lambda: sound)
+    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: "Fast")
+    (row,) = measure("gpu")
+    assert row["values"] == {
+        "case": "csm and mimi, bfloat16, 8 at once", "way": "ours", "first audio, ms": 50.0, "frames/s": 800.0,
+        "real-time factor": 0.25, "times real time": 32.0, "peak GB": 1.0, "differs by": "the reference",
+    }  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("without ours: exit code 1: streams" in line for line in lines) == 3
+    assert any("exit code 1: train" in line for line in lines) == sound
+    assert sum("a test of the loss fails" in line for line in lines) == 2 * (not sound)
+    with pytest.raises(ValueError, match="no time is left"):
+        monkeypatch.undo()
+        monkeypatch.setattr(bench, "END", {"at": 0.0})
+        bench.ask(bench.WORK, {"threads": 1, "repeats": 0})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # digits
 
 
@@ -334,6 +441,10 @@ def test_models_speak_in_several_processes_as_in_one(tmp_path, measure, monkeypa
         "case": ckpt, "steps": 4, "a, word errors %": rates["a"], "b, word errors %": rates["b"],
         "mean %": (rates["a"] + rates["b"]) / 2, "ended": f"{sum(stopped)} of 3",
     }  # fmt: skip
+    (row,) = measure("sample", *flags, "--quantize=int8")
+    values = row["values"]
+    assert values["held-out loss"] > 0 and values["in int8"] != values["held-out loss"]
+    assert values["in int8"] == pytest.approx(values["held-out loss"], rel=0.01)
     with pytest.raises(ValueError, match="voices = 'c': choose from a, b"):
         measure("sample", *flags, "--voices=c")
 

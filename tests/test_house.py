@@ -34,8 +34,8 @@ BELOW = {
     "plan": {"weights", "layouts", "codec", "data", "model"},
     "train": {"plan", "evaluate", "sample", "voice", "speak", "weights", "codec", "data", "model"},
     "sweep": {"train", "evaluate"},
-    "bench": {"train", "evaluate", "sample", "voice", "speak", "prepare", "weights", "export", "codec", "data",
-              "model"},
+    "bench": {"train", "plan", "evaluate", "sample", "voice", "speak", "prepare", "weights", "export", "layouts",
+              "codec", "data", "model"},
 }
 LONGEST_FUNCTION = 80  # lines
 MOST_PAIRS = 0.02  # share of the statements of a file that may be `a, b = x, y`
