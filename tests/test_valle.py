@@ -955,6 +955,16 @@ def test_one_model_learns_both_modes(tokens, tmp_path):
             matches = np.mean([a == b for a, b in zip(frames, said)])  # noqa: B905
             right.append((stopped and len(frames) == len(said), matches))
         assert (np.mean(right, 0) > 0.5).all(), (mode, np.mean(right, 0))  # by chance 0.33 and 0.06
+    voice.prompted = True
+    voice.model.config.speaks = "nar"  # all frames at once: a stream is made of short pieces, each after the one before
+    text, prompts, seat = "one two. three four. five six.", [], voice.model.seat
+    voice.model.seat = lambda *args, **how: prompts.append(how.get("prompt")) or seat(*args, **how)
+    pieces = voice.pieces(text, 0.01 + 2 * voice.frames_per_id * 7 / voice.codec.frame_rate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("voice.SHORTEST", 0.01 + 2 * voice.frames_per_id * 7 / voice.codec.frame_rate)
+        blocks = list(voice.stream(text))
+    assert len(prompts) == len(pieces) > 1 and len(blocks) >= len(pieces) and prompts[0] is None
+    assert all(prompt[-1][1].shape[1] == voice.codec.n_codebooks for prompt in prompts[1:])
 
 
 @pytest.mark.slow
