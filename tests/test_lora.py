@@ -25,6 +25,7 @@ from model import (
     XTTSConfig,
     contract_check,
 )
+from parts import lora
 from parts.lora import (
     LoRALinear,
     adapter_state,
@@ -128,8 +129,9 @@ def beside_peft(model, rank=4, alpha=10, dropout=0.0, rs=False, trained=False):
 
 
 @pytest.mark.parametrize("dropout, rs, recompute", [(0.0, False, False), (0.2, True, False), (0.2, False, True)])
-def test_training_and_merging_equal_peft(dropout, rs, recompute):
+def test_training_and_merging_equal_peft(dropout, rs, recompute, monkeypatch):
     """Losses and matrices over five steps with dropout from the same random numbers, then the merged weights."""
+    monkeypatch.setattr(lora, "dropped", lambda x, p: (F.dropout(x, p), 1.0))  # ours draws others on a CPU
     ours, theirs, layers = beside_peft(csm(recompute=recompute).double(), dropout=dropout, rs=rs)
     losses = []
     for model in (ours, theirs):
@@ -279,6 +281,26 @@ def test_dropout_in_training_only():
     assert not torch.equal(seen[0], seen[1])
     scale = float((whole - bare).abs().max())
     assert ((seen.mean(0) - whole).abs() < 0.2 * scale).all() and ((seen[0] - whole).abs() > 0.2 * scale).any()
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropped(p, dtype):
+    """The share that is set to 0, evenly spread; the gradient is that of what was kept."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 331, 333, dtype=dtype, requires_grad=True)
+    y, kept = lora.dropped(x, p)
+    out = y == 0
+    assert kept == pytest.approx(1 - p, abs=2**-16) and 0 < kept < 1
+    assert float(out.double().mean()) == pytest.approx(1 - kept, abs=5 * math.sqrt((1 - kept) / x.numel()))
+    for lane in range(4):  # four elements share a number of 64 bits
+        assert float(out.flatten()[lane::4].double().mean()) == pytest.approx(p, abs=0.01)
+    both = (out.flatten()[1:] & out.flatten()[:-1]).double().mean()
+    assert float(both) == pytest.approx(p * p, abs=0.01)
+    assert torch.equal(y[~out], x[~out]) and y.dtype == dtype
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(g, (~out).to(dtype))
+    assert lora.dropped(x, 0) == (x, 1.0)
 
 
 def test_autocast():
