@@ -378,8 +378,8 @@ def test_first_piece_comes_before_the_last_frame():
     voice, drawn = Voice(Mute(1, 1), Snippets(), None, {}), []
     frames = (drawn.append(i) or torch.tensor([i % 4, i % 15]) for i in range(100))
     pieces = voice.join(frames)
-    assert [(len(next(pieces)), len(drawn)) for _ in range(5)] == [(640 * n, seen + 2) for n, seen in
-                                                                 ((1, 1), (2, 3), (4, 7), (5, 12), (5, 17))]  # fmt: skip
+    sizes = ((1, 1), (2, 3), (4, 7), (5, 12), (5, 17))
+    assert [(len(next(pieces)), len(drawn)) for _ in sizes] == [(640 * n, end + 2) for n, end in sizes]
 
 
 def test_blocks_whose_phases_differ_are_joined_without_a_gap():
