@@ -188,8 +188,10 @@ class Engine:
         if seated:
             return False
         frames, rows = (math.ceil(max(size) / 64) * 64 for size in zip(*map(self.room, queue), strict=True))
-        self.size = min(self.places, len(queue)), frames, rows
-        self.stage = self.model.stage(self.size[0], rows, frames, draw=self.draw, latents=self.latents, **self.how)
+        places = min(self.places, len(queue))
+        rows = min(rows, self.model.config.backbone.max_positions)
+        self.size = places, frames, rows
+        self.stage = self.model.stage(places, rows, frames, draw=self.draw, latents=self.latents, **self.how)
         self.parts = {}
         self.graph = None
         if self.model.device.type == "cuda" and self.model.causal:
