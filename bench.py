@@ -886,6 +886,7 @@ if not job["repeats"]:
     for p in model.parameters():
         if p.ndim > 1:
             p.data.normal_(std=0.3)
+    model.heads.data *= 0.1
     torch.save(model.state_dict(), job["weights"] + "/weights.pt")
 size, frames, nar = job["sizes"]["codebook_size"], job["frames"], job["sizes"]["mode"] == "nar"
 choose = lambda logits, **_: logits[..., :size].argmax(-1)
@@ -934,6 +935,8 @@ def speaker_of(job):
         for p in model.parameters():
             if p.ndim > 1:
                 p.normal_(std=0.3)
+        if job["arch"] == "valle":  # a probability of 1 would be the score of many codes, and which is masked a toss-up
+            model.heads *= 0.1
         if job["arch"] == "csm":  # transformers may choose a class that is no code: not with these logits, all 0
             model.codebook0_head[job["sizes"]["codebook_size"] :] = 0
             model.decoder_heads[:, job["sizes"]["codebook_size"] :] = 0

@@ -311,7 +311,8 @@ def test_rows_of_steps(here, measure, monkeypatch):
 # speech
 
 
-@pytest.mark.parametrize("size", bench.SPEAKERS)
+@pytest.mark.parametrize("size", ["csm", "kani", "xtts", *[pytest.param(size, marks=pytest.mark.slow)
+                                                           for size in ("valle", "valle nar")]])  # fmt: skip
 def test_rows_of_models_that_speak(here, measure, monkeypatch, size):
     """All ways give the same codes, but for weights in 8 bits, which are not compared."""
     pytest.importorskip("transformers")
