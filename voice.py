@@ -443,7 +443,7 @@ class Voice:
         """Speak a text, or its ids (n,): yields frames (K,) int64 as the model makes them, or states (D,) for a
         vocoder; then `stopped` tells whether the model ended it.
 
-        how: the settings of `plan`, and the DRAWS, see model.sample_code; None takes the usual value. The random
+        how: the settings of `plan`, and the DRAWS, see parts/draw.py; None takes the usual value. The random
         numbers depend on seed and text only. Raises ValueError for settings out of range, for logits that are not
         finite, and as utterance does.
         """

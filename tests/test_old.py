@@ -19,8 +19,9 @@ import torch.nn.functional as F
 import train
 from codec import load_codec
 from data import Batches, TokenFiles
-from model import VallE, penalised
+from model import VallE
 from parts import configurator, lora
+from parts.draw import penalised
 from parts.metrics import read_metrics
 from voice import Voice
 from weights import load_checkpoint, load_model

@@ -23,6 +23,7 @@ import model as models
 import sample
 import weights
 from parts import configurator
+from parts.draw import mix, sample_code
 from parts.text import HuggingFace, SentencePiece, train_tokenizer
 from speak import Engine
 from voice import Voice
@@ -144,13 +145,13 @@ def uncached(voice, text, cap, seed, draw, prompt=None):
         tokens, segment = model.layout(ids, given, prompt)
         tokens, segment = (torch.from_numpy(a)[None, :-1] for a in (tokens, segment))  # no stop frame yet
         state = model.backbone(model.embed(tokens, segment))[:, -1]
-        keys = models.mix(models.mix(seed ^ models.mix(torch.tensor(t + 1))) ^ torch.arange(K))
-        frame = [int(models.sample_code((state[0] @ model.codebook0_head.T)[:17], keys[0], **draw))]
+        keys = mix(mix(seed ^ mix(torch.tensor(t + 1))) ^ torch.arange(K))
+        frame = [int(sample_code((state[0] @ model.codebook0_head.T)[:17], keys[0], **draw))]
         if frame[0] == 16:
             break
         for k in range(1, K):
             depth = model.decoder(model.depth_inputs(state, torch.tensor([frame])))[0, -1]
-            frame.append(int(models.sample_code((depth @ model.decoder_heads[k - 1].T)[:16], keys[k], **draw)))
+            frame.append(int(sample_code((depth @ model.decoder_heads[k - 1].T)[:16], keys[k], **draw)))
         frames.append(frame)
     return frames
 

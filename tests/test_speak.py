@@ -9,6 +9,7 @@ from helpers import noise, tiny, tiny_kani, tiny_valle, tiny_xtts, utterance
 
 import model as models
 import speak
+from parts.draw import sample_code
 from speak import CUT, ENDED, REPEATS, Engine, Utterance
 
 FAMILIES = {
@@ -96,7 +97,7 @@ class Stubborn:
         self.model = model
 
     def __call__(self, logits, key, age=None, **draw):
-        code = models.sample_code(logits, key, age, **draw)
+        code = sample_code(logits, key, age, **draw)
         if logits.shape[-1] == 17:  # codebook 0
             stage = self.stage
             code = torch.where((stage.seed[: len(code)] % 2 == 0) & (stage.made[: len(code)] >= 3), 16, code % 16)
