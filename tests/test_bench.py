@@ -316,7 +316,7 @@ def test_rows_of_steps(here, measure, monkeypatch):
 def test_rows_of_models_that_speak(here, measure, monkeypatch, size):
     """All ways give the same codes, but for weights in 8 bits, which are not compared."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench, "BLOCK", 2**10)
+    monkeypatch.setattr(bench, "BLOCK", 2**13)
     monkeypatch.setattr(bench, "FRAMES", 4)
     arch, _, small, *rest = bench.SPEAKERS[size]
     monkeypatch.setattr(bench, "SPEAKERS", {size: (arch, small, small, *rest)})
@@ -444,8 +444,7 @@ def test_models_speak_in_several_processes_as_in_one(tmp_path, measure, monkeypa
     }  # fmt: skip
     (row,) = measure("sample", *flags, "--quantize=int8")
     values = row["values"]
-    assert values["held-out loss"] > 0 and values["in int8"] != values["held-out loss"]
-    assert values["in int8"] == pytest.approx(values["held-out loss"], rel=0.01)
+    assert values["held-out loss"] > 0 and 0 < abs(values["int8, % more"]) < 1
     with pytest.raises(ValueError, match="voices = 'c': choose from a, b"):
         measure("sample", *flags, "--voices=c")
 
