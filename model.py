@@ -170,7 +170,7 @@ def turns(angles):
 def rotate(x, table):
     """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by the cosines and sines in a table of two
     ([B,] S, 1, head_dim / 2)."""
-    cos, sin = table
+    cos, sin = (y.to(x.dtype) for y in table)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -225,7 +225,7 @@ class Cache:
     def start(self):
         """The number of stored rows, where all sequences have as many and the host can see that without waiting for a
         GPU; else `used`."""
-        if isinstance(self.used, int) or self.used.is_cuda:
+        if isinstance(self.used, int) or not _can_look(self.used):
             return self.used
         least, most = self.used.aminmax()
         return int(most) if least == most else self.used
@@ -493,7 +493,7 @@ class Transformer(nn.Module):
             rows = slice(start, end)
         else:
             rows = start[:, None] + torch.arange(S, device=x.device)
-            if x.is_cuda:  # the host does not look: all rows are read, and those beyond the last are written there
+            if not _can_look(x):  # then all rows are read, and those beyond the last are written there
                 end = cache.memory[self.config.layers.index("a")].shape[-2]
                 rows = rows.clamp(max=end - 1)
             else:

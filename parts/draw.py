@@ -44,8 +44,8 @@ def sample_code(logits, key=None, age=None, temperature=1.0, top_k=0, top_p=1.0,
 
 
 def mix(x):
-    """A hash of whole numbers (...): each bit of a number changes half of the bits of the result. The constants are
-    those of splitmix64 (Steele et al. 2014)."""
+    """A hash of whole numbers (...): each bit of a number changes half of the bits of the result, which is not
+    negative. The constants are those of splitmix64 (Steele et al. 2014)."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift)) * factor  # modulo 2 ** 64
     return x ^ (x >> 31)
