@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as models
-from model import Cache, Transformer, gumbel, mix, sample_code
+from model import Cache, Transformer
+from parts.draw import gumbel, mix, sample_code
 
 KANI2 = dict(audio_step=0.3, speaker_size=6, backbone=dict(rotation_speed=(0.1, 2.0)))
 FAMILIES = {
