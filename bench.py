@@ -49,8 +49,9 @@ and the answer
   Numbers: the codes of wav = 0.1 * rng.standard_normal((1, frames * samples_per_frame), float32), then the waveform of
   codes = rng.integers(codebook_size, size=(1, n_codebooks, frames)), thinned out as above.
 - speak: arch, fields of its config in `sizes`, text_rows, frames, and how many texts are spoken `together`. Seconds are
-  those of a frame: the median of all but the first, which waits for the text. Weights are random, so the likeliest
-  class that is no stop is chosen. `weights` is an empty folder for the numbers, as for a codec: weights.pt there is a
+  those of a frame: the median of all but the first, which waits for the text; of several texts they are
+  {"one after another": [...], "eight at once": [...]}. Weights are random, so the likeliest class that is no stop is
+  chosen. `weights` is an empty folder for the numbers, as for a codec: weights.pt there is a
   state_dict of ours. Numbers: the codes of a small model.
 `python bench.py work` does one of these jobs from standard input in our own way: an example to read.
 
