@@ -30,7 +30,6 @@ import layouts as published
 import model as models
 import weights
 from model import AUDIO, CSM, PAD, PROMPT, TEXT, CSMConfig, Transformer, contract_check
-from parts.draw import mix, penalised, sample_code
 from parts.text import HuggingFace
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -689,94 +688,6 @@ def test_contract_check_refuses_a_model_of_another_shift(shift):
         return
     with pytest.raises(ValueError, match=f"fits the frame at shift {shift} best"):
         contract_check(model, text, codes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
-
-
-def keys(*shape):
-    return mix(torch.arange(math.prod(shape)).view(shape))
-
-
-def draws(logits, n=4000, age=None, **settings):
-    age = None if age is None else age.expand(n, -1)
-    picked = sample_code(logits.expand(n, -1), keys(n), age, **settings)
-    return np.bincount(picked, minlength=len(logits)) / n
-
-
-def test_temperature():
-    logits = torch.tensor([0.5, 2.0, 1.0, -1.0])
-    assert sample_code(logits, temperature=0) == 1
-    for temperature in (0.5, 1.0, 2.0):
-        assert np.allclose(draws(logits, temperature=temperature), (logits / temperature).softmax(0), atol=0.03)
-
-
-def test_top_k_and_top_p():
-    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    assert np.allclose(draws(p.log(), top_k=2), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
-    assert np.allclose(draws(p.log(), top_k=9), p, atol=0.03)
-    assert np.allclose(draws(p.log(), top_p=0.65), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
-    assert np.allclose(draws(p.log(), top_p=0.75), [0, 0.4 / 0.9, 0.2 / 0.9, 0.3 / 0.9], atol=0.03)
-    assert draws(p.log(), 50, top_p=1e-6)[1] == 1  # at least the likeliest
-    assert np.allclose(draws(p.log(), top_k=3, top_p=0.5), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
-    logits = p.log()
-    sample_code(logits, top_k=2, top_p=0.5)
-    assert torch.equal(logits, p.log())  # what was given stays as it was
-
-
-def test_many_draws_at_once():
-    p = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]])
-    logits = p.log().expand(4000, 2, 3)
-    picked = sample_code(logits, keys(4000, 2))
-    assert picked.shape == (4000, 2)
-    assert np.allclose(F.one_hot(picked, 3).double().mean(0), p, atol=0.03)
-    cut = sample_code(logits, keys(4000, 2), top_p=0.7)
-    assert np.allclose(F.one_hot(cut, 3).double().mean(0), [[0, 2 / 3, 1 / 3], [0.625, 0, 0.375]], atol=0.03)
-    few = sample_code(logits, keys(4000, 2), top_k=1)
-    assert torch.equal(few, logits.argmax(-1)) and torch.equal(few, sample_code(logits, temperature=0))
-
-
-def test_repetition_penalty():
-    logits = torch.tensor([2.0, 1.5, -1.0, -1.1])
-    age = torch.tensor([1, 0, 2, 0])
-    for penalty in (1.0, 1.2, 2.0):
-        expected = torch.tensor([2.0 / penalty, 1.5, -1.0 * penalty, -1.1])
-        assert sample_code(logits, None, age, temperature=0, repetition_penalty=penalty) == expected.argmax()
-        share = draws(logits, age=age, repetition_penalty=penalty)
-        assert np.allclose(share, expected.softmax(0), atol=0.03)
-    assert sample_code(logits, temperature=0, repetition_penalty=2.0) == 0
-    assert logits[0] == 2.0
-
-
-def test_a_penalty_that_decays():
-    """By the age of a class, which is its own in each row of logits."""
-    logits = torch.tensor([[2.0, 1.5, -1.0, -1.1], [4.0, 3.0, 2.0, 1.0]])
-    age = torch.tensor([[2, 1, 3, 0], [0, 3, 0, 1]])
-    for decay in (0.0, 0.5, 1.0):
-        near, two, three = (1 + 2 / n**decay for n in (1, 2, 3))
-        expected = torch.tensor([[2 / two, 1.5 / near, -1.0 * three, -1.1], [4, 3 / three, 2, 1 / near]])
-        torch.testing.assert_close(penalised(logits, age, 3.0, decay), expected)
-        picked = sample_code(logits, None, age, temperature=0, repetition_penalty=3.0, repetition_decay=decay)
-        assert torch.equal(picked, expected.argmax(-1))
-    assert torch.equal(penalised(logits, 0 * age, 3.0, 1.0), logits)
-    assert logits[0, 0] == 2
-
-
-def test_min_p():
-    p = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    assert np.allclose(draws(p.log(), min_p=0.6), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
-    assert np.allclose(draws(p.log(), min_p=0.4), [0, 0.4 / 0.9, 0.2 / 0.9, 0.3 / 0.9], atol=0.03)
-    assert np.allclose(draws(p.log(), min_p=0.2, top_k=2), [0, 0.4 / 0.7, 0, 0.3 / 0.7], atol=0.03)
-    assert draws(p.log(), 50, min_p=1.0)[1] == 1
-    theirs = pytest.importorskip("transformers").MinPLogitsWarper(min_p=0.4)(None, p.log()[None])[0]
-    assert np.allclose(draws(p.log(), min_p=0.4), theirs.softmax(-1), atol=0.03)
-
-
-def test_sampling_by_seed():
-    model, (text, _) = tiny(), utterance()
-    one, again, two = (spoken_by(model, text, max_frames=5, draw=dict(temperature=2.0), seed=s) for s in (1, 1, 2))
-    assert one == again != two
 
 
 # ---------------------------------------------------------------------------------------------------------------------
