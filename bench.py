@@ -4,7 +4,7 @@
     python bench.py sample    word errors and speed of models that speak digits: out/digits/best.pt, or --ckpt=a.pt,b.pt
     python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
     python bench.py loss      seconds and memory of the loss of K classification heads
-    python bench.py train     seconds and memory of a training step of a CSM
+    python bench.py train     seconds and memory of a training step of each family
     python bench.py speak     speed of models of published sizes that speak: one text at a time, eight at once
     python bench.py gpu       for a GPU machine, in ten minutes: the tests of the kernel, speak, loss, train
     python bench.py report    print BENCHMARKS.md: python bench.py report > BENCHMARKS.md
@@ -42,8 +42,8 @@ and the answer
   (N, D) if shared; weight = rng.standard_normal((K, V, D), float32) / sqrt(D); target = rng.integers(V, size=(N, K)).
   The loss is the sum over codebooks of means over rows. Numbers: the loss, and of the gradients of hidden and weight
   flat[:: max(1, len(flat) // 1000)].
-- train: fields of CSMConfig, fraction, utterances, text_rows, frames. A command draws weights of its own, so it gives
-  no numbers.
+- train: arch, fields of its config in model.py, utterances, text_rows, frames; lora, arguments of parts/lora.py's
+  add_lora, or null. A command draws weights of its own, so it gives no numbers.
 - codec: codec, seconds, frame_rate, samples_per_frame, n_codebooks, codebook_size; `weights` is an empty folder for the
   numbers: draw weights and write them there in the layout in which the authors publish them; ours then loads them.
   Numbers: the codes of wav = 0.1 * rng.standard_normal((1, frames * samples_per_frame), float32), then the waveform of
@@ -81,6 +81,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -88,12 +89,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
+import model as models
 from data import open_tokens
 from evaluate import evaluate
 from export import Source, export, kani_config, published
-from layouts import KANI_LFM2, XTTS_V2
-from model import ARCHS, CSM, GPT2, LFM2, LLAMA3_ROPE, VALLE, CSMConfig, Stage, multi_codebook_cross_entropy
-from parts import configurator
+from layouts import KANI_LFM2, VALLE_V2, XTTS_V2
+from model import (
+    ARCHS,
+    CSM,
+    GPT2,
+    IGNORE,
+    LFM2,
+    LLAMA3_ROPE,
+    VALLE,
+    Stage,
+    field_names,
+    multi_codebook_cross_entropy,
+)
+from parts import configurator, lora
 from parts.audio import read_audio, resample
 from parts.files import need
 from parts.optim import Optimizer
@@ -116,7 +129,7 @@ seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
 sizes = ""  # codec, loss, train, speak: names of sizes, separated by commas; empty: all
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
 ways = ""  # codec, loss, train, speak: who does it, likewise; --ways=ours is quick
-fractions = "1/16,1"  # train: shares of the frames that the depth decoder trains on
+fractions = "1/16,1"  # train, csm: shares of the frames that the depth decoder trains on
 batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
 peer = ""  # codec, loss, train, speak: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train, speak: how often to time each way, after a warm-up; the median counts
@@ -709,14 +722,29 @@ def loss_columns(answer, answers):
 
 
 # -----------------------------------------------------------------------------
-# a step that trains a CSM
+# a step that trains
 
 SMALL = dict(n_layer=2, n_head=8, n_kv_head=2, d_model=512, d_ff=2048, rope_scaling=LLAMA3_ROPE)
+EVEN = {**SMALL, "n_kv_head": 8, "rope_scaling": None}
+ADAPTED = dict(rank=16, alpha=16.0, rs=True, targets=["[qv]_proj", "gate_proj", "up_proj", "down_proj"])  # kani_lora.py
 TRAIN_SIZES = {
-    "small": dict(text_vocab_size=4096, n_codebooks=32, codebook_size=2048,
+    "small": dict(arch="csm", stop="zeros", text_vocab_size=4096, n_codebooks=32, codebook_size=2048,
                   backbone=SMALL, decoder={**SMALL, "d_model": 256, "d_ff": 1024}),
-    "marvis": dict(text_vocab_size=49152, n_codebooks=32, codebook_size=2048,
+    "marvis": dict(arch="csm", stop="zeros", text_vocab_size=49152, n_codebooks=32, codebook_size=2048,
                    backbone="llama-250M", decoder="llama-60M"),
+    "kani-lora": dict(arch="kani", text_vocab_size=64400, n_codebooks=4, codebook_size=4032, backbone="lfm2-350M",
+                      lora={**ADAPTED, "dropout": 0.1}),
+    "xtts": dict(arch="xtts", text_vocab_size=6681, n_codebooks=1, codebook_size=1024, text_bos=261, text_eos=0,
+                 backbone="gpt2-xtts"),
+    "valle": dict(arch="valle", text_vocab_size=256, n_codebooks=8, codebook_size=1024, backbone="valle-60M"),
+}  # fmt: skip
+# what is different in the job that gives the numbers
+REDUCED = {
+    "csm": {key: TRAIN_SIZES["small"][key] for key in ("text_vocab_size", "backbone", "decoder")},
+    "kani": {"text_vocab_size": 512, "backbone": {**SMALL, **LFM2, "layers": "ca", "rope_scaling": None},
+             "lora": {**ADAPTED, "dropout": 0.0}},
+    "xtts": {"backbone": {**EVEN, **GPT2}, "conditioning_layers": 1},
+    "valle": {"backbone": {**EVEN, **VALLE}},
 }  # fmt: skip
 FRACTIONS = {"1/16": 1 / 16, "1": 1.0}
 # ours as train.py sets it up, then with its keys sparse_embeddings, and step_in_backward too; peers with torch's AdamW
@@ -729,25 +757,32 @@ TINY_MIMI = dict(hidden_size=16, num_filters=2, num_hidden_layers=1, num_attenti
                  vector_quantization_hidden_dimension=4)  # fmt: skip
 
 
-def csm_of(job):
-    sizes = {key: job[key] for key in ("text_vocab_size", "n_codebooks", "codebook_size", "backbone", "decoder")}
-    return CSM(CSMConfig(**sizes, stop="zeros", decoder_fraction=job["fraction"]))  # peers stop at zeros, too
+def model_of(job):
+    model, config = ARCHS[job["arch"]]
+    made = model(config(**{key: job[key] for key in job.keys() & field_names(config)}))
+    if job["lora"]:
+        lora.add_lora(made, **job["lora"])
+    return made
 
 
-def csm_batch(c, job, seed):
-    """tokens (B, S, K + 1), segment (B, S) as `Batches` gives them."""
+def batch_of(c, job, seed):
+    """tokens (B, S, C), segment (B, S) as `Batches` gives them; for an XTTS references (B, R, M) of 3 s, too."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(job["utterances"]):
-        text = rng.integers(0, c.text_vocab_size, job["text_rows"])
+        text = rng.integers(3, c.text_vocab_size, job["text_rows"])
         rows.append(c.layout(text, rng.integers(1, c.codebook_size, (job["frames"] - 1, c.n_codebooks))))
-    return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+    batch = [torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)]
+    if c.arch == "xtts":
+        size = len(rows), round(3 * c.reference_rate), c.reference_bands
+        batch.append(torch.from_numpy(rng.standard_normal(size, np.float32)))
+    return batch
 
 
 # A way: our model -> (its model, what it takes of a batch, its loss of that)
 
 
-def our_csm(model):
+def our_step(model):
     return model, lambda *batch: batch, lambda net, *batch: net(*batch)[0]
 
 
@@ -779,22 +814,128 @@ def transformers_csm(ours):
     return model, prepare, loss
 
 
+def lfm2_of(ours):
+    """A Kani in transformers."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    model = Lfm2ForCausalLM(Lfm2Config(**kani_config(ours.config)))
+    model.load_state_dict(published(KANI_LFM2, Source(ours)), strict=False)
+    model.tie_weights()
+    return model
+
+
+def transformers_lfm2(ours):
+    """The same model in transformers, with peft's adapter, whose matrices are those of ours."""
+    from peft import LoraConfig, get_peft_model
+
+    state = lora.adapter_state(ours)
+    trained = [p.detach() for p in ours.parameters() if p.requires_grad]
+    lora.merge(ours)  # B is zero: this changes nothing
+    model = lfm2_of(ours)
+    names = ["q_proj", "v_proj", "w1", "w3", "w2"]
+    model = get_peft_model(model, LoraConfig(r=state["rank"], lora_alpha=state["alpha"], lora_dropout=state["dropout"],
+                                             use_rslora=state["rs"], target_modules=names))  # fmt: skip
+    for p, value in zip([p for p in model.parameters() if p.requires_grad], trained, strict=True):
+        p.data.copy_(value)
+    return (model, lambda tokens, segment: (torch.where(segment > 0, tokens[..., 0], IGNORE), tokens[..., 0]),
+            lambda net, labels, ids: net(input_ids=ids, labels=labels, use_cache=False).loss)  # fmt: skip
+
+
+def filled(stack, ours, layout, prefix):
+    """A stack of transformers with the weights of our model, 0 where ours has none. layout: of the published weights,
+    where the names of the stack's stand behind `prefix`."""
+    found = {name.removeprefix(prefix): x for name, x in published(layout, Source(ours)).items()}
+    stack.load_state_dict({name: found.get(name, torch.zeros_like(x)) for name, x in stack.state_dict().items()})
+    return stack
+
+
+def gpt2_of(ours):
+    """The backbone of an XTTS in transformers, without dropout. Its positions are 0: XTTS has its own."""
+    from transformers import GPT2Config, GPT2Model
+
+    c = ours.config.backbone
+    stack = GPT2Model(GPT2Config(
+        vocab_size=1, n_positions=c.max_positions, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
+        n_inner=c.d_ff, layer_norm_epsilon=c.norm_eps, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+    ))  # fmt: skip
+    stack.wpe.requires_grad_(False)
+    return filled(stack, ours, XTTS_V2, "gpt.gpt.")
+
+
+class Stack(torch.nn.Module):
+    """A transformer of transformers in the place of our backbone."""
+
+    def __init__(self, stack):
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x, cache=None, mask=None, positions=None):
+        mask = None if mask is None else mask.expand(-1, -1, x.shape[1], -1)
+        return self.stack(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+
+
+def whole_logits(hidden, weight, target, bias=None, codebook_weight=1, row_weight=None, each=False):
+    """The loss in plain torch, with all logits at once. It counts no target that ranks first: a peer need not."""
+    weight = weight if weight.ndim == 3 else weight[None]
+    logits = torch.einsum("nkd,kvd->nkv" if hidden.ndim == 3 else "nd,kvd->nkv", hidden, weight)
+    logits = logits + bias.view(logits.shape[1:])
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view(target.shape)
+    share = torch.ones_like(losses) if row_weight is None else row_weight[:, None].expand_as(losses)
+    loss = codebook_weight * (losses * share).sum(0) / share.sum(0)
+    none = torch.zeros_like(target, dtype=torch.bool)
+    return (loss, none, losses) if each else (loss, none.sum(0))
+
+
+def with_stack(ours, stack):
+    """Our model with a stack of transformers as its backbone, and with plain losses."""
+    ours.backbone = Stack(stack)
+
+    def loss(net, *batch):
+        with mock.patch.object(models, "multi_codebook_cross_entropy", whole_logits):
+            return net(*batch)[0]
+
+    return ours, lambda *batch: batch, loss
+
+
+def transformers_gpt2(ours):
+    """An XTTS whose backbone is transformers' GPT-2, as in Coqui's code."""
+    return with_stack(ours, gpt2_of(ours))
+
+
+def transformers_llama(ours):
+    """A VALL-E whose backbone is transformers' Llama, as in its author's code."""
+    from transformers import LlamaConfig, LlamaModel
+
+    c = ours.config.backbone
+    stack = LlamaModel(LlamaConfig(
+        vocab_size=1, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, hidden_act="gelu",
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, pad_token_id=None,
+        max_position_embeddings=c.max_positions,
+    ))  # fmt: skip
+    stack.norm = torch.nn.Identity()
+    return with_stack(ours, filled(stack, ours, VALLE_V2, "model."))
+
+
+PEERS = {"csm": transformers_csm, "kani": transformers_lfm2, "xtts": transformers_gpt2, "valle": transformers_llama}
+
+
 def train_job(job):
     """Numbers of one pass, or seconds of steps and the peak of the process, of one way in STEPS."""
     device, way = job["device"], job["way"]
     with torch.device("meta"):  # weights, gradients, two means of AdamW, and a quarter more
-        check_room(20 * sum(p.numel() for p in csm_of(job).parameters()), device)
+        check_room(20 * sum(p.numel() for p in model_of(job).parameters()), device)
     torch.manual_seed(0)
-    model = csm_of(job)
+    model = model_of(job)
     config = model.config
-    make = transformers_csm if way.startswith("transformers") else our_csm
+    make = PEERS[job["arch"]] if way.startswith("transformers") else our_step
     model, prepare, loss = make(model)  # of ours nothing stays in memory beside that of transformers
     model.to(device).train()
     net = torch.compile(model, dynamic=True) if way.endswith("compiled") else model
 
     def passed(seed):
         torch.manual_seed(seed)
-        batch = prepare(*csm_batch(config, job, seed))
+        batch = prepare(*batch_of(config, job, seed))
         torch.manual_seed(seed)  # ours draws the depth decoder's frames in the pass, transformers did so in `prepare`
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             return loss(net, *[x.to(device) for x in batch])
@@ -817,21 +958,25 @@ def make_optimizer(model, way, device):
         keys = configurator.configure(HERE / "train.py", ["--grad_clip=0", *STEPS[way]])
         optimizer = Optimizer(model, keys, torch.device(device))
         return optimizer.backward, optimizer.step
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     return torch.Tensor.backward, lambda: (optimizer.step(), optimizer.zero_grad())
 
 
 def bench_train(cfg):
-    """A step that trains a CSM: forward, backward, AdamW."""
+    """A step that trains: forward, backward, AdamW. Beside a CSM, which a share of its frames may train, stand the
+    other families: Kani with LoRA, of one utterance; XTTS; VALL-E in mode nar."""
     sizes, dtypes = chosen(cfg.sizes, TRAIN_SIZES, "sizes"), chosen(cfg.dtypes, DTYPES, "dtypes")
     fractions = chosen(cfg.fractions, FRACTIONS, "fractions")
     ways = chosen(cfg.ways, STEPS, "ways")
     if not cfg.ways and pick_device("auto") == "cpu":
         ways = [way for way in ways if "compiled" not in way]
-    for size, dtype, fraction, B in product(sizes, dtypes, fractions, map(int, cfg.batches.split(","))):
-        job = new_job("train", f"{size}, {dtype}, {fraction} of the frames, batch of {B}", dtype, cfg.repeats,
-                      **sizes[size], fraction=fractions[fraction], utterances=B, text_rows=40, frames=152)  # fmt: skip
-        compare(cfg, job, TRAIN_SIZES["small"], ways, "ours", partial(train_columns, B * job["frames"]))
+    for size, dtype, B in product(sizes, dtypes, map(int, cfg.batches.split(","))):
+        job = {"lora": None, **sizes[size], "utterances": B, "text_rows": 40, "frames": 152}
+        for fraction in fractions if job["arch"] == "csm" else [""]:
+            case = f"{size}, {dtype}, {f'{fraction} of the frames, ' if fraction else ''}batch of {B}"
+            share = {"decoder_fraction": fractions[fraction]} if fraction else {}
+            compare(cfg, new_job("train", case, dtype, cfg.repeats, **job, **share), REDUCED[job["arch"]], ways, "ours",
+                    partial(train_columns, B * job["frames"]))  # fmt: skip
 
 
 def train_columns(frames, answer, _):
@@ -846,7 +991,7 @@ TINY = dict(n_layer=2, n_head=4, n_kv_head=4, d_model=32, d_ff=48)
 # of each: its family, its sizes, small ones for the numbers, what is counted, how many of them are a second of speech,
 # and the way whose speed is the measure
 SPEAKERS = {
-    "csm": ("csm", {key: x for key, x in TRAIN_SIZES["marvis"].items()} | {"stop": "zeros"},
+    "csm": ("csm", {key: x for key, x in TRAIN_SIZES["marvis"].items() if key != "arch"},
             dict(text_vocab_size=50, n_codebooks=6, codebook_size=32, stop="zeros",
                  backbone={**TINY, "rope_scaling": LLAMA3_ROPE}, decoder={**TINY, "rope_scaling": LLAMA3_ROPE}),
             "frames", 12.5, "transformers"),
@@ -1028,12 +1173,8 @@ def csm_in_transformers(job, model, line):
 
 def kani_in_transformers(job, model, line):
     """For the numbers only the classes of the codebook whose turn it is are allowed, as in ours."""
-    from transformers import Lfm2Config, Lfm2ForCausalLM
-
     c = model.config
-    net = Lfm2ForCausalLM(Lfm2Config(**kani_config(c)))
-    net.load_state_dict(published(KANI_LFM2, Source(model)), strict=False)
-    net.tie_weights()
+    net = lfm2_of(model)
     tokens = torch.from_numpy(model.layout(line.text)[0]).T
     first = c.first_code + c.codebook_size * torch.arange(c.n_codebooks)
 
@@ -1055,15 +1196,8 @@ def kani_in_transformers(job, model, line):
 
 def xtts_in_transformers(job, model, line):
     """GPT-2 with the tables and heads of XTTS around it, in the loop that its authors' code has too."""
-    from transformers import GPT2Config, GPT2Model
-
     c = model.config
-    s = c.backbone
-    net = GPT2Model(GPT2Config(n_positions=s.max_positions, n_embd=s.d_model, n_layer=s.n_layer, n_head=s.n_head,
-                               n_inner=s.d_ff, vocab_size=1)).eval()  # fmt: skip
-    tensors = {key.removeprefix("gpt.gpt."): x for key, x in published(XTTS_V2, Source(model)).items()}
-    net.load_state_dict({key: x for key, x in tensors.items() if key in net.state_dict()}, strict=False)
-    net.wpe.weight.data.zero_()  # XTTS has positions of its own
+    net = gpt2_of(model).eval()
     opening, *_ = model.opening(line.text, **line.side)
 
     def once():

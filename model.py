@@ -362,6 +362,7 @@ class Attention(nn.Module):
     """
 
     together = ("q_proj", "k_proj", "v_proj")  # one product where weights are packed, see parts/packed.py
+    watch = None  # a function of queries and keys (B, H, S, head_dim), while Family.attention looks
 
     def __init__(self, c):
         super().__init__()
@@ -380,6 +381,8 @@ class Attention(nn.Module):
     def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
         B, S, _ = x.shape
         q, k, v = (y.transpose(1, 2) for y in self.heads(x, rope))  # views, and so is y below: nothing is copied
+        if self.watch is not None:
+            self.watch(q, k)
         if cache is not None:
             k, v = cache.extend(layer, k, v, *rows)
         if S == 1:  # the heads that share keys become rows that read the same keys: none is repeated
@@ -403,6 +406,17 @@ class Attention(nn.Module):
             q, k, v = y.split([n, m, m], 2)
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+
+
+def looks(q, k, rows, columns, causal):
+    """The attention (H, N, n) float32 of queries q (H, S, head_dim) in these rows (N,) to those columns (n,) among keys
+    k (H or fewer, S, head_dim). Rows and columns are counted from the end: the last one is -1."""
+    S = k.shape[1]
+    k = k.repeat_interleave(len(q) // len(k), 0).float()
+    scores = q[:, rows].float() @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        scores = scores.masked_fill((torch.arange(S) > (S + rows)[:, None]).to(q.device), -math.inf)
+    return scores.softmax(-1)[..., columns]
 
 
 class ShortConvolution(nn.Module):
@@ -745,9 +759,9 @@ class Family(nn.Module):
         eval mode) counts the stop frames that the model does not predict.
     teacher_forced_logits(text, codes) -> (T + 1, K, V)
         The logits of an utterance's frames and its stop frame, from one pass over all of its rows.
-    opening(text, prompt=None) -> x (1, S, D), positions (1, S) or None, lead
+    opening(text, prompt=None, codes=None) -> x (1, S, D), positions (1, S) or None, lead
         The rows that the backbone reads before the first frame. The first `lead` rows belong to the voice: they are the
-        same for all texts.
+        same for all texts. With codes (T, K) the rows of these frames follow.
     head_weights() -> [(weight (V, D), bias (V,) or None)] * K
         What scores the classes that are allowed in each codebook.
     step(stage)
@@ -893,6 +907,47 @@ class Family(nn.Module):
         if positions is not None:
             stage.where[place] = positions[0, -1]
         return most
+
+    def begun(self, text, prompt=None, codes=None, **options):
+        """`rows` of an utterance that has come as far as the frames codes (T, K), without those that end it."""
+        rows = self.rows(text, codes, prompt, **options)
+        if codes is None:
+            return rows
+        end = len(self.layout(text, None, prompt)[0]) + len(codes) * self.rows_per_frame
+        return [x[:, :end] for x in rows]
+
+    def reread(self, text, codes, prompt=None, **side):
+        """Let the backbone read an utterance with its frames, codes (T, K), at once."""
+        x, positions, _ = self.opening(text, prompt, codes, **side)
+        self.backbone(x, positions=positions)
+
+    @torch.no_grad()
+    def attention(self, text, codes, prompt=None, owner=None, **side):
+        """Where the backbone looks in the text while it predicts the frames codes (T, K): the attention (H, T, n)
+        float32 of its heads, those of all layers, to the text ids (n,). The rest to 1 is attention to other rows.
+
+        owner (n,): the number of each id's word, -1: none; then it is (H, T, W), the attention to the words. side: what
+        `opening` takes beside these.
+        """
+        text = np.asarray(text)
+        owner = np.arange(len(text)) if owner is None else np.asarray(owner)
+        members = torch.from_numpy(owner[:, None] == np.arange(owner.max(initial=-1) + 1)).float().to(self.device)
+        before, _ = self.layout(text, None, prompt)
+        other, _ = self.layout((text + 1) % self.config.text_vocab_size, None, prompt)
+        words = torch.from_numpy((before != other).any(1).nonzero()[0])  # rows of the text
+        # a frame is predicted by the row before its own; numbers from the end, because a voice may have rows in front
+        frames = torch.arange(-len(codes) * self.rows_per_frame, 0) - int(self.causal)
+        words = words - len(before) - len(codes) * self.rows_per_frame
+        found = []
+        layers = [module for module in self.backbone.modules() if isinstance(module, Attention)]
+        for layer in layers:
+            layer.watch = lambda q, k: found.append(looks(q[0], k[0], frames, words, self.causal) @ members)
+        try:
+            self.reread(text, codes, prompt, **side)
+        finally:
+            for layer in layers:
+                del layer.watch
+        return torch.cat(found).unflatten(1, (len(codes), self.rows_per_frame)).mean(2)
 
     @torch.no_grad()
     def generate(self, text, prompt=None, max_frames=1125, draw=None, choose=sample_code, seed=0, latents=False,
@@ -1103,8 +1158,8 @@ class CSM(Family):
         return [(first, None), *((head[: c.codebook_size], None) for head in self.decoder_heads)]
 
     @torch.no_grad()
-    def opening(self, text, prompt=None):
-        tokens, segment = self.rows(text, None, prompt)
+    def opening(self, text, prompt=None, codes=None):
+        tokens, segment = self.begun(text, prompt, codes)
         lead = int((segment == PROMPT).nonzero()[-1, 1]) + 1 if prompt and self.config.prompt_style == "segments" else 0
         return self.embed(tokens, segment), None, lead
 
@@ -1404,8 +1459,8 @@ class Kani(Family):
         return [(torch.cat([codes[0], self.embedding[c.end_of_speech, None]]), None), *((x, None) for x in codes[1:])]
 
     @torch.no_grad()
-    def opening(self, text, prompt=None, *, reference=None, voice=None):
-        tokens, segment = self.rows(text, None, prompt)
+    def opening(self, text, prompt=None, codes=None, *, reference=None, voice=None):
+        tokens, segment = self.begun(text, prompt, codes, every=True)
         if voice is not None:
             voice = voice[None]
         elif reference is not None:
@@ -1739,11 +1794,11 @@ class XTTS(Family):
         return [self.code_head]
 
     @torch.no_grad()
-    def opening(self, text, prompt=None, *, reference=None, voice=None):
+    def opening(self, text, prompt=None, codes=None, *, reference=None, voice=None):
         """See Family. voice: the latents (L, D) of a voice, in place of a `reference` to read them from. A prompt
         changes nothing."""
         heard = self.voice_latents(reference) if voice is None else voice[None].to(self.conditioning.latents)
-        return self.embed(heard, *self.rows(text)), None, self.config.n_latents
+        return self.embed(heard, *self.begun(text, None, codes)), None, self.config.n_latents
 
     @torch.no_grad()
     def step(self, stage):
@@ -2219,9 +2274,12 @@ class VallE(Family):
         return list(zip(self.heads, self.head_bias, strict=True))
 
     @torch.no_grad()
-    def opening(self, text, prompt=None, *, language=None):
-        tokens, segment = self.rows(text, None, prompt, language=language)
+    def opening(self, text, prompt=None, codes=None, *, language=None):
+        tokens, segment = self.begun(text, prompt, codes, language=language)
         return self.embed(tokens, segment), self.positions(tokens, segment), 0
+
+    def reread(self, text, codes, prompt=None, language=None):
+        self.states(*self.begun(text, prompt, codes, language=language))
 
     def stage(self, places, rows, frames, **how):
         """See Family. Mode nar needs no cache. It keeps all rows, tokens (B, S, K + 1) and segment (B, S), of each

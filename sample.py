@@ -35,13 +35,15 @@ from tqdm import tqdm
 
 from layouts import is_published
 from parts import configurator, lora, peft
+from parts.align import CLEAR
+from parts.captions import write_json, write_srt
 from parts.files import whole
 from parts.frontend import needs_language
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
 from parts.voices import save_voice as write_voice
 from speak import CUT, REPEATS
-from voice import DRAWS, SILENT, Voice, as_texts, need_stretch
+from voice import DRAWS, SILENT, SKIPPED, TWICE, Voice, as_texts, need_stretch
 from weights import peft_base
 
 # a checkpoint, a folder with best.pt, published weights (a file or folder), a pattern such as "out/*", or several of
@@ -61,9 +63,10 @@ save_voice = ""  # save the voice of the reference, or of the speaker, to speak 
 voice_note = ""  # licence or origin of that voice; it is shown wherever the voice speaks
 seed: "0 <= int <= 4294967295" = 1337
 batch: "1 <= int <= 1024" = 8  # lines that are spoken at the same time
-tries: "1 <= int <= 20" = 3  # of a line that does not end or repeats itself, each with another seed
+tries: "1 <= int <= 20" = 3  # of a line with a fault, such as no end or skipped text, each with another seed
 n_codebooks: "0 <= int <= 1000" = 0  # CSM: speak in so many of the first codebooks, faster and coarser; 0: in all
 stream = False  # write audio while it is generated, line after line
+timestamps: Literal["", "json", "srt"] = ""  # also write when each word is spoken: 000.json, or captions, 000.srt
 quantize: Literal["", "int8"] = ""  # int8: weights in 8 bits, on a CPU: several times as fast, nearly the same
 linear: Literal["auto", "plain", "packed"] = "auto"  # order of the weights on a CPU; auto: measure which is faster
 device = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if available
@@ -80,7 +83,8 @@ SHARED = {
 }  # fmt: skip
 HOW = ("speaker", "language", *DRAWS, "seed", "speed", "cap_seconds")  # keys that say how a line is spoken
 MEANING = {CUT: "cut off at the cap, it did not stop by itself", REPEATS: "it repeated itself, and is cut there",
-           SILENT: "there is a long silence in it"}  # fmt: skip
+           SILENT: "there is a long silence in it", SKIPPED: "a part of the text was skipped",
+           TWICE: "a part of the text was spoken twice"}  # fmt: skip
 # keys that name what a checkpoint holds, and published weights do not
 PARTS = ("codec", "tokenizer", "text_format", "front_end")
 
@@ -310,12 +314,17 @@ def at_once(cfg, voice, lines, paths, how, tick):
     for i, said in voice.speak(lines, cfg.batch, cfg.tries, tick=tick, **how):
         with wav_file(paths[i], voice.sample_rate, growing=False) as write:
             write(said.wav)
+        if cfg.timestamps:
+            write = {"json": write_json, "srt": write_srt}[cfg.timestamps]
+            write(Path(paths[i]).with_suffix(f".{cfg.timestamps}"), said.words)
         seconds = len(said.wav) / voice.sample_rate
         again = len(said.tries) - len(said.pieces)
         message = f"{paths[i]}  {short(lines[i])!r}: {seconds:.2f} s of audio, {said.frames} frames"
         if len(lines) == 1 and seconds:
             took = time.perf_counter() - start
             message += f", real-time factor {took / seconds:.2f}, {said.frames / took:.1f} frames a second"
+        if cfg.timestamps and not all(x.track and x.track.clarity >= CLEAR for x in said.spoken):
+            message += "; the times of its words are a guess, the model's attention does not tell them"
         yield message + warning(len(said.wav), said.faults, again), said.ended, 1 + again, seconds
 
 
@@ -406,6 +415,9 @@ def refuse_parts(cfg, paths):
 
 
 def main(cfg):
+    if cfg.timestamps and (cfg.stream or cfg.n_codebooks or cfg.out_dir == "-"):
+        raise ValueError(f"timestamps = {cfg.timestamps!r}: they need whole lines in all codebooks and an out_dir: "
+                         "leave out stream, n_codebooks and --out_dir=-")  # fmt: skip
     if cfg.voice and (cfg.reference or cfg.save_voice):
         raise ValueError(f"voice = {cfg.voice!r:.60}: it is saved already, leave out reference and save_voice")
     lines = [] if cfg.save_voice and not cfg.text and not cfg.file else read_lines(cfg.text, cfg.file)

@@ -30,25 +30,31 @@ DIVERGED = "the model's logits are not finite: its training run diverged, or dty
 @dataclass
 class Utterance:
     """What is to be spoken: text ids (n,), at most `cap` frames, with these random numbers. side: what the model's
-    `seat` takes beside these, such as prompt and voice."""
+    `seat` takes beside these, such as prompt and voice. words: those of the text; owner (n,): the number of each id's
+    word, -1: none."""
 
     text: object
     cap: int = 1125
     seed: int = 0
     side: dict = field(default_factory=dict)
+    words: list = field(default_factory=list)
+    owner: object = None
 
 
 @dataclass
 class Spoken:
-    """An utterance that is complete: frames (T, K), or states (T, D) for a vocoder; whether the model ended it by
-    itself; what is wrong with it, a few words for each fault; the faults of every try; and the wav (N,), where the
-    caller's judge has decoded it."""
+    """An utterance that is complete: its codes (T, K); its frames, the same or states (T, D) for a vocoder; whether the
+    model ended it by itself; what is wrong with it, a few words for each fault; the faults of every try; and what the
+    caller's judge has found: the wav (N,), and the word of each frame, a Track."""
 
+    utterance: Utterance
+    codes: torch.Tensor
     frames: torch.Tensor
     ended: bool
     faults: list
     tries: list = field(default_factory=list)
     wav: torch.Tensor | None = None
+    track: object = None
 
 
 def ready(model, quantize="", linear="auto", say=print):
@@ -101,6 +107,7 @@ class Engine:
         self.stage = None
         self.size = (0, 0, 0)
         self.graph = None
+        self.codes = None  # (T, K) of the last utterance that was over
 
     def speak(self, utterances, judge=None, tries=3):
         """Yields (number, Spoken) of each utterance when it is complete, in any order; see `follow`."""
@@ -122,9 +129,10 @@ class Engine:
                 tick(len(frames))
             if over is None:
                 continue
-            spoken = Spoken(torch.cat(made.pop(number)), over == ENDED, [] if over == ENDED else [over])
-            if over == REPEATS:
-                spoken.frames = spoken.frames[: -self.rounded(REPETITION)]
+            frames = torch.cat(made.pop(number))
+            sound = len(frames) - self.rounded(REPETITION) if over == REPEATS else len(frames)
+            faults = [] if over == ENDED else [over]
+            spoken = Spoken(utterance, self.codes[:sound], frames[:sound], over == ENDED, faults)
             if judge is not None:
                 judge(number, spoken)
             before = earlier.pop(number, None)
@@ -167,6 +175,7 @@ class Engine:
                     over = REPEATS
                 seat.given = made[place]
                 if over:  # the last one takes the place that becomes free
+                    self.codes = self.stage.codes[place, : made[place]].clone()
                     last = seated.pop()
                     if last is not seat:
                         self.stage.move(len(seated), place)

@@ -34,13 +34,14 @@ from codec import load_codec
 from data import MODEL_META, completed
 from model import contract_check, field_names
 from parts import configurator, lora, peft
-from parts.audio import longest_silence, read_audio
+from parts.align import align
+from parts.audio import longest_silence, read_audio, sounding
 from parts.files import NUMBER, need
 from parts.frontend import language_name, read_text
 from parts.joining import joined
 from parts.sentences import split_text
 from parts.tensors import UNBUILT, fault, pick_device, read_vector, reason
-from parts.text import is_phonemic, load_tokenizer, wording
+from parts.text import is_phonemic, load_tokenizer, wording, words_of
 from parts.voices import load_voice
 from released import made_up, open_release, with_tags
 from speak import ENDED, Engine, Utterance, ready
@@ -59,6 +60,8 @@ dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; 
 
 LONGEST = 20.0  # seconds of speech that a model makes well at a time; a longer text is divided
 SHORTEST = 3.0  # of a stream of utterances whose frames all come at once
+SKIPPED = "skipped text"  # faults that attention tells, see parts/align.py
+TWICE = "repeated text"
 SILENT = "silence"  # a fault: within an utterance, longer than
 SILENCE = 2.0  # seconds
 AHEAD = 2  # codebooks that a CSM's depth decoder foresees, see CSM.foresee
@@ -70,7 +73,8 @@ DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repeti
 @dataclass
 class Said:
     """A text that was spoken: wav (N,) float32 on the CPU, its number of frames, whether the model ended it by itself,
-    and what is wrong with it; `tries` has the faults of every try; the pieces of the text, and the Spoken of each."""
+    and what is wrong with it; `tries` has the faults of every try; the pieces of the text, the Spoken of each; and the
+    words with their times, [(word, start, end)] in seconds."""
 
     wav: torch.Tensor
     frames: int
@@ -79,6 +83,7 @@ class Said:
     tries: list
     pieces: list
     spoken: list
+    words: list
 
 
 @dataclass
@@ -229,6 +234,11 @@ class Voice:
     def text_ids(self, text, speaker="", language=""):
         """Ids (n,) of a text as token files hold them. Raises ValueError for a text that is empty, has characters the
         tokenizer lacks, or has letters where it reads phonemes, and for an unknown speaker or language."""
+        return np.array(self.tokenizer.encode(self.worded(text, speaker, language)[0]))
+
+    def worded(self, text, speaker="", language=""):
+        """What the model reads for a text, the words and all, and where the words stand in it, (begin, end). Raises
+        ValueError as text_ids does."""
         language = self.known_language(language)
         words = read_text(text, self.meta["front_end"], language, self.meta["lowercase"])
         if not words.strip():
@@ -240,7 +250,23 @@ class Voice:
         if unknown := self.tokenizer.unknown(words):
             some = " ".join(sorted(unknown)[:12])
             raise ValueError(f"{words!r:.60} has characters the tokenizer does not know: {some}")
-        return np.array(self.tokenizer.encode(wording(self.meta["text_format"], speaker, words, language)))
+        begin = wording(self.meta["text_format"], speaker, "\0", language).index("\0")  # no text has it
+        return wording(self.meta["text_format"], speaker, words, language), (begin, begin + len(words))
+
+    def owned(self, text, n, speaker="", before="", language=""):
+        """The words of a text that have ids, and for each of its n ids the number of its word (n,), -1: none. They are
+        spelt as in the text, or as the model reads them where these are another number. before: a text that is read
+        with it."""
+        whole, part = self.worded(f"{before} {text.strip()}" if before else text, speaker, language)
+        places = words_of(whole, *part)
+        if before:
+            said, part = self.worded(before, speaker, language)
+            places = places[len(words_of(said, *part)) :]
+        owner = self.tokenizer.owners(whole, places)[-n:]
+        read, spelt = ([y[i:j] for i, j in at] for y, at in ((whole, places), (text, words_of(text))))
+        known = np.unique(owner[owner >= 0])
+        words = spelt if len(spelt) == len(read) else read
+        return [words[i] for i in known], np.where(owner >= 0, np.searchsorted(known, owner), -1)
 
     def known_language(self, language):
         """A language that the model knows, as the training data spell it, the first one of them where it is empty.
@@ -367,7 +393,7 @@ class Voice:
         if of_language := self.model.config.language_ids([self.known_language(language)]):
             given["language"] = of_language[0]
         if "prompt" in given and self.model.config.prompt_style == "joined" and isinstance(text, str):
-            said = " ".join(words.strip() for words in as_texts(reference_text))
+            said = one_text(reference_text)
             both = self.text_ids(f"{said} {text.strip()}", speaker, language)
             first = min(len(self.text_ids(said, speaker, language)), len(both) - 1)
             ids = both[first:]
@@ -426,7 +452,12 @@ class Voice:
         timbre = side.pop("timbre", None)
         side.pop("latents", None)
         key = hashlib.sha256(f"{seed} {ids.tolist()}".encode()).digest()
-        return Utterance(ids, self.cap(ids, cap_seconds), int.from_bytes(key[:4], "little"), side), timbre
+        made = Utterance(ids, self.cap(ids, cap_seconds), int.from_bytes(key[:4], "little"), side)
+        if isinstance(text, str):
+            joint = "prompt" in side and self.model.config.prompt_style == "joined"
+            before = one_text(reference_text) if joint else ""
+            made.words, made.owner = self.owned(text, len(ids), speaker, before, language)
+        return made, timbre
 
     def prepare(self, batch, draw):
         """The engine for so many utterances at a time, drawn with these settings; None takes the usual value. Raises
@@ -541,17 +572,54 @@ class Voice:
         spoken.wav = self.decode(spoken.frames, plans[place][1], speed)
         if longest_silence(spoken.wav, self.sample_rate) > SILENCE:
             spoken.faults.append(SILENT)
+        spoken.track = self.track(spoken.utterance, spoken.codes)
+        if spoken.track:
+            usual = self.usual(spoken.utterance)
+            if spoken.track.skipped(usual):
+                spoken.faults.append(SKIPPED)
+            if spoken.track.repeated(usual, sounding(spoken.wav, len(spoken.codes))):
+                spoken.faults.append(TWICE)
+
+    def usual(self, utterance):
+        """The usual numbers of frames (W,) of an Utterance's words, by those of their ids in the training data. Those
+        of ids in no word, such as a tag, are spread over all."""
+        of_word = np.bincount(utterance.owner + 1, minlength=len(utterance.words) + 1)[1:]
+        return of_word * len(utterance.text) / max(1, of_word.sum()) * self.frames_per_id
+
+    def track(self, utterance, codes):
+        """The Track of an Utterance and its codes (T, K), see parts/align.py; None without words or frames, and where
+        the codes are not of all codebooks."""
+        if not len(codes) or not utterance.words or codes.shape[1] != self.model.config.n_codebooks:
+            return None
+        found = self.model.attention(utterance.text, codes.cpu().numpy(), owner=utterance.owner, **utterance.side)
+        return align(found.cpu().numpy())
+
+    def words(self, text, codes, offset=0.0, speed=1.0, **how):
+        """The words of a text and when they are spoken in its codes (T, K): [(word, start, end)], in seconds.
+
+        offset: seconds before the first frame. speed: of a vocoder. how: the settings of `plan`, as it was spoken.
+        Raises ValueError as `plan` does."""
+        utterance, _ = self.plan(text, **how)
+        with evaluating(self.model):
+            track = self.track(utterance, torch.as_tensor(codes))
+        return timed(utterance.words, track, 1 / self.codec.frame_rate / speed, offset)
 
     def said(self, text):
         """The Said of a Text, whose pieces have been spoken."""
         spoken = [text.spoken[k] for k in range(len(text.pieces))]
         wav = spoken[0].wav
+        starts = [0]
         if len(spoken) > 1:
             parts = ((piece, [x.wav]) for piece, x in zip(text.pieces, spoken, strict=True))
-            wav = torch.cat(list(joined(parts, self.sample_rate)))
+            starts = []
+            wav = torch.cat(list(joined(parts, self.sample_rate, starts=starts)))
         faults = list(dict.fromkeys(fault for x in spoken for fault in x.faults))
+        words = []
+        for x, start in zip(spoken, starts, strict=True):
+            frame = len(x.wav) / self.sample_rate / max(1, len(x.codes))
+            words += timed(x.utterance.words, x.track, frame, start / self.sample_rate, words[-1][1] if words else 0.0)
         return Said(wav, sum(len(x.frames) for x in spoken), all(x.ended for x in spoken), faults,
-                    [fault for x in spoken for fault in x.tries], text.pieces, spoken)  # fmt: skip
+                    [fault for x in spoken for fault in x.tries], text.pieces, spoken, words)  # fmt: skip
 
     def say(self, text, **how):
         """The wav (N,) of a text, float32 on the CPU; how: the settings of `speak`."""
@@ -669,6 +737,20 @@ def blocks_of(frames, sizes):
         if not block:
             return
         yield block
+
+
+def timed(words, track, frame, offset=0.0, least=0.0):
+    """[(word, start, end)] in seconds of words by their Track, with `frame` seconds a frame; none without a track.
+    least: none starts before that."""
+    if track is None:
+        return []
+    return [(word, max(start, least), max(end, least))
+            for word, (start, end) in zip(words, (offset + frame * track.spans()).tolist(), strict=True)]
+
+
+def one_text(text):
+    """The texts of several recordings as one."""
+    return " ".join(words.strip() for words in as_texts(text))
 
 
 def kept(frames, into):

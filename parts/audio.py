@@ -259,6 +259,12 @@ def powers(wav, size):
     return np.where(power > 2**-30 / 12, power, 0)
 
 
+def sounding(wav, frames):
+    """Which of so many equal parts of wav (N,) have sound in them (frames,): more than -40 dB of the loudest one."""
+    power = powers(wav, max(1, len(wav) // max(1, frames)))[:frames]
+    return np.pad(power, (0, frames - len(power))) > power.max(initial=0.0) * 10 ** (-QUIET / 10)
+
+
 def longest_silence(wav, rate):
     """Seconds of the longest silence in wav (N,), an array or a tensor on the CPU. A constant wav is all silence.
 

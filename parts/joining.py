@@ -30,24 +30,33 @@ def join_pieces(pieces, rate, pauses):
     return torch.cat(blocks) if blocks else torch.zeros(0)
 
 
-def joined(pieces, rate, pause=pause_after):
+def joined(pieces, rate, pause=pause_after, starts=None):
     """Yield one recording at `rate` as blocks (n,): the same recording whatever the size of the blocks that come in.
 
     pieces: (text, blocks (n,) of its wav, on the CPU), one after another; the next piece is asked for when all blocks
     of one have come. pause(text): seconds between a piece and the next one, beside 80 ms or less at each side. The
     last 25 ms wait for the next block; a silence that is longer than its pause waits for the next sound; and a piece
     that is not the first waits until one second of it has come, by which its silence is told from its sounds.
+
+    starts: a list, to which the sample of the recording is added where each piece begins, with what is cut of it.
     """
     end = None  # of the piece before
+    done = 0
     for text, blocks in pieces:
         sound = framed(blocks, frame_size(rate))
         if end:
-            yield end.closed()
+            closing = end.closed()
+            done += len(closing)
+            yield closing
             sound = opened(sound, end)
+        begin, before = done, end
         end = End(frame_size(rate), MARGIN * frame_size(rate) + round(pause(text) * rate), round(FADE * rate))
         for block in sound:
             if len(ready := end.take(block)):
+                done += len(ready)
                 yield ready
+        if starts is not None:
+            starts.append(begin - (before.cut if before else 0))
     if end and len(rest := torch.cat([end.tail, *end.silence])):
         yield rest
 
@@ -57,7 +66,7 @@ class End:
 
     size: samples of a frame. gap: samples of silence that a join leaves. fade: samples that a join fades. tail (n,):
     what may be faded, at most `room` samples, the length that a join gives it. silence: blocks (n,) that a join cuts.
-    loudest: the power of the loudest frame.
+    loudest: the power of the loudest frame. cut: samples that the join takes off the start of the next piece.
     """
 
     def __init__(self, size, gap, fade):
@@ -67,6 +76,7 @@ class End:
         self.tail = torch.zeros(0)
         self.silence = []
         self.loudest = 0.0
+        self.cut = 0
 
     def take(self, block):
         """Take whole frames, or the last one (n,). Returns what no join changes any more (n,)."""
@@ -113,7 +123,8 @@ def opened(blocks, before):
         power = frame_powers(held, before.size)[: len(loudest)]
         sounds = np.flatnonzero(power > loudest[-1] * SILENT)
         first = sounds[0] if len(sounds) else len(power)
-        held = held[max(0, first - MARGIN) * before.size :].clone()
+        before.cut = max(0, first - MARGIN) * before.size
+        held = held[before.cut :].clone()
         n = min(before.fade, len(held))
         held[:n] *= ramp(n)
         yield held

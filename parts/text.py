@@ -9,11 +9,17 @@ import io
 import json
 import re
 import string
+import sys
 import unicodedata
 from collections import Counter
 from functools import cached_property, lru_cache
 
+import numpy as np
 import sentencepiece
+
+# a word, with the marks that follow it; in scripts without spaces a character is one
+ALONE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"(?:[{ALONE}]|[^\s{ALONE}]+)[^\w\s]*(?:\s+[^\w\s]+(?!\S))*")
 
 
 def speakable(text):
@@ -39,6 +45,11 @@ def wording(text_format, speaker="", text="", language=""):
     if not language and any(field == "language" for _, field in parts):
         raise ValueError(f"text_format = {text_format!r:.60} has {{language}}: give the language")
     return "".join(before + values.get(field, "") for before, field in parts)
+
+
+def words_of(text, begin=0, end=sys.maxsize):
+    """Where the words of a text, or of a part of it, stand in it, [(begin, end)]."""
+    return [found.span() for found in WORD.finditer(text, begin, end)]
 
 
 @lru_cache
@@ -74,10 +85,21 @@ class Tokenizer:
     """What both kinds share. Each has a `kind`, the name of its `file` in a token folder, its bytes `model`, and
 
         encode(text) -> ids, without those of begin and end      decode(ids) -> text, for display
+        spans(text) -> [(begin, end)]: the characters of the text behind each id
 
     `piece(id)` is the text of an id, None where it has none. `vocab_size` is larger than every id. `bos_id` and
     `eos_id` are begin and end of text, which the model's layout adds; `unk_id` stands for unknown characters. Each is
     -1 where the tokenizer has none."""
+
+    def owners(self, text, words):
+        """For each id of a text the number of the word in which its first character stands that is no space, -1: in
+        none. words: [(begin, end)], where they stand in the text."""
+        place = np.full(len(text) + 1, -1)
+        for number, (begin, end) in enumerate(words):
+            place[begin:end] = number
+        spans = ((begin, max(end, begin + 1)) for begin, end in self.spans(text))
+        first = (next((i for i in range(begin, end) if not text[i : i + 1].isspace()), begin) for begin, end in spans)
+        return place[list(first)]
 
     def unknown(self, text):
         """The characters of a text for which the tokenizer has no piece and no bytes, such as half of a surrogate
@@ -131,6 +153,13 @@ class SentencePiece(Tokenizer):
     def decode(self, ids):
         return self.processor.decode([int(i) for i in ids])
 
+    def spans(self, text):
+        place = [i for i, c in enumerate(text) for _ in c.encode()] + [len(text)]  # of the character of each byte
+        message = self.processor.encode(text, out_type="serialized_proto")
+        pieces = (dict(protobuf(value)) for number, value in protobuf(message) if number == 2)
+        ends = ((piece.get(4, 0), piece.get(5, 0)) for piece in pieces)  # in bytes
+        return [(place[begin], place[end - 1] + 1 if end > begin else place[begin]) for begin, end in ends]
+
     def piece(self, i):
         return self.processor.id_to_piece(i) if 0 <= i < self.vocab_size else None
 
@@ -179,6 +208,11 @@ class HuggingFace(Tokenizer):
         if self.encode(text) == ids:
             return text
         return self.processor.decode(ids, skip_special_tokens=False)  # the pieces are not characters, but bytes
+
+    def spans(self, text):
+        place = [i for i, c in enumerate(text) for _ in (self.space if c == " " else c)] + [len(text)]
+        ends = self.processor.encode(text.replace(" ", self.space), add_special_tokens=False).offsets
+        return [(place[begin], place[end - 1] + 1 if end > begin else place[begin]) for begin, end in ends]
 
     def piece(self, i):
         return self.pieces.get(i)

@@ -152,3 +152,16 @@ def test_a_stream_hands_on_what_it_knows():
 ])  # fmt: skip
 def test_pause_after(text, seconds):
     assert pause_after(text) == seconds
+
+
+def test_starts_tell_where_the_pieces_are():
+    """Each is the place of a whole piece, so that a sound in it is found there, whatever a join cut before it."""
+    pieces = [torch.cat([hiss(before, 1e-5), tone(0.4, hertz), hiss(after, 1e-5)])
+              for before, hertz, after in ((0.3, 200, 0.5), (0.6, 300, 0.0), (0.0, 400, 0.9))]  # fmt: skip
+    starts = []
+    wav = whole([("a.", [x]) for x in pieces], starts=starts)
+    assert starts[0] == 0 and len(starts) == 3
+    for start, (begin, piece) in zip(starts, zip((0.3, 0.6, 0.0), pieces, strict=True), strict=True):
+        inside = slice(round((begin + 0.05) * RATE), round((begin + 0.3) * RATE))
+        assert torch.equal(wav[start + inside.start : start + inside.stop], piece[inside])
+    assert starts[1] != len(pieces[0])

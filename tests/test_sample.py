@@ -25,8 +25,8 @@ import weights
 from parts import configurator
 from parts.draw import mix, sample_code
 from parts.text import HuggingFace, SentencePiece, train_tokenizer
-from speak import Engine
-from voice import Voice
+from speak import CUT, Engine
+from voice import SKIPPED, TWICE, Voice
 
 RATE = 8000
 
@@ -770,6 +770,67 @@ def test_what_can_be_heard_to_be_wrong_is_spoken_again(voice, monkeypatch, tmp_p
     monkeypatch.setattr("voice.longest_silence", lambda wav, rate: 9.0)
     run("--ckpt", ckpt, "--text=one", "--out_dir", tmp_path, "--tries=2")
     assert "there is a long silence in it" in (out := capsys.readouterr().out) and "spoken again 1 time\n" in out
+
+
+def test_word_times_are_written(ckpt, tmp_path, capsys, voice):
+    (tmp_path / "l.txt").write_text("one two. three\nfour\n")
+    how = ["--ckpt", ckpt, f"--file={tmp_path}/l.txt", "--seed=3", "--tries=1", "--cap_seconds=1.6"]
+    run(*how, "--out_dir", tmp_path / "a", "--timestamps=json")
+    assert sorted(os.listdir(tmp_path / "a")) == ["000.json", "000.wav", "001.json", "001.wav"]
+    words = json.loads((tmp_path / "a/000.json").read_text())
+    seconds = soundfile.info(tmp_path / "a/000.wav").duration
+    assert [x["word"] for x in words] == ["one", "two.", "three"]
+    times = [x[key] for x in words for key in ("start", "end")]
+    assert times == sorted(times) and times[0] > 0 and times[-1] <= seconds
+    assert capsys.readouterr().out.count("the times of its words are a guess") in (1, 2)  # random weights
+    run(*how, "--out_dir", tmp_path / "b", "--timestamps=srt")
+    srt = (tmp_path / "b/000.srt").read_text()
+    assert srt.startswith("1\n00:00:0") and "one two. three" in srt.replace("\n", " ")
+    for more in ("--stream=True", "--n_codebooks=2", "--out_dir=-"):
+        with pytest.raises(ValueError, match="timestamps = 'srt': they need whole lines"):
+            run(*how, "--timestamps=srt", more)
+
+
+def test_words_of_codes(voice):
+    codes = torch.stack(list(voice.frames("one two three", seed=3, cap_seconds=1.6)))
+    assert len(codes) > 4
+    words = voice.words("one two three", codes, offset=10.0)
+    assert [word for word, *_ in words] == ["one", "two", "three"] and words[0][1] > 10 and words[2][2] <= 10 + 1.6
+    half = voice.words("one two three", codes, speed=2.0)
+    assert [2 * t + 10 for x in half for t in x[1:]] == pytest.approx([t for x in words for t in x[1:]])
+    (found,) = [said.words for _, said in voice.speak(["one two three"], seed=3, cap_seconds=1.6, tries=1)]
+    assert [t for x in found for t in x[1:]] == pytest.approx([t - 10 for x in words for t in x[1:]])
+    assert voice.words("[one] two", torch.zeros(0, 3, dtype=int)) == []
+
+
+def test_words_of_a_long_text_are_placed_in_the_whole(voice):
+    text = "one two three four. five six seven. " * 20
+    ((_, said),) = voice.speak([text], seed=3, cap_seconds=0.8, tries=1)
+    assert [word for word, *_ in said.words] == text.split() and len(said.pieces) > 3
+    times = [start for _, start, _ in said.words]
+    assert times == sorted(times) and times[-1] <= len(said.wav) / RATE
+    assert len({round(t, 3) for t in times}) > 2 * len(said.pieces)
+
+
+def test_what_attention_tells_is_spoken_again(voice, monkeypatch):
+    """The attention is made by hand: the first try skips a word, the second speaks one twice, the third is right."""
+    paths = [np.repeat(range(6), n) for n in ([2, 2, 0, 3, 3, 2], [1, 1, 5, 2, 2, 1], [2, 2, 2, 2, 2, 2])]
+    tries = []
+
+    def attention(text, codes, owner, **side):
+        tries.append(owner.tolist())
+        return torch.from_numpy(np.eye(6)[paths[len(tries) - 1]][: len(codes)])[None]
+
+    monkeypatch.setattr(Voice, "frames_per_id", property(lambda voice: 12 / len(tries[0]) if tries else 2.0))
+    monkeypatch.setattr("voice.sounding", lambda wav, frames: np.ones(frames))
+    monkeypatch.setattr("voice.longest_silence", lambda wav, rate: 0.0)
+    monkeypatch.setattr(voice.model, "attention", attention)
+    first, *others = voice.model.scorers()
+    endless = [lambda x: first(x).index_fill(1, torch.tensor([16]), -9e9), *others]
+    monkeypatch.setattr(voice.model, "scorers", lambda: endless)  # no try ends before its cap of 12 frames
+    ((_, said),) = voice.speak(["one one one one one one"], seed=3, cap_seconds=0.96, tries=3)
+    assert said.tries == [[CUT, SKIPPED], [CUT, TWICE], [CUT]] and said.faults == [CUT]
+    assert max(tries[0]) == 5 and [word for word, *_ in said.words] == ["one"] * 6
 
 
 def test_all_checkpoints_are_checked_before_the_first_speaks(ckpt, checkpoint, tmp_path):

@@ -93,8 +93,8 @@ class Chain(Family):
         return [(head[: V + (k == 0)], None) for k, head in enumerate(self.heads)]  # only codebook 0 may end it
 
     @torch.no_grad()
-    def opening(self, text, prompt=None):
-        return self.embed(*self.rows(text, None, prompt)), None, 0
+    def opening(self, text, prompt=None, codes=None):
+        return self.embed(*self.begun(text, prompt, codes)), None, 0
 
     @torch.no_grad()
     def step(self, stage):
