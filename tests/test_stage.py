@@ -183,7 +183,7 @@ def test_a_part_of_a_stage_is_the_stage():
 
 @pytest.mark.parametrize("n_codebooks", [0, 6])
 @pytest.mark.parametrize("ahead", [1, 2, 5])
-@pytest.mark.parametrize("draw", [GREEDY, DRAW], ids=",".join)
+@pytest.mark.parametrize("draw", [GREEDY, DRAW, PENALTY], ids=",".join)
 def test_frames_with_guesses_are_those_without(ahead, draw, n_codebooks):
     model = tiny(K=8).double().eval()
     model.decoder_heads.data *= 0.3  # some guesses are right
