@@ -466,7 +466,11 @@ class Voice:
         given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
         settings = {**self.draw, **given}
         if self.engine is None or (self.engine.places, self.engine.draw) != (batch, settings):
-            how = {"ahead": AHEAD if batch == 1 else 0, "n_codebooks": self.n_codebooks} if self.model.has_depth else {}
+            how = {}
+            if self.model.has_depth:
+                # a plain product of three rows takes as long as three of one
+                ahead = AHEAD if batch == 1 and self.model.packed_heads is not None else 0
+                how = {"ahead": ahead, "n_codebooks": self.n_codebooks}
             self.engine = Engine(self.model, batch, settings, self.vocoder, self.codec.frame_rate, **how)
         return self.engine
 
