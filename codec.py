@@ -912,8 +912,9 @@ class NeuralCodec(Codec):
     def pack(self):
         """The path of the weights, also as seen from the current folder, and their fingerprint, as a plain dict: the
         weights stay where they are. Tensors that were fine-tuned are in it."""
-        from_here = os.path.relpath(self.path) if self.path else ""
-        known = {"weights": self.path, "from_here": from_here, "fingerprint": self.fingerprint()}
+        known = {"weights": self.path, "fingerprint": self.fingerprint()}
+        if self.path:
+            known["from_here"] = os.path.relpath(self.path)
         tables = {name: table.detach().cpu().clone() for name, table in self.tuned_tensors().items()}
         return {"name": self.name, "options": dict(self.options), **known, **({"tables": tables} if self.tuned else {})}
 

@@ -432,7 +432,7 @@ def test_weights_that_come_later(tmp_path, monkeypatch):
     voice = Voice.from_checkpoint(tmp_path / "run" / "last.pt")
     assert voice.codec.fingerprint() == codec.fingerprint()
     frames = list(torch.from_numpy(TokenFiles(tmp_path / "t", "val").codes(0)))
-    assert torch.equal(voice.decode(frames), codec.decode(torch.stack(frames, 1)[None])[0])
+    assert torch.equal(voice.decode(torch.stack(frames)), codec.decode(torch.stack(frames, 1)[None])[0])
 
 
 def test_rows_that_contradict(tmp_path):
