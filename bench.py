@@ -114,7 +114,7 @@ from parts.segment import AUDIO, TEXT
 from parts.tensors import pick_device
 from plan import make_batches
 from speak import Engine, Utterance, ready
-from voice import AHEAD, Voice
+from voice import Voice
 from weights import load_checkpoint
 
 name = "data"  # what to do: data, sample, codec, loss, train, speak, gpu, report
@@ -1120,7 +1120,7 @@ def engine_of(job, model):
     places = 1 if way == "one after another" else job["together"]
     quantize = "int8" if "int8" in way else ""
     ready(model, quantize, "plain" if "plain" in way else "packed", refuse)
-    how = {"ahead": AHEAD} if "ahead" in way else {}
+    how = {"ahead": CSM.AHEAD if "ahead" in way else 0} if model.has_depth else {}
     # random weights may repeat themselves: at this frame rate no window of the guard fits in
     return Engine(model, places, frame_rate=1e6, choose=partial(likeliest, model.config.codebook_size), **how)
 

@@ -222,13 +222,20 @@ class Cache:
         for letter, memory, x in zip(self.config.layers, self.memory, kept, strict=True):
             (memory[..., : self.used, :] if letter == "a" else memory).copy_(x)
 
-    def start(self):
-        """The number of stored rows, where all sequences have as many and the host can see that without waiting for a
-        GPU; else `used`."""
-        if isinstance(self.used, int) or not _can_look(self.used):
-            return self.used
-        least, most = self.used.aminmax()
-        return int(most) if least == most else self.used
+    def next(self, S):
+        """The numbers of the next S rows, and how many rows there are then to read. The numbers are a slice where all
+        sequences have as many rows and the host can see that without waiting for a GPU, else (B, S)."""
+        start = self.used
+        if not isinstance(start, int) and _can_look(start):
+            least, most = start.aminmax()
+            start = int(most) if least == most else start
+        if isinstance(start, int):
+            return slice(start, start + S), start + S
+        rows = start[:, None] + torch.arange(S, device=start.device)
+        if _can_look(rows):
+            return rows, int(rows.max()) + 1
+        length = self.memory[self.config.layers.index("a")].shape[-2]
+        return rows.clamp(max=length - 1), length  # all are read, and rows beyond the last are written there
 
     def extend(self, layer, k, v, rows, end):
         """Store the keys and values (B, H, S, head_dim) of new rows, whose numbers are a slice or (B, S); return those
@@ -501,24 +508,13 @@ class Transformer(nn.Module):
 
     def forward(self, x, cache=None, mask=None, positions=None):
         S = x.shape[1]
-        start = 0 if cache is None else cache.start()
-        if isinstance(start, int):
-            end = start + S
-            rows = slice(start, end)
-        else:
-            rows = start[:, None] + torch.arange(S, device=x.device)
-            if not _can_look(x):  # then all rows are read, and those beyond the last are written there
-                end = cache.memory[self.config.layers.index("a")].shape[-2]
-                rows = rows.clamp(max=end - 1)
-            else:
-                end = int(rows.max()) + 1
+        rows, end = (slice(0, S), S) if cache is None else cache.next(S)
         if end > self.config.max_positions:
             raise ValueError(f"{end} rows are more than the model's {self.config.max_positions} positions")
-        rope = None
-        if self.config.rope_theta:
-            rope = self.rotation(rows if positions is None else positions, x)
-        if mask is None and (not isinstance(start, int) or (start and S > 1)):  # is_causal begins at the first key
-            new = torch.arange(start, end, device=x.device) if isinstance(start, int) else rows
+        rope = self.rotation(rows if positions is None else positions, x) if self.config.rope_theta else None
+        alike = isinstance(rows, slice)
+        if mask is None and (not alike or (rows.start and S > 1)):  # is_causal begins at the first key
+            new = torch.arange(rows.start, end, device=x.device) if alike else rows
             mask = (torch.arange(end, device=x.device) <= new[..., None]).unsqueeze(-3)
         for i, block in enumerate(self.layers):
             if self.config.recompute and self.training:  # training has no cache
@@ -1046,6 +1042,7 @@ class CSM(Family):
 
     transcript = True
     has_depth = True
+    AHEAD = 2  # codebooks that the depth decoder foresees, where one utterance is spoken alone
     front_end = "none"
     draw = dict(temperature=0.9, top_k=50, top_p=1.0, min_p=0.0)
 
@@ -1163,13 +1160,14 @@ class CSM(Family):
         lead = int((segment == PROMPT).nonzero()[-1, 1]) + 1 if prompt and self.config.prompt_style == "segments" else 0
         return self.embed(tokens, segment), None, lead
 
-    def stage(self, places, rows, frames, ahead=0, n_codebooks=0, **how):
-        """See Family. ahead: how many codebooks the depth decoder foresees, with a single place, see `foresee`.
-        n_codebooks: speak in so many of the first codebooks; 0: in all."""
+    def stage(self, places, rows, frames, ahead=None, n_codebooks=0, **how):
+        """See Family. n_codebooks: speak in so many of the first codebooks; 0: in all. ahead: how many codebooks the
+        depth decoder foresees, with a single place, see `foresee`; None: AHEAD with packed weights, else 0, because a
+        plain product of three rows takes as long as three of one."""
         stage = super().stage(places, rows, frames, **how)
         stage.codes = stage.codes[..., : n_codebooks or self.config.n_codebooks]
         stage.depth = self.decoder.cache(places, self.config.n_codebooks)
-        stage.ahead = ahead
+        stage.ahead = (self.AHEAD if places == 1 and self.packed_heads else 0) if ahead is None else ahead
         return stage
 
     @torch.no_grad()
@@ -1195,9 +1193,10 @@ class CSM(Family):
         frame = [code]
         x = self.depth_inputs(state, code[:, None])
         for k in range(1, stage.codes.shape[-1]):
+            if k > 1:
+                x = self.projection(self.audio_embedding(frame[-1] + self.offset[k - 1]))[:, None]
             depth = self.decoder(x, stage.depth)[:, -1]
             frame.append(stage.choose(stage.scorers[k](depth), k))
-            x = self.projection(self.audio_embedding(frame[k] + self.offset[k]))[:, None]
         return torch.stack(frame, 1)
 
     def foresee(self, stage, state, code):
@@ -1212,20 +1211,21 @@ class CSM(Family):
         frame = [code]
         guesses = []
         x = self.depth_inputs(state, code[:, None])
-        while len(frame) < K:
+        while True:
             depth = self.decoder(x, stage.depth)[:, -1 - len(guesses) :]
             for i in range(depth.shape[1]):
                 k = len(frame)
                 frame.append(stage.choose(stage.scorers[k](depth[:, i]), k))
                 if k + 1 == K or i == len(guesses) or frame[k] != guesses[i]:
                     break
+            if len(frame) == K:
+                return torch.stack(frame, 1)
             stage.depth.used = len(frame)  # the rows of wrong guesses are written over
             ahead = range(len(frame), min(len(frame) + stage.ahead, K - 1))
             guesses = [stage.choose(stage.scorers[k](depth[:, i]), k, chosen=False) for k in ahead]
             row = torch.stack([frame[-1], *guesses], 1)
             places = self.offset[len(frame) - 1 : len(frame) + len(guesses)]
             x = self.projection(self.audio_embedding(row + places))
-        return torch.stack(frame, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from layouts import is_published
 from parts import configurator, lora, peft
 from parts.align import CLEAR
+from parts.audio import write_audio
 from parts.captions import write_json, write_srt
-from parts.files import whole
 from parts.frontend import needs_language
 from parts.metrics import lowest_loss, read_metrics
 from parts.page import write_page
@@ -131,18 +131,11 @@ def read_lines(text, file):
 
 
 @contextlib.contextmanager
-def wav_file(path, rate, growing):
-    """Yields a function that appends a piece (n,) to a 16-bit wav file. A `growing` file can be played after each piece
-    and is removed on an error; any other appears when it is whole. "-": standard output, without a header."""
+def growing_wav(path, rate):
+    """Yields a function that appends a piece (n,) to a 16-bit wav file, which can be played after each piece and is
+    removed on an error. "-": standard output, without a header."""
     if path == "-":
         yield lambda piece: (sys.stdout.buffer.write(pcm(piece)), sys.stdout.buffer.flush())
-        return
-    if not growing:  # the file is opened last, so that a kill leaves none
-        pieces = []
-        yield pieces.append
-        with whole(path) as raw, wave.open(raw) as out:
-            out.setparams((1, 2, rate, 0, "NONE", "not compressed"))
-            out.writeframes(b"".join(map(pcm, pieces)))
         return
     try:
         with open(path, "wb") as raw, wave.open(raw) as out:
@@ -165,7 +158,7 @@ def stream_line(voice, line, path, **how):
     samples = 0
     first = 0.0
     start = time.perf_counter()
-    with wav_file(path, voice.sample_rate, growing=True) as write:
+    with growing_wav(path, voice.sample_rate) as write:
         for piece in voice.stream(line, **how):
             first = first or time.perf_counter() - start
             samples += len(piece)
@@ -224,9 +217,8 @@ def get_ready(cfg, path, lines, out_dir):
     prompt = voice.prompt(reference, texts, cfg.speaker, cfg.language)
     for i, line in enumerate(lines, 1):
         try:
-            how = dict(speaker=cfg.speaker, reference=reference, reference_text=texts, language=cfg.language)
-            for piece in voice.pieces(line, **how):
-                voice.plan(piece, **how)
+            voice.pieces(line, speaker=cfg.speaker, reference=reference, reference_text=texts, language=cfg.language,
+                         cap_seconds=cfg.cap_seconds)  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{cfg.file}: line {i}: {error}" if cfg.file else str(error)) from None
     if out_dir != "-" and lines:
@@ -295,7 +287,7 @@ def read_out(cfg, path, lines, out_dir):
         missed = len(lines) - report["ended"]
         again = report["tries"] - len(lines)
         print(f"{path}: {report['seconds']:.1f} s of audio in {took:.1f} s, real-time factor {factor}; {missed} of "
-              f"{len(lines)} lines did not end by themselves ({100 * missed / len(lines):.1f} of a hundred), "
+              f"{len(lines)} lines did not end by themselves ({100 * missed / len(lines):.1f} per hundred), "
               f"{again} more tries", file=messages)  # fmt: skip
     spoken = [Path(target).relative_to(cfg.out_dir) for target in paths]
     return ["published" if step is None else f"{step:,}", f"{report['ended']} of {len(lines)}", factor, *spoken]
@@ -312,8 +304,7 @@ def at_once(cfg, voice, lines, paths, how, tick):
     """Speak several lines at a time. Yields the same as `in_turn`, of each line when it is complete."""
     start = time.perf_counter()
     for i, said in voice.speak(lines, cfg.batch, cfg.tries, tick=tick, **how):
-        with wav_file(paths[i], voice.sample_rate, growing=False) as write:
-            write(said.wav)
+        write_audio(paths[i], said.wav, voice.sample_rate)
         if cfg.timestamps:
             write = {"json": write_json, "srt": write_srt}[cfg.timestamps]
             write(Path(paths[i]).with_suffix(f".{cfg.timestamps}"), said.words)

@@ -59,12 +59,11 @@ cap_seconds: "0 <= float <= 86400" = 0.0  # longest utterance; 0: 1 s plus three
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights; in training of the arithmetic
 
 LONGEST = 20.0  # seconds of speech that a model makes well at a time; a longer text is divided
-SHORTEST = 3.0  # of a stream of utterances whose frames all come at once
+LONGEST_AT_ONCE = 3.0  # likewise, of a stream by a model that makes all frames of a piece at once
 SKIPPED = "skipped text"  # faults that attention tells, see parts/align.py
 TWICE = "repeated text"
 SILENT = "silence"  # a fault: within an utterance, longer than
 SILENCE = 2.0  # seconds
-AHEAD = 2  # codebooks that a CSM's depth decoder foresees, see CSM.foresee
 LEAST_REFERENCE = 0.1  # seconds
 MOST_REFERENCE = 300.0
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay")
@@ -466,11 +465,7 @@ class Voice:
         given = {key: value for key, value in draw.items() if key in self.draw and value is not None}
         settings = {**self.draw, **given}
         if self.engine is None or (self.engine.places, self.engine.draw) != (batch, settings):
-            how = {}
-            if self.model.has_depth:
-                # a plain product of three rows takes as long as three of one
-                ahead = AHEAD if batch == 1 and self.model.packed_heads is not None else 0
-                how = {"ahead": ahead, "n_codebooks": self.n_codebooks}
+            how = {"n_codebooks": self.n_codebooks} if self.n_codebooks else {}
             self.engine = Engine(self.model, batch, settings, self.vocoder, self.codec.frame_rate, **how)
         return self.engine
 
@@ -637,7 +632,7 @@ class Voice:
         check_settings(speed=speed)
         how = self.heard(how)
         # where all frames of an utterance come at once, the first ones come early only if it is short
-        pieces = self.pieces(text, LONGEST if self.model.causal else SHORTEST, **how)
+        pieces = self.pieces(text, LONGEST if self.model.causal else LONGEST_AT_ONCE, **how)
         plans = [self.plan(piece, **how) for piece in pieces]
         parts = self.parts(plans, draw, speed)
         if len(pieces) == 1:

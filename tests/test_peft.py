@@ -54,6 +54,12 @@ def outputs(name, model, found):
     return {"backbone_logits": logits, "backbone_loss": first, "depth_loss": others, "loss": first + others}
 
 
+def randomise(parameters):
+    generator = torch.Generator().manual_seed(1)
+    for p in parameters:
+        p.data.normal_(std=0.2, generator=generator)
+
+
 def compare(name, model, found, before):
     ours = outputs(name, model, found)
     seen = found.get("in.attention_mask", torch.ones(1)).bool()
@@ -161,9 +167,7 @@ def exported(request, tmp_path_factory):
     model = MODELS[arch]().eval()
     export(model, folder / "base")
     lora.add_lora(model, 3, 5, rs=True, targets=["attn", "mlp"], also=ALSO[arch] if whole else [])
-    generator = torch.Generator().manual_seed(1)
-    for p in lora.own_parameters(model, "default").values():
-        p.data.normal_(std=0.2, generator=generator)
+    randomise(lora.own_parameters(model, "default").values())
     adapter = {**checkpoint_of(model, base=str(folder / "base")), "arch": arch, "model": lora.adapter_state(model)}
     save_checkpoint(folder / "best.pt", adapter)
     flags = ["export", f"--ckpt={folder / 'best.pt'}", f"--out_dir={folder / 'adapter'}", "--layout=peft"]
@@ -225,10 +229,7 @@ def test_what_peft_saves_is_read(arch, tmp_path):
     config = package.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], modules_to_save=also,
                                 ensure_weight_tying=arch == "kani")  # fmt: skip
     theirs = package.get_peft_model(theirs, config)
-    generator = torch.Generator().manual_seed(1)
-    for p in theirs.parameters():
-        if p.requires_grad:
-            p.data.normal_(std=0.2, generator=generator)
+    randomise(p for p in theirs.parameters() if p.requires_grad)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = from_pretrained(tmp_path / "adapter", base=str(tmp_path / "base"))
     ids = frames(arch)
@@ -249,10 +250,7 @@ def test_layers_with_a_rank_and_a_scale_of_their_own(arch, rs, tmp_path):
                                 rank_pattern={first: 1, "q_proj": 2, "v_proj": 4},
                                 alpha_pattern={"k_proj": 7, "self_attn.v_proj": 1.5})  # fmt: skip
     theirs = package.get_peft_model(theirs, config)
-    generator = torch.Generator().manual_seed(1)
-    for p in theirs.parameters():
-        if p.requires_grad:
-            p.data.normal_(std=0.2, generator=generator)
+    randomise(p for p in theirs.parameters() if p.requires_grad)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = from_pretrained(tmp_path / "adapter", base=str(tmp_path / "base"))
     ids = frames(arch)

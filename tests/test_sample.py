@@ -422,27 +422,33 @@ def test_stream_has_the_codes_and_the_length_of_the_whole(voice):
 
 def test_growing_wav_can_be_read_after_each_piece(tmp_path):
     path = tmp_path / "x.wav"
-    with sample.wav_file(path, RATE, True) as write:
+    with sample.growing_wav(path, RATE) as write:
         for n in range(1, 4):
             write(torch.full((100,), n / 10))
             wav, rate = soundfile.read(path)
             assert len(wav) == 100 * n and rate == RATE and abs(wav[-1] - n / 10) < 1e-4
-    with pytest.raises(RuntimeError), sample.wav_file(path, RATE, True) as write:
+    with pytest.raises(RuntimeError), sample.growing_wav(path, RATE) as write:
         write(torch.zeros(9))
         raise RuntimeError
     assert not path.exists()
 
 
-def test_other_wav_gets_its_name_when_whole(tmp_path):
-    path = tmp_path / "x.wav"
-    with sample.wav_file(path, RATE, False) as write:
-        write(torch.zeros(9))
-        assert not path.exists()
-    assert len(soundfile.read(path)[0]) == 9
-    with pytest.raises(KeyboardInterrupt), sample.wav_file(path, RATE, False) as write:
-        write(torch.zeros(5))
+def test_other_wav_gets_its_name_when_whole(ckpt, tmp_path, monkeypatch):
+    path, fsync, flags = tmp_path / "000.wav", os.fsync, ["--ckpt", ckpt, "--text=one two", "--out_dir", tmp_path]
+    before = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: before.append(path.exists()) or fsync(handle))
+        run(*flags)
+    said = path.read_bytes()
+    assert before == [False] and len(soundfile.read(path)[0])
+
+    def killed(handle):
         raise KeyboardInterrupt
-    assert len(soundfile.read(path)[0]) == 9 and os.listdir(tmp_path) == ["x.wav"]
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--seed=7")
+    assert path.read_bytes() == said and os.listdir(tmp_path) == ["000.wav"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

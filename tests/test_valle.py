@@ -961,7 +961,7 @@ def test_one_model_learns_both_modes(tokens, tmp_path):
     voice.model.seat = lambda *args, **how: prompts.append(how.get("prompt")) or seat(*args, **how)
     pieces = voice.pieces(text, 0.01 + 2 * voice.frames_per_id * 7 / voice.codec.frame_rate)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("voice.SHORTEST", 0.01 + 2 * voice.frames_per_id * 7 / voice.codec.frame_rate)
+        patch.setattr("voice.LONGEST_AT_ONCE", 0.01 + 2 * voice.frames_per_id * 7 / voice.codec.frame_rate)
         blocks = list(voice.stream(text))
     assert len(prompts) == len(pieces) > 1 and len(blocks) >= len(pieces) and prompts[0] is None
     assert all(prompt[-1][1].shape[1] == voice.codec.n_codebooks for prompt in prompts[1:])
