@@ -2019,6 +2019,7 @@ class VallE(Family):
     fits_prompts = True
 
     RESCALE = 0.75  # share of the guided logits' spread that is set back to what it was
+    MOST_SPREAD = 4.0  # the spread is widened by this factor at most
     ASKED = 4  # in training, one of this many utterances trains the length
 
     front_end = "phonemes"
@@ -2259,7 +2260,8 @@ class VallE(Family):
         """Guided logits (T, K, V + 1) of an utterance with a part of the spread that they had before."""
         if len(logits) < 2:
             return guided
-        spread = (logits.std(0) / guided.std(0)).nan_to_num(1.0, 1.0)  # 1 where frames do not differ
+        # 1 where frames do not differ; bounded, as a class whose guided logits agree by chance would be blown up
+        spread = (logits.std(0) / guided.std(0)).nan_to_num(1.0, 1.0).clamp(max=self.MOST_SPREAD)
         return guided * (self.RESCALE * spread + 1 - self.RESCALE)
 
     def teacher_forced_logits(self, text, codes, language=None):
