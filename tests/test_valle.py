@@ -816,7 +816,7 @@ def test_guidance():
     torch.testing.assert_close(model.frame_logits(*model.rows(text, codes, prompt)), expected)
     for few in (codes[:1], codes[[0, 0]]):  # no spread
         assert model.frame_logits(*model.rows(text, few, prompt)).isfinite().all()
-    frames = torch.tensor([[0.0, 1.0], [1.0, 2.0]])[:, None]  # two frames; their guided logits of class 0 agree by chance
+    frames = torch.tensor([[0.0, 1.0], [1.0, 2.0]])[:, None]  # guided logits of class 0 agree by chance
     guided = torch.tensor([[1.0, 1.0], [1.0 + 1e-6, 5.0]])[:, None]
     spread = torch.tensor([0.75 * 4 + 0.25, 0.75 / 4 + 0.25])
     torch.testing.assert_close(model.respread(guided, frames), guided * spread)
