@@ -32,7 +32,6 @@ import re
 import sys
 from functools import lru_cache, partial
 from glob import escape, glob
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -1683,9 +1682,14 @@ def read_pack(path):
 # -----------------------------------------------------------------------------
 # the command
 
+COLUMNS = [{"name": name, "better": "low" if name == "bit/s" else "", "meaning": meaning} for name, meaning in (
+    ("kHz", "sample rate"), ("codebooks", "codes in a frame"), ("codebook size", "values of a code"),
+    ("frames/s", "frame rate"), ("bit/s", "what the codes need"),
+)]  # fmt: skip
+
 
 def round_trip(codec, source, target):
-    """Write what a codec makes of the recording `source` to `target`, a wav file. Returns a row of the page's table."""
+    """Write what a codec makes of the recording `source` to `target`, a wav file. Returns {column: its number}."""
     wav = read_audio(source, codec.sample_rate)
     if not codec.fitted:
         print(f"no --codec_path: fitting {codec.name} on {source} itself")
@@ -1695,23 +1699,25 @@ def round_trip(codec, source, target):
     n = codec.n_codebooks
     bits = n * math.log2(codec.codebook_size) * codec.frame_rate
     print(f"{codec.name}: {codes.shape[2]} frames of {n} codes, {codec.frame_rate:g} frames/s, {bits:.0f} bit/s")
-    rate, size = f"{codec.sample_rate / 1000:g}", f"{n} x {codec.codebook_size}"
-    return codec.name, rate, size, f"{codec.frame_rate:.4g}", f"{bits:.0f}"
+    return {"kHz": codec.sample_rate / 1000, "codebooks": n, "codebook size": codec.codebook_size,
+            "frames/s": codec.frame_rate, "bit/s": bits}  # fmt: skip
 
 
 def compare(source, target):
     """A round trip of a recording through each codec whose weights are here, and a page to compare them by ear."""
     stem, end = os.path.splitext(target)
     write_audio(f"{stem}.recording{end}", read_audio(source, 44100), 44100)
-    rows = [("recording", "", "", "", "")]
+    models = [{"name": "recording"}]
     for name in CODECS:
         try:
-            rows.append(round_trip(load_codec(name), source, f"{stem}.{name}{end}"))
+            numbers = round_trip(load_codec(name), source, f"{stem}.{name}{end}")
+            models.append({"name": name, "numbers": numbers})
         except FileNotFoundError as error:
             print(error)
-    rows = [[*row, Path(f"{stem}.{row[0]}{end}").relative_to(Path(stem).parent)] for row in rows]
-    write_page(f"{stem}.html", os.path.basename(source), "The recording, and what each codec keeps of it.",
-               ["codec", "kHz", "codes", "frames/s", "bit/s", ""], rows)  # fmt: skip
+    audio = {model["name"]: os.path.basename(f"{stem}.{model['name']}{end}") for model in models}
+    title = os.path.basename(source)
+    write_page(f"{stem}.html", {"title": title, "columns": COLUMNS, "models": models,
+                                "sentences": [{"id": title, "audio": audio}]})  # fmt: skip
     print(f"{stem}.html: to listen to them")
 
 

@@ -40,7 +40,7 @@ from parts.audio import write_audio
 from parts.captions import write_json, write_srt
 from parts.frontend import needs_language
 from parts.metrics import lowest_loss, read_metrics
-from parts.page import write_page
+from parts.page import curves, write_page
 from parts.voices import save_voice as write_voice
 from speak import CUT, REPEATS
 from voice import DRAWS, SILENT, SKIPPED, TWICE, Voice, as_texts, need_stretch
@@ -85,6 +85,14 @@ HOW = ("speaker", "language", *DRAWS, "seed", "speed", "cap_seconds")  # keys th
 MEANING = {CUT: "cut off at the cap, it did not stop by itself", REPEATS: "it repeated itself, and is cut there",
            SILENT: "there is a long silence in it", SKIPPED: "a part of the text was skipped",
            TWICE: "a part of the text was spoken twice"}  # fmt: skip
+# of the page that compares several checkpoints
+COLUMNS = [
+    {"name": "step", "better": "", "meaning": "steps of training"},
+    {"name": "val_loss", "better": "low", "meaning": "lowest held-out loss of the run"},
+    {"name": "missed", "better": "low", "meaning": "lines that did not end by themselves, per hundred"},
+    {"name": "retries", "better": "low", "meaning": "more tries of lines with a fault, per hundred lines"},
+    {"name": "rtf", "better": "low", "meaning": "real-time factor: seconds of work for a second of audio"},
+]
 # keys that name what a checkpoint holds, and published weights do not
 PARTS = ("codec", "tokenizer", "text_format", "front_end")
 
@@ -247,8 +255,8 @@ def heard_voice(cfg, voice, say):
 
 
 def read_out(cfg, path, lines, out_dir):
-    """Speak all lines with the checkpoint `path` into out_dir. Returns its column of the page that compares several:
-    step, number of lines that ended by themselves, real-time factor, and the wav files."""
+    """Speak all lines with the checkpoint `path` into out_dir. Returns, for the page that compares several, the keys of
+    its run, its numbers {name: number or None}, and the wav files."""
     piped = out_dir == "-"
     messages = sys.stderr if piped else sys.stdout
     voice, reference, texts, prompt = get_ready(cfg, path, lines, out_dir)
@@ -282,15 +290,17 @@ def read_out(cfg, path, lines, out_dir):
             report["tries"] += tries
             report["seconds"] += seconds
     took = time.perf_counter() - start
-    factor = f"{took / report['seconds']:.2f}" if report["seconds"] else ""
+    missed = len(lines) - report["ended"]
+    again = report["tries"] - len(lines)
+    hundred = 100 / max(1, len(lines))
+    numbers = {"step": step, "missed": missed * hundred, "retries": again * hundred,
+               "rtf": took / report["seconds"] if report["seconds"] else None}  # fmt: skip
     if len(lines) > 1:
-        missed = len(lines) - report["ended"]
-        again = report["tries"] - len(lines)
+        factor = f"{numbers['rtf']:.2f}" if report["seconds"] else ""
         print(f"{path}: {report['seconds']:.1f} s of audio in {took:.1f} s, real-time factor {factor}; {missed} of "
-              f"{len(lines)} lines did not end by themselves ({100 * missed / len(lines):.1f} per hundred), "
+              f"{len(lines)} lines did not end by themselves ({numbers['missed']:.1f} per hundred), "
               f"{again} more tries", file=messages)  # fmt: skip
-    spoken = [Path(target).relative_to(cfg.out_dir) for target in paths]
-    return ["published" if step is None else f"{step:,}", f"{report['ended']} of {len(lines)}", factor, *spoken]
+    return voice.trained_with, numbers, paths
 
 
 def in_turn(cfg, voice, lines, paths, how, tick):
@@ -422,16 +432,19 @@ def main(cfg):
     if cfg.out_dir == "-":
         raise ValueError(f"ckpt = {cfg.ckpt}: several checkpoints need folders of their own, and files to write to")
     names = column_names(paths)
-    losses = [lowest_loss(read_metrics(folder_of(path) / "metrics.jsonl")) for path in paths]
-    losses = ["" if loss is None else f"{loss:.3f}" for loss in losses]
+    logs = [read_metrics(folder_of(path) / "metrics.jsonl") for path in paths]
     for path, name in zip(paths, names, strict=True):  # twice, so that the last one is not refused after hours
         get_ready(cfg, path, lines, Path(cfg.out_dir) / name)
-    columns = [read_out(cfg, path, lines, Path(cfg.out_dir) / name) for path, name in zip(paths, names, strict=True)]
-    columns = [[step, loss, *rest] for loss, (step, *rest) in zip(losses, columns, strict=True)]
+    models = []
+    sentences = [{"id": f"{i:03d}", "text": line, "audio": {}} for i, line in enumerate(lines)]
+    for path, name, log in zip(paths, names, logs, strict=True):
+        config, numbers, spoken = read_out(cfg, path, lines, Path(cfg.out_dir) / name)
+        numbers["val_loss"] = lowest_loss(log)
+        models.append({"name": name, "config": config, "numbers": numbers, "curves": curves(log)})
+        for sentence, wav in zip(sentences, spoken, strict=True):
+            sentence["audio"][name] = Path(wav).relative_to(cfg.out_dir)
     page = os.path.join(cfg.out_dir, "index.html")
-    first = ["step", "lowest held-out loss", "ended", "real-time factor"]
-    about = f"The same {len(lines)} lines, spoken by {', '.join(paths)}."
-    write_page(page, "Side by side", about, ["", *names], zip([*first, *lines], *columns, strict=True))
+    write_page(page, {"title": "Side by side", "columns": COLUMNS, "models": models, "sentences": sentences})
     print(f"{page}: to listen to them")
 
 

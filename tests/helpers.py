@@ -1,5 +1,6 @@
 """What several test files share: small models, utterances, token folders and runs of training."""
 
+import json
 import os
 import subprocess
 import sys
@@ -220,3 +221,9 @@ def shell(folder, session):
     done = subprocess.run(["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def read_page(path):
+    """The data of a page of parts/page.py."""
+    _, _, rest = Path(path).read_text(encoding="utf-8").partition('<script type="application/json" id="page">')
+    return json.loads(rest.partition("</script>")[0])

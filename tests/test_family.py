@@ -23,7 +23,7 @@ def family():
 def copy(tmp_path_factory):
     """The repository with the family in model.py and its recipe in config/, and a token folder of spoken digits."""
     folder = tmp_path_factory.mktemp("copy") / "parlando"
-    for pattern in ("*.py", "parts/*.py", "config/*.py"):
+    for pattern in ("*.py", "parts/*.py", "parts/*.html", "config/*.py"):
         for path in ROOT.glob(pattern):
             place = folder / path.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import tokenizers
 import torch
-from helpers import run
+from helpers import read_page, run
 from safetensors.torch import load_file, save_file
 from test_xtts import download
 
@@ -178,8 +178,11 @@ def test_after_a_run_of_no_steps_the_codes_are_the_same(csm, tmp_path, capsys):
     speak(f"--ckpt={folder},{tmp_path}/out", "--text=one two", "--cap_seconds=0.5", f"--out_dir={tmp_path}/both",
           f"--tokenizer={folder}/tokenizer.json", "--device=cpu")  # fmt: skip
     assert sorted(os.listdir(tmp_path / "both")) == ["csm-small", "index.html", "out"]
-    page = (tmp_path / "both/index.html").read_text()
-    assert "<td>step<td>published<td>" in page and 'src="csm-small/000.wav"' in page
+    page = read_page(tmp_path / "both/index.html")
+    published, trained = page["models"]
+    assert published["name"] == "csm-small" and published["config"] == {} and published["numbers"]["step"] is None
+    assert trained["name"] == "out" and trained["config"]["max_iters"] == 2 and trained["curves"]["val_loss"]
+    assert list(page["sentences"][0]["audio"]) == ["csm-small", "out"] and page["sentences"][0]["text"] == "one two"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
