@@ -2,6 +2,7 @@
 
     python bench.py data      are the recordings of a raw data set understood? Word error rate of a recogniser
     python bench.py sample    word errors and speed of models that speak digits: out/digits/best.pt, or --ckpt=a.pt,b.pt
+    python bench.py judge     do the numbers of evaluate.py rank models that speak digits as their word errors do?
     python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
     python bench.py loss      seconds and memory of the loss of K classification heads
     python bench.py train     seconds and memory of a training step of each family
@@ -80,7 +81,6 @@ from importlib import metadata
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -89,9 +89,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import codec as codecs
+import evaluate
 import model as models
-from data import open_tokens
-from evaluate import evaluate
 from export import Source, export, kani_config, published
 from layouts import KANI_LFM2, VALLE_V2, XTTS_V2
 from model import (
@@ -107,24 +106,24 @@ from model import (
     multi_codebook_cross_entropy,
 )
 from parts import configurator, lora
-from parts.audio import read_audio, resample
+from parts.audio import read_audio
+from parts.ears import RATE, WORDS, recognise, recogniser, word_errors
 from parts.files import need
 from parts.optim import Optimizer
 from parts.segment import AUDIO, TEXT
 from parts.tensors import pick_device
-from plan import make_batches
+from sample import named
 from speak import Engine, Utterance, ready
 from voice import Voice
-from weights import load_checkpoint
 
-name = "data"  # what to do: data, sample, codec, loss, train, speak, gpu, report
+name = "data"  # what to do: data, sample, judge, codec, loss, train, speak, gpu, report
 results = "benchmarks.jsonl"  # file of rows: measured ones are added, report reads them; empty: add none
 note = ""  # a remark that the report prints under the table
-raw = "data/digits"  # data, sample, codec: raw data set of digits: a folder with metadata.csv and heldout.txt
+raw = "data/digits"  # data, sample, judge, codec: raw data set of digits: a folder with metadata.csv and heldout.txt
 limit: "int >= 0" = 0  # data, codec: utterances to listen to; 0: all
-ckpt = "out/digits/best.pt"  # sample: the models, separated by commas
-strings: "int >= 0" = 200  # sample: new strings of 3 to 6 digits for each voice; 0: the held-out ones
-voices = ""  # sample: voices, separated by commas; empty: all of the data set
+ckpt = "out/digits/best.pt"  # sample, judge: the models, separated by commas; judge also takes patterns
+strings: "int >= 0" = 200  # sample, judge: new strings of 3 to 6 digits for each voice; 0: the held-out ones
+voices = ""  # sample, judge: voices, separated by commas; empty: all of the data set
 seconds: "0 <= float <= 3600" = 0.0  # codec: of audio; 0: as CODECS says
 sizes = ""  # codec, loss, train, speak: names of sizes, separated by commas; empty: all
 dtypes = "float32,bfloat16"  # loss, train: types to calculate in, likewise
@@ -134,69 +133,14 @@ batches = "2"  # train: utterances of a batch, such as 2,32 for a GPU
 peer = ""  # codec, loss, train, speak: a command that does the same job, see above
 repeats: "int >= 1" = 3  # codec, loss, train, speak: how often to time each way, after a warm-up; the median counts
 
-# sample: of the draw, seed also of the new strings; and the form in which the model speaks
+# sample, judge: of the draw, seed also of the new strings; and the form in which the model speaks
 SHARED = {"voice.py": ["temperature"], "sample.py": ["seed", "quantize", "linear"]}
 HERE = Path(__file__).resolve().parent
 WORK = [sys.executable, str(HERE / "bench.py"), "work"]  # the command of our own ways
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-GRAMMAR = f"""#JSGF V1.0;
-grammar digits;
-public <string> = ( {" | ".join(WORDS)} )+ ;
-"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-RATE = 16000  # of pocketsphinx's acoustic model
 
 # -----------------------------------------------------------------------------
 # listening
-
-
-@lru_cache(maxsize=1)
-def decoder():
-    """The recogniser. Its probabilities of a silence and of a word are set for groups of words with pauses, on training
-    recordings: with pocketsphinx's own values it hears pauses as "eight"."""
-    try:
-        import pocketsphinx
-    except ImportError as error:
-        raise ValueError("the recogniser needs pocketsphinx: pip install pocketsphinx") from error
-    made = pocketsphinx.Decoder(samprate=RATE, lm=None, loglevel="FATAL", silprob=0.6, wip=0.1)
-    made.add_jsgf_string("digits", GRAMMAR)
-    made.activate_search("digits")
-    return made
-
-
-def recognise(wav, sample_rate):
-    """The digits in wav (N,), float in [-1, 1]: a string such as "three one four", empty if none is recognised.
-
-    pocketsphinx with a grammar of ten words is a weak recogniser: what it understands is spoken clearly. The same wav
-    gives the same answer, whatever came before. Raises ValueError if wav has another shape.
-    """
-    wav = torch.as_tensor(wav, dtype=torch.float32).detach().cpu()
-    if wav.ndim != 1:
-        raise ValueError(f"recognise takes one waveform of shape (N,), not {tuple(wav.shape)}")
-    wav = resample(wav, sample_rate, RATE).double().numpy()
-    level = np.sqrt(np.mean(wav**2)) if len(wav) else 0.0
-    if not np.isfinite(level) or level < 1e-5:
-        return ""
-    # The acoustic model knows speech in quiet rooms: of one level, with silence around it that is not digital.
-    padded = np.pad(wav * 0.07 / level, RATE // 5)
-    padded += 5e-4 * np.random.default_rng(0).standard_normal(len(padded))
-    listener = decoder()
-    listener.start_utt()
-    listener.process_raw((padded.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
-    listener.end_utt()
-    best = listener.hyp()
-    return best.hypstr if best else ""
-
-
-def word_errors(ref, hyp):
-    """Fewest words to substitute, insert and delete that turn `hyp` into `ref`, two strings of words (Levenshtein)."""
-    ref, hyp = ref.split(), hyp.split()
-    row = list(range(len(hyp) + 1))  # errors between the words of ref so far and each beginning of hyp
-    for i, word in enumerate(ref, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(hyp, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
 
 
 def error_rates(results):
@@ -530,32 +474,23 @@ def voice_of(ckpt, quantize, linear):
     return Voice.from_checkpoint(ckpt).ready(quantize, linear)
 
 
-def held_out_loss(model, checkpoint):
-    """Mean loss of a frame over the held-out utterances of the run that made a checkpoint; None without its token
-    folder."""
-    cfg = SimpleNamespace(**checkpoint["config"])
-    try:
-        files = [open_tokens(cfg.data_dir, split) for split in ("train", "val")]
-    except (OSError, ValueError):
-        return None
-    _, val = make_batches(cfg, model, *files)
-    return None if val is None else evaluate(model, val, contextlib.nullcontext())["loss"]
-
-
 @torch.no_grad()
 def held_out_losses(cfg, ckpt):
-    """The held-out loss of a checkpoint in float32, and with linear layers and heads in fewer bits."""
+    """The held-out loss of a checkpoint in float32, and with linear layers and heads in fewer bits; {} where its data
+    are gone."""
     voice = Voice.from_checkpoint(ckpt)
     model = voice.model
-    checkpoint = load_checkpoint(ckpt)
-    plain = held_out_loss(model, checkpoint)
-    if plain is None:
+    try:
+        files = evaluate.held_out_files(voice)
+    except (OSError, ValueError):
         return {}
+    plain = evaluate.held_out_loss(voice, files)["val_loss"]
     voice.ready(cfg.quantize, cfg.linear)
     for (weight, bias), head in zip(model.head_weights(), model.packed_heads or [], strict=False):
         # the loss reads the heads as they were; a unit matrix is exact in 8 bits, and its product the rounded weight
         weight.copy_((head(torch.eye(weight.shape[1])) - (0 if bias is None else bias)).T)
-    return {"held-out loss": plain, f"{cfg.quantize}, % more": 100 * (held_out_loss(model, checkpoint) / plain - 1)}
+    fewer = evaluate.held_out_loss(voice, files)["val_loss"]
+    return {"held-out loss": plain, f"{cfg.quantize}, % more": 100 * (fewer / plain - 1)}
 
 
 def speak_and_listen(cfg, ckpt, utterance):
@@ -590,6 +525,40 @@ def bench_sample(cfg):
                    "real-time factor": sum(took) / max(sum(audio), 1e-9)}  # fmt: skip
         values |= held_out_losses(cfg, ckpt) if cfg.quantize else {}
         record(cfg, values, voice.device.type)
+
+
+def bench_judge(cfg):
+    """The numbers of evaluate.py for each checkpoint, and the rank correlation (Spearman 1904) of each number with the
+    word errors over all of them: 1 where it ranks the models as these do."""
+    lines = [{"speaker": speaker, "text": text} for speaker, text in texts_to_speak(cfg)]
+    listening = evaluate.Ears(recogniser("digits"))
+    found = []
+    for _, path in named(cfg.ckpt, "checkpoint"):
+        voice = Voice.from_checkpoint(path)
+        numbers = evaluate.held_out_loss(voice, evaluate.held_out_files(voice))
+        numbers |= evaluate.measure(voice.ready(cfg.quantize, cfg.linear), lines, cfg, listening)[0]
+        values = {name: numbers[name] for name in evaluate.NUMBERS if numbers.get(name) is not None}
+        record(cfg, {"case": path, "steps": voice.report["iter"], **values}, voice.device.type)
+        found.append(values)
+    if len(found) > 2:
+        names = [name for name in found[0] if name not in ("wer", "rtf") and all(name in values for values in found)]
+        errors = [values["wer"] for values in found]
+        agreed = {name: spearman([values[name] for values in found], errors) for name in names}
+        agreed = {name: -x if evaluate.NUMBERS[name].better == "high" else x for name, x in agreed.items()}
+        record(cfg, {"case": f"rank correlation with wer over {len(found)} models", **agreed})
+
+
+def ranks(values):
+    """The rank of each of n numbers, from 0 on; equal ones share the mean of their ranks."""
+    x = np.asarray(values)
+    return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) - 1) / 2
+
+
+def spearman(a, b):
+    """The rank correlation of two lists of numbers, 0 where all of one are equal."""
+    a, b = (x - x.mean() for x in map(ranks, (a, b)))
+    spread = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / spread) if spread else 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -1563,8 +1532,8 @@ def kernel_is_sound():
 
 JOBS = {"loss": loss_job, "train": train_job, "codec": codec_job, "speak": speak_job, "streams": streams_job}
 BENCHES = {
-    "data": bench_data, "sample": bench_sample, "codec": bench_codec, "loss": bench_loss, "train": bench_train,
-    "speak": bench_speak, "gpu": bench_gpu, "report": bench_report, "work": work,
+    "data": bench_data, "sample": bench_sample, "judge": bench_judge, "codec": bench_codec, "loss": bench_loss,
+    "train": bench_train, "speak": bench_speak, "gpu": bench_gpu, "report": bench_report, "work": work,
 }  # fmt: skip
 
 

@@ -769,7 +769,7 @@ class Family(nn.Module):
         The loss of a batch, a scalar. Sums and counts add up over batches and ranks. "loss" counts frames;
         "c0_accuracy" is that of codebook 0; "loss_by_codebook" and "accuracy_by_codebook" are (K,); "stop_missed" (in
         eval mode) counts the stop frames that the model does not predict.
-    teacher_forced_logits(text, codes) -> (T + 1, K, V)
+    teacher_forced_logits(text, codes, prompt=None) -> (T + 1, K, V)
         The logits of an utterance's frames and its stop frame, from one pass over all of its rows.
     opening(text, prompt=None, codes=None) -> x (1, S, D), positions (1, S) or None, lead
         The rows that the backbone reads before the first frame. The first `lead` rows belong to the voice: they are the
@@ -788,10 +788,10 @@ class Family(nn.Module):
         False where max_frames or the last position cut it off. draw: settings of sample_code. Raises ValueError where
         text and prompt leave no position for a frame.
 
-    A model with `reference` also takes what says the voice, `reference` (B, R, M): the last argument of forward and
-    teacher_forced_logits, and a keyword of opening and generate. "recording": features of a recording; "vector": a
-    speaker encoder's vector as a single row, which may be missing. voice_latents(reference (R, M)) -> (1, L, D) is all
-    that it takes from that, and opening takes those as well: voice=(L, D).
+    A model with `reference` also takes what says the voice, `reference` (B, R, M): the last argument of forward, and a
+    keyword of teacher_forced_logits, opening and generate. "recording": features of a recording; "vector": a speaker
+    encoder's vector as a single row, which may be missing. voice_latents(reference (R, M)) -> (1, L, D) is all that it
+    takes from that, and all but forward take those as well: voice=(L, D).
 
     A family whose config has `language_ids` also takes the id of a language: `language` is a keyword of layout,
     teacher_forced_logits, opening and generate.
@@ -1154,8 +1154,8 @@ class CSM(Family):
                 stats["stop_missed"] = (missed.sum(), len(missed))
         return loss, stats
 
-    def teacher_forced_logits(self, text, codes):
-        tokens, segment = self.rows(text, codes)
+    def teacher_forced_logits(self, text, codes, prompt=None):
+        tokens, segment = self.rows(text, codes, prompt)
         hidden = self.backbone(self.embed(tokens, segment))
         spoken = segment[0, 1:] == AUDIO
         state = hidden[0, :-1][spoken]
@@ -1377,6 +1377,12 @@ class Kani(Family):
             places = torch.cat([places[:, :1], places + 1], 1)
         return torch.cat([x[:, :1], voice.to(x.dtype), x[:, 1:]], 1), places
 
+    def heard(self, reference=None, voice=None):
+        """The row (1, 1, D) of a speaker's vector `reference` (1, E), or `voice` (1, D), which is that row; or None."""
+        if voice is not None:
+            return voice[None]
+        return None if reference is None else self.voice_latents(reference)
+
     def states(self, x, places, voice=None):
         """Final states (B, S, D) of rows x (B, S, D): that of row s predicts row s + 1. See with_voice."""
         x, places = self.with_voice(x, places, voice)
@@ -1456,12 +1462,12 @@ class Kani(Family):
         losses = loss * counts
         return losses.sum() / counts.sum().clamp(min=1), losses.detach(), correct, counts
 
-    def teacher_forced_logits(self, text, codes, reference=None):
+    def teacher_forced_logits(self, text, codes, reference=None, prompt=None, voice=None):
         """See Family. (T + 1, K, V + 1): the last class is end of speech."""
         T, K = codes.shape
-        tokens, segment = self.rows(text, codes, every=True)
+        tokens, segment = self.rows(text, codes, prompt, every=True)
         first = int((segment[0] == AUDIO).long().argmax())
-        voice = None if reference is None else self.voice_latents(reference)
+        voice = self.heard(reference, voice)
         hidden = self.states(self.embed(tokens), self.places(tokens), voice)[0, first - 1 : first + T * K]
         state = F.pad(hidden, (0, 0, 0, K - 1)).unflatten(0, (T + 1, K))
         return torch.einsum("tkd,kvd->tkv", state, self.heads()) + self.barred
@@ -1477,10 +1483,7 @@ class Kani(Family):
     @torch.no_grad()
     def opening(self, text, prompt=None, codes=None, *, reference=None, voice=None):
         tokens, segment = self.begun(text, prompt, codes, every=True)
-        if voice is not None:
-            voice = voice[None]
-        elif reference is not None:
-            voice = self.voice_latents(reference)
+        voice = self.heard(reference, voice)
         x, places = self.with_voice(self.embed(tokens), self.places(tokens), voice)
         lead = int((segment == PROMPT).nonzero()[-1, 1]) + 1 if prompt else 0
         return x, places, lead and lead + (voice is not None)
@@ -1775,15 +1778,20 @@ class XTTS(Family):
         state = self.final_norm(hidden.index_select(0, before))
         return multi_codebook_cross_entropy(state, head.weight, target, head.bias)
 
-    def _states(self, text, codes, reference):
+    def heard(self, reference=None, voice=None):
+        """The latents (1, L, D) of a recording's features `reference` (R, M), or `voice` (L, D), which are those."""
+        return self.voice_latents(reference) if voice is None else voice[None].to(self.conditioning.latents)
+
+    def _states(self, text, codes, reference=None, voice=None):
         """Final states (T + 1, D) of the rows that predict the codes (T, 1) and the stop behind them."""
         tokens, segment = self.rows(text, codes)
-        hidden = self.final_norm(self.backbone(self.embed(self.voice_latents(reference), tokens, segment)))[0]
+        hidden = self.final_norm(self.backbone(self.embed(self.heard(reference, voice), tokens, segment)))[0]
         rows = (segment[0] == AUDIO).nonzero()[: len(codes) + 1, 0]
         return hidden[rows + self.config.n_latents - 1]
 
-    def teacher_forced_logits(self, text, codes, reference):
-        return self.code_head(self._states(text, codes, reference))[:, None]
+    def teacher_forced_logits(self, text, codes, reference=None, prompt=None, voice=None):
+        """See Family. A prompt changes nothing."""
+        return self.code_head(self._states(text, codes, reference, voice))[:, None]
 
     @torch.no_grad()
     def latents(self, text, codes, reference):
@@ -1813,8 +1821,7 @@ class XTTS(Family):
     def opening(self, text, prompt=None, codes=None, *, reference=None, voice=None):
         """See Family. voice: the latents (L, D) of a voice, in place of a `reference` to read them from. A prompt
         changes nothing."""
-        heard = self.voice_latents(reference) if voice is None else voice[None].to(self.conditioning.latents)
-        return self.embed(heard, *self.begun(text, None, codes)), None, self.config.n_latents
+        return self.embed(self.heard(reference, voice), *self.begun(text, None, codes)), None, self.config.n_latents
 
     @torch.no_grad()
     def step(self, stage):
@@ -2280,9 +2287,9 @@ class VallE(Family):
         spread = (logits.std(0) / guided.std(0)).nan_to_num(1.0, 1.0).clamp(max=self.MOST_SPREAD)
         return guided * (self.RESCALE * spread + 1 - self.RESCALE)
 
-    def teacher_forced_logits(self, text, codes, language=None):
+    def teacher_forced_logits(self, text, codes, prompt=None, language=None):
         """See Family. Mode nar: (T, K, V + 1), from a pass in which all frames are masked."""
-        tokens, segment = self.rows(text, codes, language=language, stop=self.causal)
+        tokens, segment = self.rows(text, codes, prompt, language=language, stop=self.causal)
         spoken = segment == AUDIO
         if self.causal:
             return self.logits(self.states(tokens, segment)[:, :-1][spoken[:, 1:]])

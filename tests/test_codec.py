@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import codec as codec_file
-from bench import recognise, word_errors
 from codec import Mel, kmeans, load_codec, quantise, squared_distances
 from parts.audio import read_audio
+from parts.ears import recognise, word_errors
 
 LJSPEECH = Path(os.environ.get("PARLANDO_LJSPEECH", ROOT.parent / "shared" / "ljspeech24"))
 SMALL = dict(n_codebooks=4, codebook_size=16)

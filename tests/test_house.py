@@ -30,8 +30,8 @@ BELOW = {
     "speak": {"weights", "codec", "data", "model"},
     "voice": {"speak", "released", "weights", "codec", "data", "model"},
     "sample": {"voice", "speak", "released", "weights", "layouts", "codec", "data", "model"},
-    "evaluate": {"sample", "voice", "speak", "weights", "codec", "data", "model"},
     "plan": {"weights", "layouts", "codec", "data", "model"},
+    "evaluate": {"plan", "sample", "voice", "speak", "weights", "codec", "data", "model"},
     "train": {"plan", "evaluate", "sample", "voice", "speak", "weights", "codec", "data", "model"},
     "sweep": {"train", "evaluate"},
     "bench": {"train", "plan", "evaluate", "sample", "voice", "speak", "prepare", "weights", "export", "layouts",
@@ -42,7 +42,7 @@ MOST_PAIRS = 0.02  # share of the statements of a file that may be `a, b = x, y`
 # options that stand in two places on purpose: {name: why}
 DECLARED_TWICE = {
     "dtype": "voice.py's is that of the arithmetic, weights.py's that of an exported file",
-    "out_dir": "train.py's holds a run, sample.py's recordings, weights.py's an export",
+    "out_dir": "train.py's holds a run, sample.py's recordings, evaluate.py's a page, weights.py's an export",
     "ckpt": "bench.py measures several, sample.py speaks with several, weights.py exports one",
     "overwrite": "prepare.py replaces a token folder unless told otherwise, train.py never a run",
 }
