@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 import soundfile
 import torch
-from helpers import ROOT
+from helpers import ROOT, read_page
 from torch import nn
 
 import codec as codecs
@@ -474,7 +474,7 @@ def test_lines_are_numbered_and_do_not_depend_on_each_other(ckpt, tmp_path, caps
 
 
 def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
-    """Each in a folder of its own what it says alone, and a page with a column for each and a row for each line."""
+    """Each in a folder of its own what it says alone, and a page with all of it."""
     (tmp_path / "lines.txt").write_text("one two\nthree\nfour")
     for name, step in (("a", 7), ("b", 1200)):
         (tmp_path / "out" / name).mkdir(parents=True)
@@ -491,10 +491,16 @@ def test_several_checkpoints_side_by_side(checkpoint, tmp_path, capsys):
         for path in alone.iterdir():
             assert path.read_bytes() == (tmp_path / "c d" / name / path.name).read_bytes()
     assert sorted(os.listdir(tmp_path / "c d")) == ["a", "b", "index.html"]
-    rows = [row.split("<td>")[1:] for row in (tmp_path / "c d/index.html").read_text().splitlines() if "<td>" in row]
-    assert rows[:2] == [["step", "7", "1,200"], ["lowest held-out loss", "", "2.250"]]
-    assert [row[0] for row in rows[2:]] == ["ended", "real-time factor", "one two", "three", "four"]
-    assert rows[5][1:] == [f'<audio controls src="{name}/001.wav"></audio>' for name in "ab"]
+    page = read_page(tmp_path / "c d/index.html")
+    assert [sentence["text"] for sentence in page["sentences"]] == ["one two", "three", "four"]
+    assert {column["name"] for column in page["columns"]} == page["models"][0]["numbers"].keys()
+    for model, name, step, loss in zip(page["models"], "ab", (7, 1200), (None, 2.25), strict=True):
+        assert model["name"] == name and model["numbers"]["step"] == step and model["numbers"]["val_loss"] == loss
+        assert model["numbers"]["rtf"] > 0 and model["numbers"]["missed"] == pytest.approx(100 / 3 * (name == "b"))
+        assert model["curves"] == ({"val_loss": [[1, 2.5], [2, 2.25]]} if loss else {})
+        for i, sentence in enumerate(page["sentences"]):
+            seconds = soundfile.info(tmp_path / f"c d/{name}/{i:03d}.wav").duration
+            assert sentence["audio"][name]["seconds"] == seconds
     one = str(tmp_path / "out/a/best.pt")
     for given, out_dir in ((f"{one},{one}", tmp_path / "e"), (both, "-")):
         with pytest.raises(ValueError, match="several checkpoints need folders of their own"):
