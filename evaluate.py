@@ -62,6 +62,11 @@ def better(name):
 # held-out recordings
 
 
+def better(name):
+    """Whether a number is "low" or "high" in a good model."""
+    return "high" if name.endswith("accuracy") else "low"
+
+
 @torch.no_grad()
 def evaluate(model, val, autocast, batches=0, rank=0, world=1):
     """Means of the model's stats over the val split {name: number or list}, or over so many `batches`, spread evenly
@@ -79,8 +84,8 @@ def evaluate(model, val, autocast, batches=0, rank=0, world=1):
         with autocast:
             _, stats = model(*val.read(batch))
         own = np.searchsorted(ends, batch[0], side="right")
-        value, count = stats["loss"]
-        stats |= {name: (value * (n == own), count * (n == own)) for n, name in enumerate(losses)}
+        value, count = stats["loss_by_codebook"]
+        stats |= {name: (value.sum() * (n == own), count.sum() * (n == own)) for n, name in enumerate(losses)}
         share = i < len(plan)  # a rank without a batch joins with weight 0: all ranks must add up the same names
         window.add({name: (value * share, count * share) for name, (value, count) in stats.items()})
     window.close_step()

@@ -766,7 +766,8 @@ class Family(nn.Module):
     stop_frame() -> (K,)
         The frame that ends an utterance.
     forward(tokens (B, S, C), segment (B, S)) -> loss, stats {name: (sum, count)}
-        The loss of a batch, a scalar. Sums and counts add up over batches and ranks. "loss" counts frames;
+        The loss of a batch, a scalar. Sums and counts add up over batches and ranks. "weighted_loss" is that scalar,
+        and counts all frames with their stops. The others are about speech alone, in which no stop counts:
         "c0_accuracy" is that of codebook 0; "loss_by_codebook" and "accuracy_by_codebook" are (K,); "stop_missed" (in
         eval mode) counts the stop frames that the model does not predict.
     teacher_forced_logits(text, codes, prompt=None) -> (T + 1, K, V)
@@ -868,10 +869,10 @@ class Family(nn.Module):
         return x.masked_fill(self.to_device(blank)[..., None], 0)
 
     def stats(self, loss, n, losses, correct, counts):
-        """The stats of all families. loss: mean over n frames; sums of losses, numbers ranked first and numbers of
-        targets by codebook (K,)."""
+        """The stats of all families. loss: mean over n frames; sums of cross-entropies, numbers ranked first and
+        numbers of targets by codebook (K,), of codes alone."""
         return {
-            "loss": (loss.detach() * n, n),
+            "weighted_loss": (loss.detach() * n, n),
             "c0_accuracy": (correct[0], counts[0]),
             "loss_by_codebook": (losses.detach(), counts),
             "accuracy_by_codebook": (correct, counts),
@@ -1129,23 +1130,24 @@ class CSM(Family):
         before = codes.index_select(0, self.to_device(target[kept]))[:, :-1]  # (N', K - 1, D)
         rows, frame, kept = map(self.to_device, (rows - 1, frame, kept))
         state = hidden.flatten(0, 1).index_select(0, rows)  # (N, D)
-        loss0, correct0 = multi_codebook_cross_entropy(state, self.codebook0_head, frame[:, :1])
+        loss0, correct0, each0 = multi_codebook_cross_entropy(state, self.codebook0_head, frame[:, :1], each=True)
+        spoken = self.to_device(~stopping)[:, None]
 
-        def depth(state, before, frame):
-            """What a chunk of the frames adds to the losses' means."""
+        def depth(state, before, frame, spoken):
+            """What a chunk of the frames adds to the loss, a mean, and to sums (K - 1,) over frames of speech."""
             x = self.decoder(self.projection(torch.cat([state[:, None], before], 1)))[:, 1:]
-            losses, correct = multi_codebook_cross_entropy(x, self.decoder_heads, frame)
-            losses = losses * (len(frame) / max(m, 1))
-            return losses.mean(), losses, correct
+            losses, correct, each = multi_codebook_cross_entropy(x, self.decoder_heads, frame, each=True)
+            return losses.mean() * (len(frame) / max(m, 1)), (each * spoken).sum(0), (correct * spoken).sum(0)
 
-        inputs = state.index_select(0, kept), before, frame[kept, 1:]
+        inputs = state.index_select(0, kept), before, frame[kept, 1:], spoken[kept]
         decoder_loss, losses, correct = in_chunks(depth, c.decoder_chunk or m, inputs, self.chunked_parameters())
         loss = loss0[0] + c.decoder_loss_weight * decoder_loss
 
         with torch.no_grad():
-            counts = torch.full((K,), m, device=self.device)
-            counts[0] = n
-            stats = self.stats(loss, n, torch.cat([loss0, losses]) * counts, torch.cat([correct0, correct]), counts)
+            losses = torch.cat([(each0 * spoken).sum(0), losses])
+            correct = torch.cat([(correct0 * spoken).sum(0), correct])
+            counts = torch.cat([spoken.sum(0), spoken[kept].sum(0).expand(K - 1)])
+            stats = self.stats(loss, n, losses, correct, counts)
             stats["backbone_loss"] = (loss0[0] * n, n)
             stats["decoder_loss"] = (decoder_loss * m, m)
             if not self.training:
@@ -1405,7 +1407,8 @@ class Kani(Family):
             codebook  codes against their own codebook, end of speech against codebook 0: the classes that `generate`
                       chooses from. The head then does a K-th of its work or less.
 
-        "loss" counts frames and ends of speech; by codebook, an end of speech counts in codebook 0.
+        The stats by codebook are about codes. Those of an evaluation are always against their own codebook, so that
+        runs with another loss can be compared.
         """
         c = self.config
         token = tokens.flatten()
@@ -1416,16 +1419,18 @@ class Kani(Family):
         voice = None if reference is None else self.voice_latents(reference)
         hidden = self.states(self.blanked(self.embed(tokens), spoken), places, voice).flatten(0, 1)
 
-        codebook[token == c.end_of_speech] = 0
         spoken = spoken.flatten()
-        frames = (spoken & (codebook == 0)).nonzero()[:, 0]  # (N,) rows of a first code, or of end of speech instead
+        first = (codebook == 0) | (token == c.end_of_speech)
+        frames = (spoken & first).nonzero()[:, 0]  # (N,) rows of a first code, or of end of speech instead
         if c.loss_on == "codebook":
-            loss, losses, correct, counts = self._score_codes(hidden, token, frames)
+            loss, *sums = self._score_codes(hidden, token, frames)
         else:
             wanted = spoken | (segment.flatten() == TEXT) if c.loss_on == "all" else spoken
             rows = (wanted & (torch.arange(len(token), device=token.device) % segment.shape[1] > 0)).nonzero()[:, 0]
-            loss, losses, correct, counts = self._score_tokens(hidden, token[rows], rows, codebook[rows])
-        stats = self.stats(loss, len(frames), losses, correct, counts)
+            loss, *sums = self._score_tokens(hidden, token[rows], rows, codebook[rows])
+            if not self.training:
+                _, *sums = self._score_codes(hidden, token, frames)
+        stats = self.stats(loss, len(frames), *sums)
         if not self.training:
             ends = frames[token[frames] == c.end_of_speech]
             state = hidden.index_select(0, self.to_device(ends - 1))
@@ -1458,9 +1463,10 @@ class Kani(Family):
         target[ends, 0] = c.codebook_size
         rows, target, counts = map(self.to_device, (rows - 1, target, (target != IGNORE).sum(0)))
         state = hidden.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-        loss, correct = multi_codebook_cross_entropy(state, self.heads(), target, self.barred)
-        losses = loss * counts
-        return losses.sum() / counts.sum().clamp(min=1), losses.detach(), correct, counts
+        losses, correct, each = multi_codebook_cross_entropy(state, self.heads(), target, self.barred, each=True)
+        loss = (losses * counts).sum() / counts.sum().clamp(min=1)
+        spoken = self.to_device(~ends)[:, None]
+        return loss, (each * spoken).sum(0), (correct * spoken).sum(0), spoken.sum(0).expand(K)
 
     def teacher_forced_logits(self, text, codes, reference=None, prompt=None, voice=None):
         """See Family. (T + 1, K, V + 1): the last class is end of speech."""
@@ -1738,7 +1744,7 @@ class XTTS(Family):
     def forward(self, tokens, segment, reference):
         """See Family. The loss of the codes plus `text_loss_weight` times that of the text.
 
-        "loss" counts the four stops of a recording as frames; "stop_missed" counts the first of them.
+        "weighted_loss" counts the four stops of a recording as frames; "stop_missed" counts the first of them.
 
         XTTS-v2 was trained with the row of text_eos hidden from the rows after it, but generates with it in sight.
         `hide_text_stop` trains so too. Without, training sees what generation sees, and weights that are continued
@@ -1758,14 +1764,14 @@ class XTTS(Family):
         token = tokens.flatten()
         first = torch.arange(len(kind), device=kind.device) % segment.shape[1] == 0  # no row predicts it
         words, codes = (((kind == part) & ~first).nonzero()[:, 0] for part in (TEXT, AUDIO))
-        text_loss, text_correct = self._score(hidden, token, words, self.text_head)
-        loss, correct = self._score(hidden, token, codes, self.code_head)
+        text_loss, text_correct, _ = self._score(hidden, token, words, self.text_head)
+        loss, correct, each = self._score(hidden, token, codes, self.code_head)
         total = loss[0] + c.text_loss_weight * text_loss[0]
-        n, m = len(codes), len(words)
-        counts = torch.full((1,), n, device=self.device)
-        stats = self.stats(total, n, loss * n, correct, counts)
+        m = len(words)
+        spoken = self.to_device(token[codes, None] != c.stop_code)
+        stats = self.stats(total, len(codes), (each * spoken).sum(0), (correct * spoken).sum(0), spoken.sum(0))
         stats["text_loss"] = (text_loss[0].detach() * m, m)
-        stats["text_accuracy"] = (text_correct[0], m)
+        stats["text_accuracy"] = (text_correct.sum(), m)
         if not self.training:
             ends = codes[(token[codes] == c.stop_code) & (token[codes - 1] != c.stop_code)]
             state = self.final_norm(hidden.index_select(0, self.to_device(ends - 1)))
@@ -1773,10 +1779,11 @@ class XTTS(Family):
         return total, stats
 
     def _score(self, hidden, token, rows, head):
-        """Loss (1,) and number ranked first (1,) of the tokens in these rows (n,), by one of the heads."""
+        """The loss (1,) of the tokens in these rows (n,) by one of the heads; whether each ranked first and its loss
+        (n, 1)."""
         before, target = map(self.to_device, (rows - 1, token[rows, None]))
         state = self.final_norm(hidden.index_select(0, before))
-        return multi_codebook_cross_entropy(state, head.weight, target, head.bias)
+        return multi_codebook_cross_entropy(state, head.weight, target, head.bias, each=True)
 
     def heard(self, reference=None, voice=None):
         """The latents (1, L, D) of a recording's features `reference` (R, M), or `voice` (L, D), which are those."""
@@ -2170,15 +2177,16 @@ class VallE(Family):
         if c.mode != "ar+nar":
             return self.score(tokens, segment)
         stop = (segment == AUDIO) & (tokens[..., 0] == c.codebook_size)
-        own = ("loss", "c0_accuracy")
-        stats = dict.fromkeys([f"{mode}_{name}" for mode in self.modes for name in own], (0.0, 0.0))
+        names = [f"{mode}_{name}" for mode in self.modes for name in ("loss", "c0_accuracy")]
+        stats = dict.fromkeys(names, (0.0, 0.0))
         stats |= {"length_loss": (0.0, 0.0), "length_error": (0.0, 0.0)}  # all ranks must have the same names
         loss = 0 * (self.length_heads.sum() + self.length_bias.sum())  # and gradients of all parameters
         for mode in ["nar" if torch.rand(()) < c.nar_share else "ar"] if self.training else self.modes:
             self.now = mode
             part, found = self.score(tokens, segment if self.causal else segment.masked_fill(stop, PAD))
             loss = loss + part
-            found |= {f"{mode}_{name}": found[name] for name in own}
+            losses, counts = found["loss_by_codebook"]
+            found |= {f"{mode}_loss": (losses.sum(), counts.sum()), f"{mode}_c0_accuracy": found["c0_accuracy"]}
             for name, (value, count) in found.items():
                 before = stats.get(name, (0.0, 0.0))
                 stats[name] = before[0] + value, before[1] + count
@@ -2225,7 +2233,10 @@ class VallE(Family):
             length_loss, more = self.length_loss(tokens, segment)
             loss = loss + c.length_loss_weight * length_loss
         with torch.no_grad():
-            stats = {**self.stats(loss, len(frame), each.sum(0), correct.sum(0), counts), **more}
+            stop = self.to_device((frame == c.codebook_size).all(-1, keepdim=True))
+            spoken = ~stop & (target != IGNORE)
+            sums = (each * spoken).sum(0), (correct * spoken).sum(0), spoken.sum(0)
+            stats = {**self.stats(loss, len(frame), *sums), **more}
             if self.causal and not self.training:
                 last = rows[(frame == c.codebook_size).all(-1)] - 1
                 best = self.logits(hidden[self.to_device(last)]).argmax(-1)

@@ -3,11 +3,11 @@
     python train.py config/digits.py --learning_rate=1e-3
     torchrun --nproc_per_node=4 train.py config/digits.py
     python train.py config/digits.py --init_from=resume
+    python train.py config/digits.py --init_from=auto      starts or goes on: the same command until the run is complete
 
 - Before the first step the contract between training and generation is checked and printed.
 - A killed run resumes exactly from last.pt. All randomness depends on the seed and the number of the micro-batch, so a
-  checkpoint stores only weights, optimizer and position in the data. metrics.jsonl then reads as one run. If last.pt is
-  damaged or missing, the newest ckpt_{iter}.pt takes its place.
+  checkpoint stores only weights, optimizer and position in the data. metrics.jsonl then reads as one run.
 - All ranks share one list of micro-batches, so any number of ranks computes what one process would.
 - A step with a non-finite loss or gradient changes nothing; too many in a row end the run.
 - Each evaluation speaks held-out texts into out_dir/samples and draws the curves into out_dir/loss.html.
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from codec import UNKNOWN, load_codec
 from data import fingerprint, open_tokens, reference_kind, speaker_reference, speaker_timbres, token_folders
-from evaluate import evaluate
+from evaluate import better, evaluate
 from model import contract_check
 from parts import configurator, lora, schedule
 from parts.audio import write_audio
@@ -81,7 +81,9 @@ from weights import (
 # "new/tokens:3,old/tokens:0.5" or {"new/tokens": 3, "old/tokens": 0.5}
 data_dir: str | dict = "data/digits/tokens"
 out_dir = "out/digits"  # for checkpoints, metrics.jsonl, loss.html, samples/
-init_from = "scratch"  # scratch; resume: from out_dir/last.pt; or the path of a checkpoint or of published weights
+# scratch; the path of a checkpoint or of published weights; resume: from out_dir/last.pt; auto: resume if that exists,
+# else as the recipe says
+init_from = "scratch"
 dry_run = False  # print what the run would need (parameters, memory, batches, hours of audio) and stop
 overwrite = False  # remove the run that out_dir holds and start over
 # model; each family has further keys: the fields of its config in model.py that are `fixed` or `free`
@@ -137,7 +139,8 @@ log_interval: "int >= 1" = 10  # steps between lines of metrics.jsonl
 eval_interval: "int >= 1" = 250  # steps between evaluations, which write last.pt, and best.pt if it is the best
 eval_iters: "int >= 0" = 0  # batches of an evaluation, spread over all lengths; 0: the whole val split
 eval_samples: "int >= 0" = 2  # held-out texts to speak at each evaluation
-keep_last: "int >= 0" = 0  # keep the checkpoints of the last so many evaluations as ckpt_{iter}.pt
+select_by = "val_loss"  # best.pt is best by this number of an evaluation, such as val_c0_accuracy
+keep_last: "int >= 0" = 0  # keep the weights at the last so many evaluations as ckpt_{iter}.pt
 overfit_warning: "int >= 0" = 3  # warn after so many evaluations above the best while training loss falls; 0: never
 wandb_project = ""  # also log to this project of Weights & Biases
 tensorboard = False  # also log to TensorBoard, in out_dir
@@ -150,7 +153,9 @@ SHARED = {
     "sample.py": ["device", "seed"],
     "weights.py": ["base"],
 }  # fmt: skip
-UNTRAINED = {name: torch.zeros(2) for name in ("loss", "c0_accuracy", "grad_norm", "padding")}  # sums before step 1
+# sums before step 1
+UNTRAINED = {name: torch.zeros(2) for name in ("weighted_loss", "c0_accuracy", "grad_norm", "padding")}
+UNTRAINED["loss_by_codebook"] = torch.zeros(2, 1)
 FEWEST_TARGETS = 0.2  # share of the frames; with fewer targets a model does not learn to speak
 
 
@@ -223,10 +228,12 @@ class Run:
         self.step = 0
         self.first_step = 0 if cfg.max_iters else -1  # without steps, step 0 is logged
         self.samples_due = False  # a resumed run may have to make up for what a kill left out
-        self.best = math.inf
+        self.best = math.inf  # what select_by names, its sign such that less is better
         self.history = []
         self.seconds = 0.0
+        self.heard = {"total_tokens": 0, "total_hours": 0.0}  # so far, of audio
         self.set_voice()
+        self.check_selection()
         if resume:
             self.go_on(checkpoint)
 
@@ -240,6 +247,17 @@ class Run:
                      "them as they are")  # fmt: skip
         elif kind == "vector" and not model.reference:
             self.say(f"the model takes no speaker vectors: those in {self.cfg.data_dir} are not used")
+
+    def check_selection(self):
+        """Raise ValueError where no evaluation will have the number that select_by names."""
+        name = self.cfg.select_by
+        if name == "val_loss":
+            return
+        if not self.val:
+            raise ValueError(f"select_by = {name!r:.60}: the val split is empty, nothing is evaluated")
+        known = [f"val_{x}" for x, value in evaluate(self.model, self.val, self.autocast, 1).items() if type(value) is float]
+        if name not in known:
+            raise ValueError(f"select_by = {name!r:.60} is none of the numbers of an evaluation: {', '.join(known)}")
 
     def say(self, line):
         if self.rank == 0:
@@ -275,6 +293,7 @@ class Run:
         self.best = state["best"]
         self.history = state["history"]
         self.seconds = state["seconds"]
+        self.heard = state.get("heard", self.heard)
         if state.get("data", self.data) == self.data:
             self.batches.restore(state["batches"])
         self.window.totals = {k: pair.to(self.device) * (self.rank == 0) for k, pair in state["window"].items()}
@@ -356,9 +375,12 @@ class Run:
         if int(self.optimizer.in_a_row) >= cfg.max_skipped:
             raise ValueError(f"{int(self.optimizer.in_a_row)} steps in a row up to iter {self.step} had a non-finite "
                              "loss or gradient: the last good checkpoint stays; lower learning_rate")  # fmt: skip
+        padding, rows = totals["padding"].tolist()
+        self.heard["total_tokens"] += int(rows - padding)
+        self.heard["total_hours"] += totals["weighted_loss"][1].item() / self.meta["codec"]["frame_rate"] / 3600
         line = {
             "iter": self.step, **means(totals), "lr": schedule.get_lr(max(0, self.step - 1), cfg),
-            "skipped": int(self.optimizer.skipped), "epoch": self.batches.epoch,
+            "skipped": int(self.optimizer.skipped), "epoch": self.batches.epoch, **self.heard,
             "timing": timing(totals, self.meta["codec"]["frame_rate"], self.elapsed(), self.device),
         }  # fmt: skip
         if evaluating and self.val:
@@ -384,11 +406,13 @@ class Run:
             names.insert(0, f"ckpt_{self.step}.pt")
         if line.get("val_loss") is not None:
             self.history.append((self.step, line["loss"] or math.nan, line["val_loss"]))
-            if line["val_loss"] < self.best:
-                self.best = line["val_loss"]
+        if (value := line.get(self.cfg.select_by)) is not None:
+            score = -value if better(self.cfg.select_by) == "high" else value
+            if score < self.best:
+                self.best = score
                 names.insert(0, "best.pt")
-            if warning := overfitting(self.history, self.cfg.overfit_warning):
-                self.say(warning)
+        if warning := overfitting(self.history, self.cfg.overfit_warning):
+            self.say(warning)
         self.save(*names)
         if self.rank == 0:
             for path in kept_checkpoints(self.cfg.out_dir)[: -self.cfg.keep_last] if self.cfg.keep_last else []:
@@ -400,14 +424,14 @@ class Run:
                 self.speak()
 
     def save(self, *names):
-        """Write a checkpoint under each of these names; best.pt leaves out what only resuming needs."""
+        """Write a checkpoint under each of these names; only last.pt has what resuming needs."""
         cfg = self.cfg
         totals = self.window.collect(self.world)
         if not all(p.isfinite().all() for p in self.optimizer.trained):
             raise ValueError(f"the weights at iter {self.step} are not finite and not saved: lower learning_rate")
         state = {
             **self.optimizer.state_dict(), "batches": self.batches.state(), "data": self.data, "best": self.best,
-            "history": self.history, "window": totals, "seconds": self.elapsed(),
+            "history": self.history, "window": totals, "seconds": self.elapsed(), "heard": self.heard,
         }  # fmt: skip
         weights = lora.adapter_state if cfg.lora_rank else torch.nn.Module.state_dict
         references = self.voice.references
@@ -424,7 +448,7 @@ class Run:
             "references": references, "timbres": timbres,
         }  # fmt: skip
         for name in names if self.rank == 0 else ():
-            save_checkpoint(self.path(name), {**checkpoint, "train": None if name == "best.pt" else state})
+            save_checkpoint(self.path(name), {**checkpoint, "train": state if name == "last.pt" else None})
 
     def speak(self, missing=False):
         """Speak some held-out texts into out_dir/samples, beside the recordings as the codec reproduces them.
@@ -555,6 +579,8 @@ def forgotten(cfg, checkpoint, model, data):
     keys = [f.name for f in fields(model.config) if f.metadata.get("judges")]
     keys = [key for key in keys if before.get(key, now[key]) != now[key]]
     measured = ("eval_iters", "reference_seconds") if model.reference == "recording" else ("eval_iters",)
+    if old.get("select_by") != cfg.select_by:
+        lines.append("best.pt is chosen by another number than before")
     keys += [key for key in measured if old.get(key, getattr(cfg, key)) != getattr(cfg, key)]
     if keys:
         lines.append(f"{', '.join(keys)} changed, and with it what the held-out loss means")
@@ -607,6 +633,10 @@ def main(cfg):
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if cfg.init_from == "auto":
+        goes_on = os.path.exists(os.path.join(cfg.out_dir, "last.pt"))
+        own = cfg.recipe.get("init_from", "scratch")
+        cfg.init_from = "resume" if goes_on else "scratch" if own == "auto" else own
     check(cfg, world, device)
     if cfg.dry_run:
         return predict(cfg, device)

@@ -256,28 +256,22 @@ def family_keys(*kinds):
     return {name for name, kind in every.items() if kind in (kinds or ("fixed", "free"))}
 
 
-def resumable(out_dir, say):
-    """The checkpoint that the run in out_dir goes on from, and its path: last.pt, or the newest ckpt_{iter}.pt where
-    last.pt is damaged or missing.
-
-    Raises FileNotFoundError where out_dir holds neither, ValueError where all are damaged.
-    """
-    last = os.path.join(out_dir, "last.pt")
-    first_fault = None
-    for path in [last] * os.path.exists(last) + kept_checkpoints(out_dir)[::-1]:
-        try:
-            checkpoint = load_checkpoint(path, needed=WHOLE)
-            if not checkpoint["train"]:
-                raise ValueError(f"{path} holds weights only, as best.pt does: start from it with init_from, in "
-                                 "another out_dir")  # fmt: skip
-        except ValueError as error:
-            first_fault = first_fault or error
-            continue
-        if path != last:
-            say(f"{first_fault or f'{last} does not exist'}: {path} takes its place")
-        return checkpoint, path
-    missing = f"{last} does not exist: init_from is scratch, resume or a checkpoint's path"
-    raise first_fault or FileNotFoundError(missing)
+def resumable(out_dir):
+    """The checkpoint that the run in out_dir goes on from, and its path, that of last.pt. Raises FileNotFoundError
+    where it is missing, ValueError where it is damaged."""
+    path = os.path.join(out_dir, "last.pt")
+    weights = kept_checkpoints(out_dir)[-1:]
+    advice = f"; start from {weights[0]} with init_from, in another out_dir" if weights else ""
+    try:
+        checkpoint = load_checkpoint(path, needed=WHOLE)
+    except FileNotFoundError:
+        rest = advice or ": init_from is scratch, auto, resume or a checkpoint's path"
+        raise FileNotFoundError(f"{path} does not exist{rest}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}{advice}") from None
+    if not checkpoint["train"]:
+        raise ValueError(f"{path} holds weights only, as best.pt does: start from it with init_from, in another out_dir")
+    return checkpoint, path
 
 
 def starting_point(cfg, codec, meta, say=print):
@@ -292,7 +286,7 @@ def starting_point(cfg, codec, meta, say=print):
     resume = cfg.init_from == "resume"
     path = os.path.join(cfg.out_dir, "last.pt") if resume else cfg.init_from
     if not resume and not os.path.exists(path):
-        raise FileNotFoundError(f"{path} does not exist: init_from is scratch, resume or a checkpoint's path")
+        raise FileNotFoundError(f"{path} does not exist: init_from is scratch, auto, resume or a checkpoint's path")
     given = {key: getattr(cfg, key) for key in cfg.given if getattr(cfg, key) is not None}
     model, checkpoint = trained_weights(path, cfg, given, codec, meta, say, resume)
     config = model.config
@@ -323,7 +317,7 @@ def trained_weights(path, cfg, given, codec, meta, say, resume=False):
     free = {key: value for key, value in given.items() if key in family_keys("free")}
     if not resume and is_published(path):
         return start(path, cfg.arch, meta, free, say, grown=not cfg.lora_rank), None
-    checkpoint, path = resumable(cfg.out_dir, say) if resume else (load_checkpoint(path, needed=WHOLE), path)
+    checkpoint, path = resumable(cfg.out_dir) if resume else (load_checkpoint(path, needed=WHOLE), path)
     check_match(checkpoint, path, codec, meta, cfg)
     fix_keys(checkpoint, path, cfg, given, resume)
     config = {key: checkpoint["model_config"][key] for key in family_keys() & checkpoint["model_config"].keys()}

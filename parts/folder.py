@@ -43,8 +43,7 @@ def check_out_dir(out_dir, source, overwrite):
     for path in left_in(out_dir, CHECKPOINTS) if os.path.exists(source) else ():
         if os.path.samefile(path, source):
             raise ValueError(f"{source!r:.150} is of the run in out_dir = {out_dir!r:.100}: take another out_dir to "
-                             "start from it; init_from=resume goes on with last.pt, or without one with the newest "
-                             "ckpt_*.pt")  # fmt: skip
+                             "start from it; init_from=resume goes on with last.pt")  # fmt: skip
     if not overwrite and left_in(out_dir, CHECKPOINTS[:2]):  # nothing can go on from a best.pt alone
         raise ValueError(f"{out_dir} holds a run: init_from=resume goes on with it, overwrite=True removes it, or "
                          "take another out_dir")  # fmt: skip

@@ -65,11 +65,16 @@ class Window:
 
 
 def means(totals):
-    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None for NaN and infinity, which JSON lacks."""
+    """{name: (2,) or (2, K)} -> {name: mean or list of K means}; None for NaN and infinity, which JSON lacks. "loss" is
+    the mean of "loss_by_codebook": each codebook counts as much, however many of its codes were looked at."""
     def tidy(x):
         return [tidy(y) for y in x] if isinstance(x, list) else float(f"{x:.8g}") if math.isfinite(x) else None
 
-    return {name: tidy((pair[0] / pair[1]).tolist()) for name, pair in totals.items()}
+    found = {name: tidy((pair[0] / pair[1]).tolist()) for name, pair in totals.items()}
+    if "loss_by_codebook" in found:
+        losses = [x for x in found["loss_by_codebook"] if x is not None]
+        found["loss"] = tidy(sum(losses) / len(losses)) if losses else None
+    return found
 
 
 def timing(totals, frame_rate, seconds, device):
@@ -80,7 +85,7 @@ def timing(totals, frame_rate, seconds, device):
     elif resource:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     padding, rows = totals["padding"].tolist()
-    audio = totals["loss"][1].item() / frame_rate
+    audio = totals["weighted_loss"][1].item() / frame_rate
     speed = {"tokens_per_second": (rows - padding) / seconds, "audio_seconds_per_second": audio / seconds}
     return {**speed, "seconds": seconds, "memory_gb": memory}
 
@@ -155,6 +160,16 @@ def overfitting(history, patience):
             f"{history[best][0]}, now {history[-1][2]:.3f}) while the training loss fell")  # fmt: skip
 
 
+def scalars(line):
+    """The numbers in a line of metrics.jsonl, {name: number}: those of codebook 2 under "loss_by_codebook/2", those that
+    depend on the machine under "timing/seconds"."""
+    found = {}
+    for name, value in line.items():
+        inside = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+        found |= {f"{name}/{key}": x for key, x in inside} or {name: value}
+    return {name: x for name, x in found.items() if type(x) in NUMBER}
+
+
 def other_loggers(wandb_project, tensorboard, out_dir, config):
     """Functions (line) -> None that log to Weights & Biases, to TensorBoard. ValueError: not installed."""
     loggers = []
@@ -163,13 +178,12 @@ def other_loggers(wandb_project, tensorboard, out_dir, config):
             import wandb
 
             run = wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-            loggers.append(lambda line: run.log(line, step=line["iter"]))
+            loggers.append(lambda line: run.log(scalars(line), step=line["iter"]))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(out_dir)
-            scalars = lambda line: [(k, v, line["iter"]) for k, v in line.items() if isinstance(v, float)]  # noqa: E731
-            loggers.append(lambda line: [board.add_scalar(*scalar) for scalar in scalars(line)])
+            loggers.append(lambda line: [board.add_scalar(k, v, line["iter"]) for k, v in scalars(line).items()])
     except ImportError as e:
         raise ValueError(f"{e.name} is not installed: pip install {e.name}, or do without that logger") from None
     return loggers

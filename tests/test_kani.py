@@ -327,14 +327,15 @@ def by_hand(model, tokens, segment, loss_on):
     for b, s in itertools.product(range(tokens.shape[0]), range(1, tokens.shape[1])):
         kind, token, x = segment[b, s], int(tokens[b, s, 0]), logits[b, s - 1]
         codebook = (token - c.first_code) // c.codebook_size if token >= c.first_code else None
-        codebook = 0 if token == c.end_of_speech else codebook
+        codebook = "end" if token == c.end_of_speech else codebook
         if kind != AUDIO and not (loss_on == "all" and kind == TEXT):
             continue
         if loss_on == "codebook":
             if codebook is None:
                 continue
-            first = c.first_code + codebook * c.codebook_size
-            classes = [*range(first, first + c.codebook_size), *([c.end_of_speech] if codebook == 0 else [])]
+            number = 0 if codebook == "end" else codebook
+            first = c.first_code + number * c.codebook_size
+            classes = [*range(first, first + c.codebook_size), *([c.end_of_speech] if number == 0 else [])]
             x, token = x[classes], classes.index(token)
         out.append((codebook, F.cross_entropy(x, torch.tensor(token)), bool(x.argmax() == token)))
     return out
@@ -352,19 +353,24 @@ def test_loss_by_hand(loss_on, K):
         model(*batch)[0].backward()
         optimizer.step()
     with torch.no_grad():
-        loss, stats = model(*batch)
+        loss, stats = model.train()(*batch)
         expected = by_hand(model, *batch, loss_on)
     torch.testing.assert_close(loss, torch.stack([x for _, x, _ in expected]).mean())
-    assert stats["loss"][1] == stats["c0_accuracy"][1] == 9 + 1 + 5 + 1
-    torch.testing.assert_close(stats["loss"][0], loss * 16)
+    assert stats["weighted_loss"][1] == 9 + 1 + 5 + 1 and stats["c0_accuracy"][1] == 9 + 5
+    torch.testing.assert_close(stats["weighted_loss"][0], loss * 16)
     for k in range(K):
         of = [(x, first) for codebook, x, first in expected if codebook == k]
         torch.testing.assert_close(stats["loss_by_codebook"][0][k], sum(x for x, _ in of))
         assert stats["accuracy_by_codebook"][0][k] == sum(first for _, first in of)
-        assert stats["loss_by_codebook"][1][k] == stats["accuracy_by_codebook"][1][k] == len(of) == 14 + 2 * (k == 0)
+        assert stats["loss_by_codebook"][1][k] == stats["accuracy_by_codebook"][1][k] == len(of) == 14
     assert stats["c0_accuracy"][0] == stats["accuracy_by_codebook"][0][0] > 0
     others = {codebook for codebook, _, _ in expected} - set(range(K))
-    assert others == (set() if loss_on == "codebook" else {None})
+    assert others == ({"end"} if loss_on == "codebook" else {None, "end"})
+    if loss_on != "codebook":  # evaluations can be compared: each code against its own codebook
+        own = tiny(K=K, loss_on="codebook").double().eval()
+        own.load_state_dict(model.state_dict())
+        for name in ("loss_by_codebook", "accuracy_by_codebook"):
+            torch.testing.assert_close(model.eval()(*batch)[1][name], own(*batch)[1][name])
 
 
 @pytest.mark.parametrize("loss_on", LOSSES)
@@ -392,7 +398,7 @@ def test_gradients_by_hand(loss_on):
 def test_prompts_are_heard_but_not_predicted():
     model, (text, codes), (before, said) = tiny(loss_on="audio"), utterance(), utterance(3, 4, seed=1)
     loss, stats = model(*batch_of(model, (text, codes, (before, said))))
-    assert stats["loss"][1] == len(codes) + 1 and stats["loss_by_codebook"][1].tolist() == [7, 6, 6, 6]
+    assert stats["weighted_loss"][1] == len(codes) + 1 and stats["loss_by_codebook"][1].tolist() == [6, 6, 6, 6]
     other, _ = model(*batch_of(model, (text, codes, (before, (said + 1) % 16))))
     assert abs(loss - other) > 1e-4
 
@@ -437,7 +443,7 @@ def test_nothing_to_learn(loss_on):
     tokens, segment = batch_of(model, utterance())
     loss, stats = model(tokens, torch.where(segment == AUDIO, PROMPT, 0))
     loss.backward()
-    assert loss == 0 and stats["loss"][1] == 0 and all(p.grad.isfinite().all() for p in model.parameters())
+    assert loss == 0 and stats["weighted_loss"][1] == 0 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_the_loss_of_every_target():

@@ -68,7 +68,7 @@ def test_a_full_disk_names_the_file():
 
 
 def test_memory_is_not_known_everywhere(monkeypatch):
-    totals = {"padding": torch.tensor([1.0, 4.0]), "loss": torch.tensor([2.0, 3.0])}
+    totals = {"padding": torch.tensor([1.0, 4.0]), "weighted_loss": torch.tensor([2.0, 3.0])}
     assert metrics.timing(totals, 12.5, 2.0, CPU)["memory_gb"] > 0
     monkeypatch.setattr(metrics, "resource", None)
     line = {"iter": 1, "loss": 1.0, "c0_accuracy": 0.5, "lr": 0.1, "grad_norm": 1.0, "padding": 0.1, "skipped": 0}
@@ -90,3 +90,15 @@ def test_overfitting(training, held_out, warned):
     assert ("overfitting: held-out loss has risen for 3 evaluations (best 4.000 at iter 10" in warning) == warned
     assert warned or not warning
     assert metrics.overfitting(history, 0) == metrics.overfitting([], 3) == ""
+
+
+def test_scalars_of_a_line():
+    line = {"iter": 3, "loss": 1.5, "val_loss": None, "loss_by_codebook": [1.0, None, 2.0], "timing": {"seconds": 2.5}}
+    assert metrics.scalars(line) == {"iter": 3, "loss": 1.5, "loss_by_codebook/0": 1.0, "loss_by_codebook/2": 2.0,
+                                     "timing/seconds": 2.5}  # fmt: skip
+
+
+def test_the_loss_is_the_mean_over_codebooks():
+    """However many codes of each were looked at; a codebook without any does not count."""
+    pair = torch.tensor([[6.0, 2.0, 0.0], [2.0, 1.0, 0.0]])
+    assert metrics.means({"loss_by_codebook": pair}) == {"loss_by_codebook": [3.0, 2.0, None], "loss": 2.5}

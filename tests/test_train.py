@@ -341,26 +341,64 @@ def test_what_a_kill_left_out_is_made_up_for(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_the_newest_whole_checkpoint_takes_the_place_of_last(tokens, tmp_path, damage, capsys):
-    flags = ["--keep_last=9", "--lr_decay_iters=12"]
-    whole, lines = run(tokens, tmp_path / "whole", "--max_iters=12", *flags)
-    out = tmp_path / "out"
-    run(tokens, out, "--max_iters=8", *flags)
-    for name in ("last.pt", "ckpt_8.pt"):
-        (out / name).write_bytes((out / name).read_bytes()[:5000])
+def test_without_last_the_newest_weights_are_named(tokens, tmp_path, damage):
+    """Only last.pt has what resuming needs: the others would be a terabyte of optimizer states."""
+    flags = ["--keep_last=9", "--max_iters=8"]
+    run(tokens, tmp_path, *flags)
+    assert load_checkpoint(tmp_path / "last.pt")["train"] and load_checkpoint(tmp_path / "ckpt_8.pt")["train"] is None
+    assert (tmp_path / "ckpt_8.pt").stat().st_size < 0.6 * (tmp_path / "last.pt").stat().st_size
+    last = tmp_path / "last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    problem = "last.pt is truncated"
     if damage == "gone":
-        (out / "last.pt").unlink()
+        last.unlink()
+        problem = "last.pt does not exist"
     with pytest.raises(ValueError, match="holds a run: init_from=resume goes on"):
-        run(tokens, out, "--max_iters=12")
-    again, lines_again = run(tokens, out, "--max_iters=12", "--init_from=resume", *flags)
+        run(tokens, tmp_path, *flags)
+    with pytest.raises((ValueError, OSError), match=rf"{problem}.*; start from \S+ckpt_8.pt with init_from, in another"):
+        run(tokens, tmp_path, "--init_from=resume", *flags)
+    run(tokens, tmp_path / "more", f"--init_from={tmp_path / 'ckpt_8.pt'}", *flags)
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
+    last.write_bytes(b"")
+    with pytest.raises(ValueError, match="last.pt is no checkpoint, it is empty"):
+        run(tokens, tmp_path, "--init_from=resume", *flags)
+
+
+def test_the_same_command_starts_and_goes_on(tokens, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    base, out = tmp_path / "base", tmp_path / "out"
+    run(tokens, base, "--max_iters=4")
+    whole, lines = run(tokens, tmp_path / "whole", f"--init_from={base / 'last.pt'}", "--max_iters=8")
+    recipe.write_text(f"init_from = {str(base / 'last.pt')!r}\n")
+    for most in (4, 8, 8):
+        again, lines_again = run(tokens, out, str(recipe), "--init_from=auto", f"--max_iters={most}", "--lr_decay_iters=8")
     same(whole, again)
     assert exact(lines) == exact(lines_again)
-    name = "last.pt is truncated" if damage == "cut" else "ckpt_8.pt is truncated"
-    assert re.search(rf"{name}: .*: \S+/ckpt_4.pt takes its place\n", capsys.readouterr().out)
-    for path in out.glob("*.pt"):
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match="last.pt is no checkpoint, it is empty"):
-        run(tokens, out, "--max_iters=13", "--init_from=resume")
+    assert "nothing left to do" in capsys.readouterr().out
+    run(tokens, tmp_path / "fresh", "--init_from=auto", "--max_iters=2")  # without a recipe: from scratch
+    assert load_checkpoint(tmp_path / "fresh/last.pt")["config"]["init_from"] == "scratch"
+
+
+def test_best_follows_the_number_that_is_selected(tokens, tmp_path):
+    _, lines = run(tokens, tmp_path, "--select_by=val_c0_accuracy", "--max_iters=10", "--eval_interval=2")
+    found = [(line["val_c0_accuracy"], -line["iter"]) for line in lines if "val_loss" in line]
+    assert load_checkpoint(tmp_path / "best.pt")["iter"] == -max(found)[1]
+    with pytest.raises(ValueError, match="select_by = 'val_lost' is none of the numbers of an evaluation: .*val_loss"):
+        run(tokens, tmp_path / "b", "--select_by=val_lost")
+
+
+def test_what_was_heard_adds_up(tokens, tmp_path):
+    """Tokens and hours so far, over a resume too."""
+    _, lines = run(tokens, tmp_path, "--max_iters=6", "--lr_decay_iters=12")
+    _, more = run(tokens, tmp_path, "--max_iters=12", "--lr_decay_iters=12", "--init_from=resume")
+    totals = [(line["total_tokens"], line["total_hours"]) for line in more]
+    assert totals == sorted(totals) and totals[0][0] > 0 and totals[: len(lines)] == [
+        (line["total_tokens"], line["total_hours"]) for line in lines]  # fmt: skip
+    step = more[-1]["timing"]
+    assert step["tokens_per_second"] * step["seconds"] == pytest.approx(totals[-1][0] - totals[-2][0], abs=1)
+    hours = step["audio_seconds_per_second"] * step["seconds"] / 3600
+    assert hours == pytest.approx(totals[-1][1] - totals[-2][1])
 
 
 def test_a_run_does_not_remove_what_it_starts_from(tokens, base, tmp_path):

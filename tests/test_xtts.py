@@ -105,7 +105,8 @@ def by_hand(model, text, codes, heard, text_stop=True):
     first, speech = c.n_latents, len(rows) - len(frames)
     said, spoken = hidden[first : first + len(text) + 1], hidden[speech:-1]
     return (F.cross_entropy(model.text_head(said), torch.tensor([*text, 2])),
-            F.cross_entropy(model.code_head(spoken), torch.tensor(frames[1:])))  # fmt: skip
+            F.cross_entropy(model.code_head(spoken), torch.tensor(frames[1:])),
+            F.cross_entropy(model.code_head(spoken[:-4]), torch.tensor(frames[1:-4])))  # fmt: skip
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -113,15 +114,16 @@ def test_loss_is_the_one_by_hand(hidden):
     """Also in a batch with padding, in which the row that is hidden from the codes is as though it were not there."""
     model, both = tiny(hide_text_stop=hidden).double(), [utterance(5, 9), utterance(3, 4, seed=1)]
     both = [(text, codes, heard.double()) for text, codes, heard in both]
-    words, frames = zip(*(by_hand(model, *u, text_stop=not hidden) for u in both), strict=True)
+    words, frames, alone = zip(*(by_hand(model, *u, text_stop=not hidden) for u in both), strict=True)
     text = (6 * words[0] + 4 * words[1]) / 10
     codes = (13 * frames[0] + 8 * frames[1]) / 21
+    speech = (9 * alone[0] + 4 * alone[1]) / 13  # without the four stops
     for width in (0, 40):
         loss, stats = model(*batch_of(model, *both, width=width))
         torch.testing.assert_close(loss, codes + 0.01 * text, rtol=1e-9, atol=1e-9)
-        for name, value in (("text_loss", text), ("loss_by_codebook", codes[None]), ("loss", loss)):
+        for name, value in (("text_loss", text), ("loss_by_codebook", speech[None]), ("weighted_loss", loss)):
             torch.testing.assert_close(means(stats)[name], value, rtol=1e-9, atol=1e-9)
-        assert stats["loss"][1] == 21 and stats["text_loss"][1] == 10
+        assert stats["weighted_loss"][1] == 21 and stats["text_loss"][1] == 10
 
 
 def test_stats():
