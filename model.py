@@ -1059,7 +1059,7 @@ class CSM(Family):
 
     transcript = True
     has_depth = True
-    AHEAD = 2  # codebooks that the depth decoder foresees, where one utterance is spoken alone
+    AHEAD = 1  # codebooks that the depth decoder foresees, where one utterance is spoken alone
     front_end = "none"
     draw = dict(temperature=0.9, top_k=50, top_p=1.0, min_p=0.0)
 

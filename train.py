@@ -255,7 +255,8 @@ class Run:
             return
         if not self.val:
             raise ValueError(f"select_by = {name!r:.60}: the val split is empty, nothing is evaluated")
-        known = [f"val_{x}" for x, value in evaluate(self.model, self.val, self.autocast, 1).items() if type(value) is float]
+        found = evaluate(self.model, self.val, self.autocast, 1)
+        known = [f"val_{x}" for x, value in found.items() if not isinstance(value, list)]
         if name not in known:
             raise ValueError(f"select_by = {name!r:.60} is none of the numbers of an evaluation: {', '.join(known)}")
 

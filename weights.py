@@ -270,7 +270,8 @@ def resumable(out_dir):
     except ValueError as error:
         raise ValueError(f"{error}{advice}") from None
     if not checkpoint["train"]:
-        raise ValueError(f"{path} holds weights only, as best.pt does: start from it with init_from, in another out_dir")
+        raise ValueError(f"{path} holds weights only, as best.pt does: start from it with init_from, in another "
+                         "out_dir")  # fmt: skip
     return checkpoint, path
 
 

@@ -161,8 +161,8 @@ def overfitting(history, patience):
 
 
 def scalars(line):
-    """The numbers in a line of metrics.jsonl, {name: number}: those of codebook 2 under "loss_by_codebook/2", those that
-    depend on the machine under "timing/seconds"."""
+    """The numbers in a line of metrics.jsonl, {name: number}: those of codebook 2 under "loss_by_codebook/2", what
+    depends on the machine under "timing/seconds"."""
     found = {}
     for name, value in line.items():
         inside = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()

@@ -355,7 +355,7 @@ def test_without_last_the_newest_weights_are_named(tokens, tmp_path, damage):
         problem = "last.pt does not exist"
     with pytest.raises(ValueError, match="holds a run: init_from=resume goes on"):
         run(tokens, tmp_path, *flags)
-    with pytest.raises((ValueError, OSError), match=rf"{problem}.*; start from \S+ckpt_8.pt with init_from, in another"):
+    with pytest.raises((ValueError, OSError), match=rf"{problem}.*; start from \S+ckpt_8.pt with init_from, in"):
         run(tokens, tmp_path, "--init_from=resume", *flags)
     run(tokens, tmp_path / "more", f"--init_from={tmp_path / 'ckpt_8.pt'}", *flags)
     for path in tmp_path.glob("*.pt"):
@@ -372,7 +372,8 @@ def test_the_same_command_starts_and_goes_on(tokens, tmp_path, capsys):
     whole, lines = run(tokens, tmp_path / "whole", f"--init_from={base / 'last.pt'}", "--max_iters=8")
     recipe.write_text(f"init_from = {str(base / 'last.pt')!r}\n")
     for most in (4, 8, 8):
-        again, lines_again = run(tokens, out, str(recipe), "--init_from=auto", f"--max_iters={most}", "--lr_decay_iters=8")
+        flags = [str(recipe), "--init_from=auto", f"--max_iters={most}", "--lr_decay_iters=8"]
+        again, lines_again = run(tokens, out, *flags)
     same(whole, again)
     assert exact(lines) == exact(lines_again)
     assert "nothing left to do" in capsys.readouterr().out
@@ -999,7 +1000,7 @@ def trained(tokens, tmp_path_factory):
     (["--device=tpu"], "device = 'tpu' is not available"),
     (["--data_dir=nowhere"], "nowhere is not a finished token folder"),
     (["--init_from=resume"], "last.pt does not exist"),
-    (["--init_from=scrach"], "scrach does not exist: init_from is scratch, resume"),
+    (["--init_from=scrach"], "scrach does not exist: init_from is scratch, auto, resume"),
     (["--wandb_project=x"], "wandb is not installed: pip install wandb"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_written(tokens, tmp_path, flags, message, monkeypatch):
