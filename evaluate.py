@@ -62,11 +62,6 @@ def better(name):
 # held-out recordings
 
 
-def better(name):
-    """Whether a number is "low" or "high" in a good model."""
-    return "high" if name.endswith("accuracy") else "low"
-
-
 @torch.no_grad()
 def evaluate(model, val, autocast, batches=0, rank=0, world=1):
     """Means of the model's stats over the val split {name: number or list}, or over so many `batches`, spread evenly
