@@ -47,6 +47,7 @@ NUMBERS = {
     "retries": Number("low", "more tries in a hundred utterances"),
     "rtf": Number("low", "seconds of work for a second of speech"),
 }  # fmt: skip
+OF_SPEECH = [name for name in NUMBERS if name not in ("val_loss", "wer", "cer", "similarity", "mos")]  # without ears
 RIVALS = 4  # other texts, or voices, with which the own one is compared
 SETTINGS = ("speaker", "language", "reference", "reference_text", "cap_seconds")  # of a line, for Voice.plan
 

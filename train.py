@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from codec import UNKNOWN, load_codec
 from data import fingerprint, open_tokens, reference_kind, speaker_reference, speaker_timbres, token_folders
-from evaluate import better, evaluate
+from evaluate import OF_SPEECH, better, evaluate, held_out_line, measure
 from model import contract_check
 from parts import configurator, lora, schedule
 from parts.audio import write_audio
@@ -64,7 +64,6 @@ from parts.optim import Average, Optimizer
 from parts.page import draw
 from parts.segment import PAD
 from parts.tensors import pick_device, reason
-from parts.text import wording
 from plan import idle_keys, make_batches, predict, steps_in_epoch
 from sample import slow_type
 from voice import DRAWS, Voice, need_stretch
@@ -139,7 +138,9 @@ log_interval: "int >= 1" = 10  # steps between lines of metrics.jsonl
 eval_interval: "int >= 1" = 250  # steps between evaluations, which write last.pt, and best.pt if it is the best
 eval_iters: "int >= 0" = 0  # batches of an evaluation, spread over all lengths; 0: the whole val split
 eval_samples: "int >= 0" = 2  # held-out texts to speak at each evaluation
-select_by = "val_loss"  # best.pt is best by this number of an evaluation, such as val_c0_accuracy
+# best.pt is best by this number of an evaluation, such as val_c0_accuracy, or of the eval_samples texts that are spoken
+# then, such as text_margin (evaluate.py has a list)
+select_by = "val_loss"
 keep_last: "int >= 0" = 0  # keep the weights at the last so many evaluations as ckpt_{iter}.pt
 overfit_warning: "int >= 0" = 3  # warn after so many evaluations above the best while training loss falls; 0: never
 wandb_project = ""  # also log to this project of Weights & Biases
@@ -251,14 +252,15 @@ class Run:
     def check_selection(self):
         """Raise ValueError where no evaluation will have the number that select_by names."""
         name = self.cfg.select_by
-        if name == "val_loss":
+        if name == "val_loss" or (name in OF_SPEECH and self.cfg.eval_samples):
             return
         if not self.val:
             raise ValueError(f"select_by = {name!r:.60}: the val split is empty, nothing is evaluated")
         found = evaluate(self.model, self.val, self.autocast, 1)
         known = [f"val_{x}" for x, value in found.items() if not isinstance(value, list)]
         if name not in known:
-            raise ValueError(f"select_by = {name!r:.60} is none of the numbers of an evaluation: {', '.join(known)}")
+            raise ValueError(f"select_by = {name!r:.60} is none of the numbers of an evaluation: "
+                             f"{', '.join([*known, *OF_SPEECH])}")  # fmt: skip
 
     def say(self, line):
         if self.rank == 0:
@@ -387,6 +389,8 @@ class Run:
         if evaluating and self.val:
             held_out = evaluate(self.spoken, self.val, self.autocast, cfg.eval_iters, self.rank, self.world)
             line.update({f"val_{name}": value for name, value in held_out.items()})
+            if cfg.select_by in OF_SPEECH and self.rank == 0 and line["val_loss"] is not None:
+                line.update(self.numbers_of_speech())
         self.bar.set_postfix_str(summary(line))
         if evaluating or (not self.watched and time.monotonic() - self.printed > 20):  # a log file gets a line at times
             self.say(f"iter {self.step}: {summary(line)}")
@@ -459,15 +463,13 @@ class Run:
         """
         cfg = self.cfg
         voice = self.voice
-        each = math.ceil(cfg.eval_samples / len(self.held_out))
-        turns = ([(files, i) for i in spread(len(files), each)] for files in self.held_out)
-        chosen = [pair for turn in itertools.zip_longest(*turns) for pair in turn if pair][: cfg.eval_samples]
         lines = {}
-        for n, (files, i) in enumerate(chosen):
+        for n, (files, i) in enumerate(self.to_speak()):
             path = self.path(f"samples/{self.step:06d}_{n}.wav")
             if missing and os.path.exists(path):
                 continue
-            line, words = self.held_out_line(files, i, n)
+            self.write_original(files, i, n)
+            line, words = held_out_line(voice, files, i)
             try:
                 voice.plan(**line)
                 lines[path] = line, words
@@ -482,20 +484,24 @@ class Run:
         except (ValueError, RuntimeError) as e:  # torch raises RuntimeError for a diverged model's logits
             self.say(f"{self.path('samples')}: {reason(e)}")
 
-    def held_out_line(self, files, i, n):
-        """The i-th text of these files as Voice.speak takes it, and its words. Writes the recording, number n, as the
-        codec reproduces it, unless it is there."""
-        voice = self.voice
-        meta = files.meta
-        speaker = meta["speakers"][files.speaker(i)]
-        language = meta["languages"][files.language(i)]
-        before, after = wording(meta["text_format"], speaker, "\0", language).split("\0")
-        words = voice.tokenizer.decode(files.text(i)).removeprefix(before).removesuffix(after)
-        original = self.path(f"samples/original_{n}.wav")
-        if not os.path.exists(original):
-            codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
-            write_audio(original, voice.codec.decode(codes)[0].float().cpu(), voice.codec.sample_rate)
-        return {"text": files.text(i), "speaker": speaker, "language": language}, words
+    def to_speak(self):
+        """The held-out texts that are spoken, [(files, number)], from each token folder in turn."""
+        count = self.cfg.eval_samples
+        each = math.ceil(count / len(self.held_out))
+        turns = ([(files, i) for i in spread(len(files), each)] for files in self.held_out)
+        return [pair for turn in itertools.zip_longest(*turns) for pair in turn if pair][:count]
+
+    def numbers_of_speech(self):
+        """What evaluate.py measures of the held-out texts that are spoken, {name: number}."""
+        lines = (held_out_line(self.voice, files, i) for files, i in self.to_speak())
+        return measure(self.voice, [{**line, "words": words} for line, words in lines], self.cfg)[0]
+
+    def write_original(self, files, i, n):
+        """Write the i-th recording of these files, as the codec reproduces it, as number n, unless it is there."""
+        path = self.path(f"samples/original_{n}.wav")
+        if not os.path.exists(path):
+            codes = torch.from_numpy(files.codes(i).T[None]).to(self.device)
+            write_audio(path, self.codec.decode(codes)[0].float().cpu(), self.codec.sample_rate)
 
     def stop_asked(self, received, logging):
         """The signal that ends the run, or 0. All ranks agree on it."""
