@@ -1,15 +1,34 @@
-"""Numbers that judge a model: of held-out recordings and of speech. train.py calls it.
+"""Numbers that rank models, and a page to compare them by ear. train.py and sweep.py call its functions.
+
+    python evaluate.py --ckpt="out/*" --prompts=config/eval_prompts.txt --out_dir=compared    compared/index.html
+    python evaluate.py --ckpt="out/x/ckpt_*.pt"                the prompts are held-out texts of the data
+    python evaluate.py --ckpt=out/x/best.pt --asr=tiny.en      also word errors, by faster-whisper
+    python evaluate.py --ckpt=out/x/best.pt --asr=digits --threshold=wer=0.05,missed=1
+                                                               exit code 1 where a number is worse than that
+
+- All models speak the same prompts, many at a time. A prompt may begin with a voice, as the model's own text_format
+  writes it: "andrew: Hello". A model that does not know the voice reads it aloud.
+- Without other packages the model itself is the judge: see parts/judge.py. Margins and losses compare models of one
+  codec.
+- out_dir has the recordings, metadata.jsonl (a data set in the layout "audiofolder"), results.csv and index.html.
+- Whatever can be refused is refused before the first prompt is spoken.
 
 Letters in shapes: K codebooks, T frames, N samples.
 """
 
 import contextlib
+import csv
+import difflib
+import json
 import math
 import os
+import re
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +36,37 @@ from tqdm import tqdm
 
 from data import open_tokens, part_names
 from parts import configurator, ears, judge
-from parts.audio import clipped_share, longest_silence, write_audio
-from parts.metrics import Window, means
+from parts.audio import clipped_share, longest_silence, read_audio, write_audio
+from parts.files import whole
+from parts.metrics import Window, means, read_metrics
+from parts.page import curves, settings, write_page
 from parts.text import wording
 from plan import make_batches
-from sample import HOW
+from sample import HOW, column_names, find_checkpoints, folder_of, get_ready, named, open_voice, read_lines
+
+prompts = ""  # text file, one prompt a line, such as config/eval_prompts.txt; empty: held-out texts of data_dir
+n_prompts: "int >= 1" = 24  # of these
+out_dir = "evaluation"  # for index.html, results.csv, metadata.jsonl, a folder of recordings for each model
+rank_by = ""  # the number that ranks; empty: wer with a recogniser, else text_margin
+threshold = ""  # what each model must reach, such as wer=0.05,missed=1; exit code 1 where one does not
+judged_by = ""  # a checkpoint of the same codec, which judges the speech of all; empty: each judges its own
+# a recogniser: digits (pocketsphinx), a model of faster-whisper by name or folder, or a command with {wav} in it
+asr = ""
+similarity: Literal["", "resemblyzer"] = ""  # compare the voice with its reference, or its recordings in data_dir
+mos: Literal["", "distillmos", "dnsmos"] = ""  # predict how natural listeners find it
+upload = ""  # user/name: upload out_dir to the hub as a data set, a private one where it is new
+
+SHARED = {
+    "sample.py": ["ckpt", "speaker", "reference", "reference_text", "voice", "seed", "batch", "tries", "n_codebooks",
+                  "quantize", "linear", "device", "adapter"],
+    "voice.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "speed",
+                 "cap_seconds", "dtype"],
+    "prepare.py": ["codec", "codec_path", "tokenizer", "text_format", "front_end", "language"],
+    "weights.py": ["base"],
+    "train.py": ["reference_seconds", "data_dir"],
+    "model.py": ["speaks", "rounds", "guidance", "top_sigma", "whole_frames", "prompt_style", "loose_stop",
+                 "recording_seconds", "heard_seconds", "chunk_seconds"],
+}  # fmt: skip
 
 
 class Number(NamedTuple):
@@ -49,7 +94,9 @@ NUMBERS = {
 }  # fmt: skip
 OF_SPEECH = [name for name in NUMBERS if name not in ("val_loss", "wer", "cer", "similarity", "mos")]  # without ears
 RIVALS = 4  # other texts, or voices, with which the own one is compared
+RECORDINGS = 4  # of a voice, that say how it sounds
 SETTINGS = ("speaker", "language", "reference", "reference_text", "cap_seconds")  # of a line, for Voice.plan
+COLUMNS = ("file_name", "model", "config", "sentence_id", "sentence")  # of metadata.jsonl, before the numbers
 
 
 def better(name):
@@ -287,3 +334,238 @@ def impressions(listening, wav, rate, speaker):
     if listening.naturalness:
         found["mos"] = listening.naturalness(wav, rate), 1
     return found
+
+
+def recorded_voices(cfg, voice, files, encoder):
+    """Embeddings of how speakers should sound, {speaker: (E,)}: that of the reference, for all; or those of the
+    held-out recordings of each one, as the codec reproduces them. files: may be None."""
+    if cfg.reference:
+        wavs = [read_audio(path, ears.RATE) for _, path in named(cfg.reference, "recording")]
+        return {"": encoder(torch.cat(wavs), ears.RATE)}
+    found = {}
+    for i in range(len(files) if files else 0):
+        codes = torch.from_numpy(files.codes(i).T[None]).to(voice.device)
+        wavs = found.setdefault(files.meta["speakers"][files.speaker(i)], [])
+        if len(wavs) < RECORDINGS:
+            wavs.append(voice.codec.decode(codes)[0].float().cpu())
+    return {speaker: encoder(torch.cat(wavs), voice.codec.sample_rate) for speaker, wavs in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def limits(cfg):
+    """What `threshold` asks for, {name: number}. Raises ValueError for a number that does not exist, that has no better
+    side, or that nothing measures."""
+    asked = {}
+    for word in filter(None, cfg.threshold.split(",")):
+        name, _, text = map(str.strip, word.partition("="))
+        known_number(cfg, name, f"threshold = {cfg.threshold!r:.60}")
+        try:
+            asked[name] = float(text)
+        except ValueError:
+            raise ValueError(f"threshold = {cfg.threshold!r:.60}: {name} needs a number: {name}=0.05") from None
+    return asked
+
+
+def known_number(cfg, name, where):
+    """Raise ValueError, one line that begins with `where`, for a name that is no number by which models are ranked."""
+    if name not in NUMBERS:
+        near = difflib.get_close_matches(name, NUMBERS, 1)
+        raise ValueError(f"{where}: {name!r:.60} is none of the numbers" + (f", did you mean {near[0]}?" if near else
+                         f": {', '.join(NUMBERS)}"))  # fmt: skip
+    if not NUMBERS[name].better:
+        raise ValueError(f"{where}: neither a low nor a high {name} is better")
+    for key, names in (("asr", ("wer", "cer")), ("similarity", ("similarity",)), ("mos", ("mos",))):
+        if name in names and not vars(cfg)[key]:
+            raise ValueError(f"{where}: {name} needs --{key}")
+
+
+def reaches(name, value, limit):
+    """Whether a number of a model, or None, is as good as a limit."""
+    return value is not None and (value <= limit if NUMBERS[name].better == "low" else value >= limit)
+
+
+def try_files(cfg, voice, path):
+    """The held-out files of a voice; None where its own are gone, which is said. Raises ValueError where those that
+    --data_dir names cannot be used."""
+    given = cfg.data_dir if "data_dir" in cfg.given else ""
+    try:
+        return held_out_files(voice, given)
+    except (ValueError, OSError) as error:
+        if given:
+            raise ValueError(f"{path}: {error}") from None
+        print(f"{path}: no val_loss: {error}")
+        return None
+
+
+def open_model(cfg, path):
+    """The voice of a checkpoint, its held-out files or None, settings of its lines. Raises ValueError or OSError."""
+    voice, reference, texts, _ = get_ready(cfg, path, [], cfg.out_dir)
+    given = {"reference": reference, "reference_text": texts} if cfg.reference or cfg.voice else {}
+    return voice, try_files(cfg, voice, path), given
+
+
+def read_prompts(cfg, voice, files):
+    """The prompts: lines of a file, or held-out texts. Raises ValueError where neither exists."""
+    if cfg.prompts:
+        return read_lines("", cfg.prompts)
+    if not files:
+        raise ValueError("no held-out texts to speak: give --prompts=config/eval_prompts.txt, or --data_dir")
+    lines = held_out_prompts(voice, files, cfg.n_prompts)
+    return [{**line, "text": line["words"], "speaker": cfg.speaker} for line in lines] if cfg.speaker else lines
+
+
+def check_prompts(cfg, voice, prompts, given):
+    """Raise ValueError, which names the prompt, where a voice cannot speak one."""
+    for i, prompt in enumerate(prompts, 1):
+        line, words = as_line(voice, prompt, cfg.language)
+        try:
+            voice.pieces(**{key: getattr(cfg, key) for key in ("speaker", "language", "cap_seconds")} | given | line)
+        except ValueError as error:
+            where = f"{cfg.prompts}: line {i}" if cfg.prompts else f"prompt {words!r:.60}"
+            raise ValueError(f"{where}: {error}") from None
+
+
+def evaluate_model(cfg, path, name, prompts, listening, judging):
+    """One model: {"name", "config", "numbers", "rows", "curves"}; its recordings are in out_dir/name."""
+    voice, files, given = open_model(cfg, path)
+    numbers = dict.fromkeys(NUMBERS)
+    numbers |= held_out_loss(voice, files) if files else {}
+    if listening.encoder:
+        listening = listening._replace(voices=recorded_voices(cfg, voice, files, listening.encoder))
+    voice.ready(cfg.quantize, cfg.linear)
+    if judging and judging.codec.fingerprint() != voice.codec.fingerprint():
+        raise ValueError(f"{cfg.judged_by} cannot judge {path}: it speaks in the codes of another codec")
+    folder = os.path.join(cfg.out_dir, name)
+    os.makedirs(folder, exist_ok=True)
+    found, rows = measure(voice, prompts, cfg, listening, judging, folder, **given)
+    config = {"iter": voice.report["iter"], **settings(voice.trained_with)}
+    log = curves(read_metrics(folder_of(path) / "metrics.jsonl"))
+    return {"name": name, "config": config, "numbers": numbers | found, "rows": rows, "curves": log}
+
+
+def ranked(models, name):
+    """Models in the order of a number, the best first; those without it last."""
+    sign = -1 if NUMBERS[name].better == "high" else 1
+    known = [model for model in models if model["numbers"][name] is not None]
+    return sorted(known, key=lambda model: sign * model["numbers"][name]) + [m for m in models if m not in known]
+
+
+def write_results(cfg, models, rank_by):
+    """Write metadata.jsonl, results.csv and index.html about the models so far, which are ranked. Returns the names of
+    all files of the evaluation, relative to out_dir."""
+    columns = [name for name in NUMBERS if any(model["numbers"][name] is not None for model in models)]
+    files = ["metadata.jsonl", "results.csv", "index.html"]
+    with whole(os.path.join(cfg.out_dir, files[0]), "w") as out:
+        for model in models:
+            config = json.dumps(model["config"])
+            for row in model["rows"]:
+                files.append(f"{model['name']}/{row['file']}")
+                start = dict(zip(COLUMNS, (files[-1], model["name"], config, row["id"], row["text"]), strict=True))
+                own = {"heard": row["heard"]} if "heard" in row else {}
+                numbers = {name: row["numbers"][name] for name in NUMBERS if name in row["numbers"]}
+                out.write(json.dumps({**start, **own, **numbers}, ensure_ascii=False) + "\n")
+    with whole(os.path.join(cfg.out_dir, files[1]), "w", newline="") as out:
+        table = csv.writer(out)
+        K = max(len(model["numbers"].get("val_loss_by_codebook", [])) for model in models)
+        table.writerow(["rank", "model", "iter", *columns, *(f"val_loss_by_codebook/{k}" for k in range(K))])
+        for rank, model in enumerate(models, 1):
+            numbers = model["numbers"]
+            table.writerow([rank, model["name"], model["config"]["iter"], *(numbers[name] for name in columns),
+                            *numbers.get("val_loss_by_codebook", [])])  # fmt: skip
+    sentences = [
+        {"id": row["id"], "text": row["text"],
+         "audio": {model["name"]: f"{model['name']}/{model['rows'][i]['file']}" for model in models},
+         "numbers": {model["name"]: model["rows"][i]["numbers"] for model in models}}
+        for i, row in enumerate(models[0]["rows"])
+    ]  # fmt: skip
+    write_page(os.path.join(cfg.out_dir, files[2]), {
+        "title": "Side by side", "rank_by": rank_by, "sentences": sentences,
+        "columns": [{"name": name, **NUMBERS[name]._asdict()} for name in columns],
+        "models": [{**model, "numbers": {name: model["numbers"][name] for name in columns}} for model in models],
+    })  # fmt: skip
+    return files
+
+
+def remove_older(out_dir):
+    """Remove the recordings of an earlier evaluation in out_dir: a data set may not have files without a line."""
+    listed = Path(out_dir) / "metadata.jsonl"
+    if not listed.exists():
+        return
+    for name in re.findall(r'"file_name": "([^"/\\]+/\d{3,}\.wav)"', listed.read_text(encoding="utf-8")):
+        with contextlib.suppress(OSError):
+            (listed.parent / name).unlink()
+            (listed.parent / name).parent.rmdir()  # which fails while it holds others
+    listed.unlink()
+
+
+def hub(name):
+    """A client of the hub that may write to the data set user/name. Raises ValueError where it cannot."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"upload = {name!r:.60}: give user/name")
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ears.missing("upload", error, "huggingface_hub") from None
+    api = HfApi()
+    try:
+        api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+    except Exception as error:  # of the network, of the hub, of a missing token
+        raise ValueError(f"upload = {name!r:.60}: {' '.join(str(error).split()):.200}") from None
+    return api
+
+
+def print_table(models, rank_by):
+    """Print all numbers that some model has, a line for each model."""
+    columns = [name for name in NUMBERS if any(model["numbers"][name] is not None for model in models)]
+    columns = sorted(columns, key=lambda name: name != rank_by)
+    table = [["", *columns]]
+    for model in models:
+        values = (model["numbers"][name] for name in columns)
+        table.append([model["name"], *("" if value is None else f"{value:.4g}" for value in values)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *rest in table:
+        print(first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(rest, widths[1:], strict=True)), sep="  ")
+
+
+def main(cfg):
+    cfg.save_voice = ""  # sample.py's functions know it
+    asked = limits(cfg)
+    rank_by = cfg.rank_by or ("wer" if cfg.asr else "text_margin")
+    known_number(cfg, rank_by, f"rank_by = {cfg.rank_by!r:.60}")
+    paths = find_checkpoints(cfg.ckpt, cfg.recipe.get("out_dir", "out"))
+    if "out_dir" in cfg.recipe and "out_dir" not in cfg.flags:
+        cfg.out_dir = os.path.join(cfg.out_dir, "evaluation")  # the recipe's own holds the run
+    names = column_names(paths)
+    listening = Ears(ears.recogniser(cfg.asr, cfg.language) if cfg.asr else None,
+                     ears.speaker_encoder(cfg.similarity) if cfg.similarity else None,
+                     ears.naturalness(cfg.mos) if cfg.mos else None)  # fmt: skip
+    judging = open_voice(cfg, cfg.judged_by) if cfg.judged_by else None
+    prompts = None
+    for path in paths:  # twice, so that the last one is not refused after hours
+        voice, files, given = open_model(cfg, path)
+        prompts = prompts or read_prompts(cfg, voice, files)
+        check_prompts(cfg, voice, prompts, given)
+    api = hub(cfg.upload) if cfg.upload else None
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    remove_older(cfg.out_dir)
+    models = []
+    for path, name in zip(paths, names, strict=True):
+        models = ranked([*models, evaluate_model(cfg, path, name, prompts, listening, judging)], rank_by)
+        files = write_results(cfg, models, rank_by)
+    print_table(models, rank_by)
+    print(f"{os.path.join(cfg.out_dir, 'index.html')}: to compare and listen")
+    if api:
+        api.upload_folder(repo_id=cfg.upload, repo_type="dataset", folder_path=cfg.out_dir, allow_patterns=files)
+        print(f"uploaded to {cfg.upload}")
+    failed = [f"{model['name']}: {name} is {model['numbers'][name]}, not {limit:g}" for model in models
+              for name, limit in asked.items() if not reaches(name, model["numbers"][name], limit)]  # fmt: skip
+    if failed:
+        print(*failed, sep="\n", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    configurator.run(main, __file__)

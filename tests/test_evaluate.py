@@ -1,26 +1,22 @@
 """evaluate.py: what is measured of speech, the model as its judge, the command and what it writes."""
 
+import csv
 import json
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from helpers import (
-    WORDS,
-    run,
-    tiny,
-    tiny_kani,
-    tiny_valle,
-    tiny_xtts,
-    utterance,
-    write_tokens,
-)
+from helpers import WORDS, read_page, run, tiny, tiny_kani, tiny_valle, tiny_xtts, utterance, write_tokens
 
 import evaluate
 from model import contract_check
-from parts import judge
+from parts import configurator, judge
 from voice import Voice
+from weights import load_checkpoint, save_checkpoint
 
 PLAIN = SimpleNamespace(temperature=0.0, seed=1)
 
@@ -203,3 +199,181 @@ def test_which_side_is_better():
     assert evaluate.better("val_loss") == "low" == evaluate.better("weighted_loss")
     assert evaluate.better("text_margin") == "high" == evaluate.better("val_c0_accuracy")
     assert evaluate.better("rate") == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("one two\n[b]two one three\nthree\nzero one\n")
+    return str(path)
+
+
+def command(*flags):
+    evaluate.main(configurator.configure(evaluate.__file__, ["--device=cpu", "--temperature=0", *flags]))
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, prompts, tmp_path_factory):
+    """The folder of an evaluation of both models, which had another recording in it before."""
+    out = tmp_path_factory.mktemp("out") / "compared"
+    (out / "gone").mkdir(parents=True)
+    (out / "gone/007.wav").write_bytes(b"")
+    (out / "mine.wav").write_bytes(b"")
+    (out / "metadata.jsonl").write_text('{"file_name": "gone/007.wav"}\n{"file_name": "../000.wav"}\n')
+    command(f"--ckpt={trained}/run*", f"--prompts={prompts}", f"--out_dir={out}")
+    (out / "mine.wav").unlink()
+    return out
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_models_are_ranked(evaluated):
+    """By the margin, and the model that was trained longer is better; the page has the same numbers."""
+    rows = list(csv.DictReader((evaluated / "results.csv").open(newline="")))
+    assert [(row["rank"], row["model"], row["iter"]) for row in rows] == [("1", "run60", "60"), ("2", "run1", "1")]
+    assert float(rows[0]["text_margin"]) > float(rows[1]["text_margin"])
+    assert float(rows[0]["val_loss"]) < float(rows[1]["val_loss"])
+    losses = [float(rows[0][f"val_loss_by_codebook/{k}"]) for k in range(3)]
+    assert float(rows[0]["val_loss"]) == pytest.approx(np.mean(losses))
+    page = read_page(evaluated / "index.html")
+    assert page["rank_by"] == "text_margin" and [model["name"] for model in page["models"]] == ["run60", "run1"]
+    for row, model in zip(rows, page["models"], strict=True):
+        for name, value in model["numbers"].items():
+            assert row[name] == ("" if value is None else str(value)), name
+        assert [column["name"] for column in page["columns"]] == list(model["numbers"])
+        assert model["config"]["iter"] == int(row["iter"]) and model["curves"]["val_loss"]
+    assert "wer" not in rows[0] and {column["better"] for column in page["columns"]} == {"low", "high", ""}
+    assert str(evaluated.parent) not in (evaluated / "index.html").read_text()
+
+
+def test_the_folder_is_a_data_set(evaluated):
+    lines = lines_of(evaluated / "metadata.jsonl")
+    assert [(x["model"], x["sentence_id"], x["sentence"]) for x in lines] == [
+        (model, i, text) for model in ("run60", "run1")
+        for i, text in enumerate(["one two", "two one three", "three", "zero one"])
+    ]  # fmt: skip
+    for line in lines:
+        assert soundfile.info(evaluated / line["file_name"]).samplerate == 4000
+        assert json.loads(line["config"])["iter"] in (1, 60) and "text_margin" in line
+        assert "val_loss" not in line and "rtf" not in line  # these are of a model, not of a sentence
+    audio = sorted(str(path.relative_to(evaluated)) for path in evaluated.rglob("*.wav"))
+    assert audio == sorted(line["file_name"] for line in lines)  # the older recording is gone
+
+
+def test_the_hub_s_library_reads_the_folder(evaluated):
+    datasets = pytest.importorskip("datasets")
+    read = datasets.load_dataset("audiofolder", data_dir=str(evaluated), split="train")
+    read = read.cast_column("audio", datasets.Audio(decode=False))
+    assert len(read) == 8 and {*read["model"]} == {"run1", "run60"} and read[0]["audio"]["path"].endswith(".wav")
+
+
+def test_held_out_texts_are_the_usual_prompts(trained, tmp_path, monkeypatch):
+    """A recipe's own folder holds the run, so that the page goes into one below it."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"out_dir = {str(trained / 'run60')!r}\n")
+    command(str(recipe), "--n_prompts=3", "--quantize=int8")
+    lines = lines_of(trained / "run60/evaluation/metadata.jsonl")
+    assert len(lines) == 3 and all(set(line["sentence"].split()) <= set(WORDS) for line in lines)
+
+
+def test_thresholds(trained, prompts, tmp_path, capsys):
+    """Each number that misses one is a line, and the exit code is 1."""
+    asr = f"""{sys.executable} -c "print('one two')" {{wav}}"""
+    flags = f"--ckpt={trained}/run60", f"--prompts={prompts}", f"--out_dir={tmp_path}", f"--asr={asr}"
+    command(*flags, "--threshold=missed=100,text_margin=-50,wer=5")
+    page = read_page(tmp_path / "index.html")
+    assert page["rank_by"] == "wer" and page["sentences"][0]["numbers"]["run60"]["wer"] == 0.0
+    assert lines_of(tmp_path / "metadata.jsonl")[2]["heard"] == "one two"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(*flags, "--threshold=text_margin=500, wer=0.05, missed=100")
+    assert stop.value.code == 1
+    margin, wer = capsys.readouterr().err.splitlines()[-2:]
+    assert margin.startswith("run60: text_margin is ") and margin.endswith(", not 500")
+    assert wer.startswith("run60: wer is ") and wer.endswith(", not 0.05")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--threshold=wer=0.05"], "threshold = 'wer=0.05': wer needs --asr"),
+    (["--threshold=mised=1"], "'mised' is none of the numbers, did you mean missed?"),
+    (["--threshold=missed"], "missed needs a number"), (["--threshold=missed=few"], "missed needs a number"),
+    (["--threshold=rate=1"], "neither a low nor a high rate is better"),
+    (["--rank_by=similarity"], "rank_by = 'similarity': similarity needs --similarity"),
+    (["--rank_by=x"], "none of the numbers: val_loss, text_margin"), (["--asr=my_asr"], "my_asr"),
+    (["--prompts={bad}"], "bad.txt: line 2: the text is empty"), (["--speaker=c"], "unknown speaker 'c'"),
+    (["--data_dir={tmp}"], "not a finished token folder"), (["--upload=me"], "give user/name"),
+    (["--speed=2"], "--speed: speed = 2.0 has no effect"), (["--ckpt={tmp}/no.pt"], "no.pt: no such checkpoint"),
+])  # fmt: skip
+def test_what_is_wrong_is_refused_before_the_first_prompt(trained, tmp_path, flags, message, monkeypatch):
+    (tmp_path / "bad.txt").write_text("one\n\ufeff\ntwo\n", encoding="utf-8")
+    monkeypatch.setattr(Voice, "speak", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = [flag.format(bad=tmp_path / "bad.txt", tmp=tmp_path) for flag in flags]
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        command(f"--ckpt={trained}/run60", f"--out_dir={tmp_path / 'out'}", *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_published_weights_or_lost_data_have_no_held_out_loss(trained, prompts, tmp_path, capsys):
+    path = tmp_path / "moved"
+    shutil.copytree(trained / "run60", path)
+    checkpoint = load_checkpoint(str(path / "best.pt"))
+    save_checkpoint(path / "best.pt", {**checkpoint, "config": {**checkpoint["config"], "data_dir": "gone/tokens"}})
+    command(f"--ckpt={path}", f"--prompts={prompts}", f"--out_dir={tmp_path / 'out'}")
+    assert "no val_loss: gone/tokens is not a finished token folder" in capsys.readouterr().out
+    assert "val_loss" not in next(csv.DictReader((tmp_path / "out/results.csv").open()))
+    with pytest.raises(ValueError, match="no held-out texts to speak: give --prompts"):
+        command(f"--ckpt={path}", f"--out_dir={tmp_path / 'out'}")
+    command(f"--ckpt={path}", f"--data_dir={trained / 'tokens'}", "--n_prompts=1", f"--out_dir={tmp_path / 'out'}")
+    assert float(next(csv.DictReader((tmp_path / "out/results.csv").open()))["val_loss"]) < 3
+
+
+class Hub:
+    """In place of huggingface_hub.HfApi: keeps what it is asked for."""
+
+    asked = []
+
+    def create_repo(self, name, **how):
+        self.asked.append((name, how))
+        if name == "me/refused":
+            raise OSError("401\nno token")
+
+    def upload_folder(self, **how):
+        self.asked.append(how)
+
+
+def test_the_folder_is_uploaded(trained, prompts, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    (tmp_path / "private.txt").write_text("not a part of it")
+    flags = f"--ckpt={trained}/run60", f"--prompts={prompts}", f"--out_dir={tmp_path}"
+    command(*flags, "--upload=me/voices")
+    (name, how), upload = Hub.asked
+    assert name == "me/voices" and how == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    assert upload["repo_id"] == name and upload["repo_type"] == "dataset" and upload["folder_path"] == str(tmp_path)
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(upload["allow_patterns"]) == sorted({*files} - {"private.txt"})
+    with pytest.raises(ValueError, match="upload = 'me/refused': 401 no token"):
+        command(*flags, "--upload=me/refused")
+
+
+def test_a_reference_is_what_a_voice_should_sound_like(good, trained, tmp_path):
+    """The recordings of each speaker in the data, or the reference for all."""
+    def encoder(wav, rate):
+        return np.array([len(wav) / rate, 1.0])
+
+    files = evaluate.held_out_files(good)
+    found = evaluate.recorded_voices(SimpleNamespace(reference=""), good, files, encoder)
+    assert set(found) == {files.meta["speakers"][files.speaker(i)] for i in range(len(files))}
+    frames = [len(files.codes(i)) for i in range(len(files)) if files.speaker(i) == 0][: evaluate.RECORDINGS]
+    assert found["a"][0] == pytest.approx(sum(frames) / good.codec.frame_rate, rel=0.05)
+    soundfile.write(tmp_path / "me.wav", np.ones(8000) * 0.1, 8000)
+    found = evaluate.recorded_voices(SimpleNamespace(reference=str(tmp_path / "me.wav")), good, None, encoder)
+    assert list(found) == [""] and found[""][0] == pytest.approx(1.0)
+    assert evaluate.recorded_voices(SimpleNamespace(reference=""), good, None, encoder) == {}
