@@ -29,6 +29,7 @@ EMBEDDED = 64 * 2**20  # bytes of recordings; more than these stay beside the pa
 PICTURE = 64, 240  # of a recording: frequencies, times
 HIGHEST = 8000  # Hz, at the top of the picture
 LOUDNESS = 70.0  # dB between black and white
+FILING = {"out_dir", "overwrite"}  # keys that say where a run is kept, nothing of its model
 
 
 def write_page(path, page):
@@ -94,7 +95,7 @@ def settings(config):
     flat = {}
     for key, value in config.items():
         flat |= {f"{key}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {key: value}
-    return {key: without_folder(value) for key, value in flat.items() if key != "out_dir"}
+    return {key: without_folder(value) for key, value in flat.items() if key not in FILING}
 
 
 def without_folder(value):
