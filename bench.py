@@ -529,14 +529,20 @@ def bench_sample(cfg):
 
 def bench_judge(cfg):
     """The numbers of evaluate.py for each checkpoint, and the rank correlation (Spearman 1904) of each number with the
-    word errors over all of them: 1 where it ranks the models as these do."""
+    word errors over all of them: 1 where it ranks the models as these do. As there, the model with the lowest held-out
+    loss judges all."""
     lines = [{"speaker": speaker, "text": text} for speaker, text in texts_to_speak(cfg)]
     listening = evaluate.Ears(recogniser("digits"))
-    found = []
+    losses = {}
     for _, path in named(cfg.ckpt, "checkpoint"):
         voice = Voice.from_checkpoint(path)
-        numbers = evaluate.held_out_loss(voice, evaluate.held_out_files(voice))
-        numbers |= evaluate.measure(voice.ready(cfg.quantize, cfg.linear), lines, cfg, listening)[0]
+        losses[path] = evaluate.held_out_loss(voice, evaluate.held_out_files(voice))
+    best = min(losses, key=lambda path: losses[path]["val_loss"])
+    judging = evaluate.Judge(Voice.from_checkpoint(best), {})
+    found = []
+    for path, loss in losses.items():
+        voice = Voice.from_checkpoint(path).ready(cfg.quantize, cfg.linear)
+        numbers = loss | evaluate.measure(voice, lines, cfg, listening, judging)[0]
         values = {name: numbers[name] for name in evaluate.NUMBERS if numbers.get(name) is not None}
         record(cfg, {"case": path, "steps": voice.report["iter"], **values}, voice.device.type)
         found.append(values)

@@ -8,8 +8,8 @@
 
 - All models speak the same prompts, many at a time. A prompt may begin with a voice, as the model's own text_format
   writes it: "andrew: Hello". A model that does not know the voice reads it aloud.
-- Without other packages the model itself is the judge: see parts/judge.py. Margins and losses compare models of one
-  codec.
+- Without other packages a model is the judge, see parts/judge.py: of several models of one codec that with the lowest
+  held-out loss. Losses and margins compare models of one codec.
 - out_dir has the recordings, metadata.jsonl (a data set in the layout "audiofolder"), results.csv and index.html.
 - Whatever can be refused is refused before the first prompt is spoken.
 
@@ -42,14 +42,14 @@ from parts.metrics import Window, means, read_metrics
 from parts.page import curves, settings, write_page
 from parts.text import wording
 from plan import make_batches
-from sample import HOW, column_names, find_checkpoints, folder_of, get_ready, named, open_voice, read_lines
+from sample import HOW, column_names, find_checkpoints, folder_of, get_ready, named, read_lines
 
 prompts = ""  # text file, one prompt a line, such as config/eval_prompts.txt; empty: held-out texts of data_dir
 n_prompts: "int >= 1" = 24  # of these
 out_dir = "evaluation"  # for index.html, results.csv, metadata.jsonl, a folder of recordings for each model
 rank_by = ""  # the number that ranks; empty: wer with a recogniser, else text_margin
 threshold = ""  # what each model must reach, such as wer=0.05,missed=1; exit code 1 where one does not
-judged_by = ""  # a checkpoint of the same codec, which judges the speech of all; empty: each judges its own
+judged_by = ""  # a checkpoint of the same codec, which judges the speech of all; empty: that with the lowest loss
 # a recogniser: digits (pocketsphinx), a model of faster-whisper by name or folder, or a command with {wav} in it
 asr = ""
 similarity: Literal["", "resemblyzer"] = ""  # compare the voice with its reference, or its recordings in data_dir
@@ -78,8 +78,8 @@ class Number(NamedTuple):
 
 NUMBERS = {
     "val_loss": Number("low", "cross-entropy of held-out speech, nats a code"),
-    "text_margin": Number("high", "how much better speech fits its text than other texts, nats a frame"),
-    "voice_margin": Number("high", "how much better speech fits its voice than other voices, nats a frame"),
+    "text_margin": Number("high", "how well its frames tell a text from others, nats a frame"),
+    "voice_margin": Number("high", "how well its frames tell a voice from others, nats a frame"),
     "wer": Number("low", "word errors of a recogniser, as a share of the words"),
     "cer": Number("low", "likewise of the characters"),
     "similarity": Number("high", "cosine of the voice's embedding and that of its recordings"),
@@ -96,6 +96,7 @@ OF_SPEECH = [name for name in NUMBERS if name not in ("val_loss", "wer", "cer", 
 RIVALS = 4  # other texts, or voices, with which the own one is compared
 RECORDINGS = 4  # of a voice, that say how it sounds
 SETTINGS = ("speaker", "language", "reference", "reference_text", "cap_seconds")  # of a line, for Voice.plan
+SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # of the hub's libraries
 COLUMNS = ("file_name", "model", "config", "sentence_id", "sentence")  # of metadata.jsonl, before the numbers
 
 
@@ -200,6 +201,13 @@ class Ears(NamedTuple):
     voices: dict = {}
 
 
+class Judge(NamedTuple):
+    """A Voice that judges speech, and settings of all lines for it: a reference as it hears it."""
+
+    voice: object
+    given: dict
+
+
 def as_line(voice, prompt, language=""):
     """A prompt as Voice.speak takes it, a dict, and its words. A text may begin with a voice as the model reads it."""
     if isinstance(prompt, dict):
@@ -220,8 +228,8 @@ def measure(voice, prompts, cfg, listening=None, judging=None, folder=None, **gi
     recogniser heard}.
 
     prompts: texts, or dicts of a "text" and settings of Voice.speak beside, with "words" where the text is ids. cfg:
-    has the keys by which sample.py speaks; those that are missing have their usual value. listening: Ears. judging: the
-    Voice that judges; None: the same. given: further settings of Voice.speak, such as a reference. Raises ValueError as
+    has the keys by which sample.py speaks; those that are missing have their usual value. listening: Ears. judging: a
+    Judge; None: the voice itself. given: further settings of Voice.speak, such as a reference. Raises ValueError as
     Voice.speak does.
     """
     listening = listening or Ears()
@@ -239,7 +247,7 @@ def measure(voice, prompts, cfg, listening=None, judging=None, folder=None, **gi
     rows = []
     for i, (line, (_, words)) in enumerate(zip(lines, pairs, strict=True)):
         row = {"id": i, "text": words}
-        sums = {**sound(voice, said[i]), **margins(judging or voice, voice, said[i], line, lines)}
+        sums = {**sound(voice, said[i]), **margins(judging or Judge(voice, {}), voice, said[i], line, lines)}
         if listening.recogniser:
             row["heard"] = listening.recogniser(said[i].wav, voice.sample_rate)
             sums |= errors(words, row["heard"])
@@ -275,9 +283,10 @@ def sound(voice, said):
 
 
 def margins(judging, voice, said, line, lines):
-    """The margins of an utterance, a Said, by a Voice that judges: {name: (sum, frames)}, see parts/judge.py. The
-    rivals of a text are those of `lines` that are about as long, those of a voice the next speakers that the model
-    knows."""
+    """The margins of an utterance, a Said, by a Judge: {name: (sum, frames)}, see parts/judge.py. The rivals of a text
+    are those of `lines` that are about as long, those of a voice the next speakers that the model knows."""
+    judging, given = judging
+    line = line | given
     sums = {"text_margin": (0.0, 0), "voice_margin": (0.0, 0)}
     speakers = judging.meta["speakers"]
     own = speakers.index(judging.known_speaker(line.get("speaker", "")))
@@ -387,8 +396,8 @@ def reaches(name, value, limit):
     return value is not None and (value <= limit if NUMBERS[name].better == "low" else value >= limit)
 
 
-def try_files(cfg, voice, path):
-    """The held-out files of a voice; None where its own are gone, which is said. Raises ValueError where those that
+def try_files(cfg, voice, path, say):
+    """The held-out files of a voice; None where its own are gone, which it says. Raises ValueError where those that
     --data_dir names cannot be used."""
     given = cfg.data_dir if "data_dir" in cfg.given else ""
     try:
@@ -396,15 +405,15 @@ def try_files(cfg, voice, path):
     except (ValueError, OSError) as error:
         if given:
             raise ValueError(f"{path}: {error}") from None
-        print(f"{path}: no val_loss: {error}")
+        say(f"{path}: no val_loss: {error}")
         return None
 
 
-def open_model(cfg, path):
+def open_model(cfg, path, say=lambda line: None):
     """The voice of a checkpoint, its held-out files or None, settings of its lines. Raises ValueError or OSError."""
     voice, reference, texts, _ = get_ready(cfg, path, [], cfg.out_dir)
     given = {"reference": reference, "reference_text": texts} if cfg.reference or cfg.voice else {}
-    return voice, try_files(cfg, voice, path), given
+    return voice, try_files(cfg, voice, path, say), given
 
 
 def read_prompts(cfg, voice, files):
@@ -428,22 +437,50 @@ def check_prompts(cfg, voice, prompts, given):
             raise ValueError(f"{where}: {error}") from None
 
 
-def evaluate_model(cfg, path, name, prompts, listening, judging):
-    """One model: {"name", "config", "numbers", "rows", "curves"}; its recordings are in out_dir/name."""
+def best_judge(cfg, losses, codecs):
+    """The path of the model that judges all, "" where each judges itself. losses {path: its held-out numbers}, codecs
+    {path: fingerprint}. Raises ValueError where `judged_by` cannot."""
+    if cfg.judged_by:
+        return cfg.judged_by
+    several = len(losses) > 1
+    if several and len({*codecs.values()}) == 1 and all(losses.values()):
+        return min(losses, key=lambda path: losses[path]["val_loss"])
+    if several:
+        print("each model judges its own speech, as they have several codecs, or not all a held-out loss: do not "
+              "compare their margins, or name a judge of the same codec (--judged_by)")  # fmt: skip
+    return ""
+
+
+def open_judge(cfg, path, prompts, codecs):
+    """The Judge at a path. Raises ValueError where it cannot speak the prompts, or not in the codecs of the models
+    {path: fingerprint}."""
+    voice, _, given = open_model(cfg, path)
+    check_prompts(cfg, voice, prompts, given)
+    for model, codec in codecs.items():
+        if codec != voice.codec.fingerprint():
+            raise ValueError(f"{path} cannot judge {model}, which speaks in the codes of another codec")
+    return Judge(voice, given)
+
+
+def evaluate_model(cfg, path, name, prompts, listening, judging, losses):
+    """One model: {"name", "config", "numbers", "rows", "curves"}; its recordings are in a folder of its own in out_dir.
+    losses: its held-out numbers."""
     voice, files, given = open_model(cfg, path)
-    numbers = dict.fromkeys(NUMBERS)
-    numbers |= held_out_loss(voice, files) if files else {}
+    numbers = {**dict.fromkeys(NUMBERS), **losses}
     if listening.encoder:
         listening = listening._replace(voices=recorded_voices(cfg, voice, files, listening.encoder))
     voice.ready(cfg.quantize, cfg.linear)
-    if judging and judging.codec.fingerprint() != voice.codec.fingerprint():
-        raise ValueError(f"{cfg.judged_by} cannot judge {path}: it speaks in the codes of another codec")
-    folder = os.path.join(cfg.out_dir, name)
+    folder = os.path.join(cfg.out_dir, folder_name(name))
     os.makedirs(folder, exist_ok=True)
     found, rows = measure(voice, prompts, cfg, listening, judging, folder, **given)
     config = {"iter": voice.report["iter"], **settings(voice.trained_with)}
     log = curves(read_metrics(folder_of(path) / "metrics.jsonl"))
     return {"name": name, "config": config, "numbers": numbers | found, "rows": rows, "curves": log}
+
+
+def folder_name(name):
+    """A folder for a model's recordings. datasets.load_dataset would make splits of names with words such as "test"."""
+    return re.sub(rf"(?<![A-Za-z])({SPLIT_WORDS})(?![A-Za-z])", r"x\1x", name)
 
 
 def ranked(models, name):
@@ -462,7 +499,7 @@ def write_results(cfg, models, rank_by):
         for model in models:
             config = json.dumps(model["config"])
             for row in model["rows"]:
-                files.append(f"{model['name']}/{row['file']}")
+                files.append(f"{folder_name(model['name'])}/{row['file']}")
                 start = dict(zip(COLUMNS, (files[-1], model["name"], config, row["id"], row["text"]), strict=True))
                 own = {"heard": row["heard"]} if "heard" in row else {}
                 numbers = {name: row["numbers"][name] for name in NUMBERS if name in row["numbers"]}
@@ -477,7 +514,7 @@ def write_results(cfg, models, rank_by):
                             *numbers.get("val_loss_by_codebook", [])])  # fmt: skip
     sentences = [
         {"id": row["id"], "text": row["text"],
-         "audio": {model["name"]: f"{model['name']}/{model['rows'][i]['file']}" for model in models},
+         "audio": {model["name"]: f"{folder_name(model['name'])}/{model['rows'][i]['file']}" for model in models},
          "numbers": {model["name"]: model["rows"][i]["numbers"] for model in models}}
         for i, row in enumerate(models[0]["rows"])
     ]  # fmt: skip
@@ -542,18 +579,25 @@ def main(cfg):
     listening = Ears(ears.recogniser(cfg.asr, cfg.language) if cfg.asr else None,
                      ears.speaker_encoder(cfg.similarity) if cfg.similarity else None,
                      ears.naturalness(cfg.mos) if cfg.mos else None)  # fmt: skip
-    judging = open_voice(cfg, cfg.judged_by) if cfg.judged_by else None
     prompts = None
+    losses = {}
+    codecs = {}
     for path in paths:  # twice, so that the last one is not refused after hours
-        voice, files, given = open_model(cfg, path)
+        voice, files, given = open_model(cfg, path, print)
         prompts = prompts or read_prompts(cfg, voice, files)
         check_prompts(cfg, voice, prompts, given)
+        losses[path] = held_out_loss(voice, files) if files else {}
+        codecs[path] = voice.codec.fingerprint()
+    judge_path = best_judge(cfg, losses, codecs)
+    judging = open_judge(cfg, judge_path, prompts, codecs) if judge_path else None
+    if judging:
+        print(f"{judge_path} judges the speech of all")
     api = hub(cfg.upload) if cfg.upload else None
     os.makedirs(cfg.out_dir, exist_ok=True)
     remove_older(cfg.out_dir)
     models = []
     for path, name in zip(paths, names, strict=True):
-        models = ranked([*models, evaluate_model(cfg, path, name, prompts, listening, judging)], rank_by)
+        models = ranked([*models, evaluate_model(cfg, path, name, prompts, listening, judging, losses[path])], rank_by)
         files = write_results(cfg, models, rank_by)
     print_table(models, rank_by)
     print(f"{os.path.join(cfg.out_dir, 'index.html')}: to compare and listen")

@@ -1,10 +1,13 @@
-"""A speech model as a judge: how much better its frames fit their own text, or voice, than another one.
+"""A speech model as a judge: how much better frames fit their own text, or voice, than others.
 
-Where a model follows the text, the frames that it speaks are much likelier with that text than with another. A frame
-that the model would speak whatever the text, noise or a mumble, counts nothing.
+Frames that follow a text are much likelier with that text than with another. A frame that could belong to any text,
+noise or a mumble, counts nothing. A model that judges its own speech is easily satisfied: where it has become too sure,
+or its weights are damaged, the margins even grow. Several models need one judge.
 
 Letters in shapes: K codebooks, T frames.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,9 @@ def frame_losses(model, codes, text, **side):
 
 
 def margin(own, others):
-    """By how many nats each frame fits its own text better than others: (T,), from the losses own (T,) and those of M
-    others (M, T). It is the mean over the others."""
-    return torch.stack(list(others)).mean(0) - own
+    """How well each frame tells its own text from M others, in nats: (T,), from the losses own (T,) and others, M times
+    (T,). It is the log of how much likelier the frame is with its own text than with one drawn from all M + 1: 0 where
+    all are equal, at most log(M + 1). Its mean is a lower bound of what frames tell about the text (InfoNCE, van den
+    Oord et al. 2018). Single frames of a loss beyond measure do not decide."""
+    likely = -torch.stack([own, *others])
+    return likely[0] - likely.logsumexp(0) + math.log(len(likely))
