@@ -26,6 +26,7 @@ from parts.affine import GROUP, dequantise
 from parts.files import need
 from parts.tensors import (
     UNBUILT,
+    are_kept,
     fault,
     is_index,
     is_safetensors,
@@ -340,7 +341,8 @@ def assemble(layout, tensors, given, path, device="cpu", dtype=torch.float32, **
         tensor = tensors[key]
         if str(device) != "meta" and (words := fault(tensor)):
             raise ValueError(f"{path}: {key} {words}")
-        return tensor.to(device, dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+        wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device, wanted, copy=are_kept())
 
     state = {name: make(*map(there, keys)).contiguous() for name, (keys, make) in plan.items()}
     model.load_state_dict(state, assign=True)

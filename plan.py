@@ -102,17 +102,27 @@ def duration(cfg, codec, files, needed, device):
     """A line that says how long the run would take, from a few steps of it on this device. needed: bytes of memory."""
     if needed > (free := budget.free_memory(device)):
         return f"not timed: {device} has {budget.gigabytes(free)} GB free"
-    printed = []  # the same lines as those of the model without memory
+    if not (timed := time_steps(cfg, codec, files, device)):
+        return f"not timed: {device} is out of memory"
+    seconds, count = timed
+    return (f"a step takes {seconds:.3g} s on {device} by {count} micro-batches; {cfg.max_iters:,} steps take "
+            f"{cfg.max_iters * seconds / 3600:.3g} hours, evaluations aside")  # fmt: skip
+
+
+def time_steps(cfg, codec, files, device, most=budget.MOST_TIMED):
+    """Seconds of a step of the run on this device, and how many micro-batches were timed, at most `most`; None where it
+    is out of memory. cfg counts in steps afterwards."""
+    printed = []  # the same lines as those of the model without memory, or of the run
     model, checkpoint = planned_model(cfg, codec, files.meta, "cpu", printed.append)
+    batches, _ = make_batches(cfg, model, files, ())
+    schedule.count_steps(cfg, steps_in_epoch(batches, cfg), printed.append)
     prepare_weights(model, len(files), cfg, checkpoint, printed.append)
     model = model.train().to(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16")
     try:
-        seconds, count = budget.time_step(cfg, model, make_batches(cfg, model, files, ())[0], optimizer, device, world)
+        return budget.time_step(cfg, model, batches, optimizer, device, world, most)
     except (RuntimeError, MemoryError) as error:
         if not configurator.out_of_memory(error):
             raise
-        return f"not timed: {device} is out of memory"
-    return (f"a step takes {seconds:.3g} s on {device} by {count} micro-batches; {cfg.max_iters:,} steps take "
-            f"{cfg.max_iters * seconds / 3600:.3g} hours, evaluations aside")  # fmt: skip
+        return None

@@ -371,7 +371,8 @@ class Run:
         return self.seconds + time.perf_counter() - self.clock
 
     def log(self, evaluating):
-        """Write a line of metrics.jsonl; if `evaluating`, also evaluate, save and speak. Waits for the device."""
+        """Write a line of metrics.jsonl, and return it; if `evaluating`, also evaluate, save and speak. Waits for the
+        device."""
         cfg = self.cfg
         totals = self.window.collect(self.world) or UNTRAINED
         self.window = Window(self.device)
@@ -403,6 +404,7 @@ class Run:
             self.keep(line)
         self.seconds = 0.0
         self.clock = time.perf_counter()
+        return line
 
     def keep(self, line):
         """After an evaluation: write last.pt, best.pt if it is the best, and ckpt_{iter}.pt; draw and speak."""
@@ -521,8 +523,9 @@ def spread(n, count):
     return [i * n // count for i in range(count)]
 
 
-def train(run, received):
-    """The loop. `received`: a list to which signals are added. Returns the signal that ended the run, or 0."""
+def train(run, received, enough=None):
+    """The loop. `received`: a list to which signals are added. enough: see main. Returns the signal that ended the run,
+    or 0."""
     cfg = run.cfg
     model = run.model
     optimizer = run.optimizer
@@ -536,9 +539,8 @@ def train(run, received):
         # log, evaluate, save, speak
         evaluating = run.step % cfg.eval_interval == 0 or run.step == cfg.max_iters
         logging = run.step % cfg.log_interval == 0 or evaluating
-        if logging and run.step > run.first_step:
-            run.log(evaluating)
-        if run.step >= cfg.max_iters:
+        line = run.log(evaluating) if logging and run.step > run.first_step else None
+        if run.step >= cfg.max_iters or line and evaluating and enough and enough(line):
             run.bar.close()
             return 0
         if stop := run.stop_asked(received, logging):
@@ -632,8 +634,11 @@ def catch_signals(received, world):
             signal.signal(number, handler)
 
 
-def main(cfg):
-    """Set up ranks, device and signals, then train. Raises ValueError or OSError, and SystemExit after a signal."""
+def main(cfg, enough=None):
+    """Set up ranks, device and signals, then train. Raises ValueError or OSError, and SystemExit after a signal.
+
+    enough(line): is asked after each evaluation, with its line of metrics.jsonl, whether the run shall end there.
+    """
     rank, world, local_rank = (int(os.environ.get(name, n)) for name, n in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     device = torch.device(pick_device(cfg.device))
@@ -657,7 +662,7 @@ def main(cfg):
             run = Run(cfg, rank, world, device)
             run.describe()
             run.open()
-            stopped_by = train(run, received)
+            stopped_by = train(run, received, enough)
     except (RuntimeError, MemoryError) as error:
         if plain := in_a_line(error, cfg, world):
             raise plain from None

@@ -40,6 +40,7 @@ from parts.folder import kept_checkpoints
 from parts.tensors import (
     UNBUILT,
     need_tensors,
+    read_once,
     read_weights,
     reason,
     undamaged,
@@ -114,12 +115,7 @@ def load_checkpoint(path, device="cpu", needed=()):
     if not os.path.isfile(path):
         found = f", it is {what_is(path)}" if os.path.isdir(path) else ""
         raise FileNotFoundError(f"{path}: no such checkpoint{found}")
-    if not zipfile.is_zipfile(path) or not undamaged(path):
-        raise ValueError(f"{path} {why_unread(path, 'checkpoint')}")
-    try:
-        checkpoint = unpickle(path, device)
-    except Exception:  # torch.load raises many kinds of errors for other files
-        raise ValueError(f"{path} {why_unread(path, 'checkpoint')}") from None
+    checkpoint = read_checkpoint(path, device)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a {FORMAT} checkpoint: train.py writes those")
     need(checkpoint, FIELDS, path)
@@ -128,6 +124,17 @@ def load_checkpoint(path, device="cpu", needed=()):
     found = Checkpoint({field.removesuffix("?"): None for field in FIELDS} | checkpoint)
     found.path = str(path)
     return found
+
+
+@read_once
+def read_checkpoint(path, device):
+    """What torch.save wrote into an archive whose checksums are right. Raises ValueError."""
+    if not zipfile.is_zipfile(path) or not undamaged(path):
+        raise ValueError(f"{path} {why_unread(path, 'checkpoint')}")
+    try:
+        return unpickle(path, device)
+    except Exception:  # torch.load raises many kinds of errors for other files
+        raise ValueError(f"{path} {why_unread(path, 'checkpoint')}") from None
 
 
 def load_model(checkpoint, device="cpu", dtype=torch.float32, base="", **changes):

@@ -170,9 +170,9 @@ def free_memory(device):
         return float("inf")
 
 
-def time_step(cfg, model, batches, optimizer, device, world=1):
-    """Seconds of a step, and how many micro-batches were timed after a first one, which allocates memory. The model is
-    trained by these."""
+def time_step(cfg, model, batches, optimizer, device, world=1, most=MOST_TIMED):
+    """Seconds of a step, and how many micro-batches were timed after a first one, which allocates memory: at most
+    `most`. The model is trained by these."""
     autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
     batches.workers = 0
     times = []
@@ -187,7 +187,7 @@ def time_step(cfg, model, batches, optimizer, device, world=1):
         optimizer.step()
         wait(device)
         times.append((middle - start, time.perf_counter() - middle))
-        if len(times) > MOST_TIMED or len(times) > 1 and time.perf_counter() - begin > TIMED_SECONDS:
+        if len(times) > most or len(times) > 1 and time.perf_counter() - begin > TIMED_SECONDS:
             break
     forward_backward, step = np.mean(times[1:], 0)
     return cfg.gradient_accumulation_steps / world * forward_backward + step, len(times) - 1

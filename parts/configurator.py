@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("prepare.py", "train.py", "sample.py")  # a recipe may hold keys of these
+SCRIPTS = ("prepare.py", "train.py", "sample.py", "sweep.py")  # a recipe may hold keys of these
 TRAINING, MODELS = "train.py", "model.py"  # the config classes in MODELS hold further keys of TRAINING
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple, "dict": dict}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 SIGNS = {ast.GtE: ">=", ast.Gt: ">", ast.LtE: "<=", ast.Lt: "<"}
 MIRRORED = {">=": "<=", ">": "<", "<=": ">=", "<": ">"}
 LARGEST = 2**53  # of an int: a float holds all integers up to it
-LONGEST_LINE = 400  # characters of an error
+LONGEST_LINE = 393  # characters of an error
 
 
 class Kind(NamedTuple):
@@ -64,16 +64,18 @@ class Key(NamedTuple):
 
 class Config(types.SimpleNamespace):
     """The keys as attributes. Besides: `given`, {key: origin} of the keys that the user set; `flags`, those of
-    them that the command line set; `files`, the config files; `recipe`, {key: value} as these have it."""
+    them that the command line set; `files`, the config files; `recipe`, {key: value} as these have it; `passed`,
+    [(key, text)] of the flags for another script."""
 
-    __slots__ = ("given", "flags", "files", "recipe")
+    __slots__ = ("given", "flags", "files", "recipe", "passed")
 
 
-def configure(script, argv, positional=()):
+def configure(script, argv, positional=(), passes=""):
     """The keys of `script` as a Config: defaults, then the config files of `argv`, then its flags.
 
     script: path of the script. argv: list of strings, without the script's name. positional: names of keys that bare
-    words (not ending in .py) set in this order, as in `bench.py loss`.
+    words (not ending in .py) set in this order, as in `bench.py loss`. passes: another script, whose flags are taken as
+    text, unchecked.
     Raises ValueError or FileNotFoundError with one line; `--help` prints every key and raises SystemExit(0).
     """
     own = read_defaults(script)
@@ -96,11 +98,16 @@ def configure(script, argv, positional=()):
     cfg.flags = set()
     cfg.files = files
     cfg.recipe = {}
+    cfg.passed = []
+    others = read_defaults(ROOT / passes) if passes else {}
     for key, value, origin, typed in [*given, *((*flag, True) for flag in bare + flags)]:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {near[0]!r}?" if near else "see --help"
             raise ValueError(f"{origin:.120}: unknown key {key!r:.60}, {advice}")
+        if typed and key in others and key not in own:
+            cfg.passed.append((key, value))
+            continue
         value = checked(key, value, known[key].kind, origin, parse=typed)
         if key in own:
             setattr(cfg, key, value)
@@ -134,14 +141,15 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in message for word in words)
 
 
-def run(main, script, positional=()):
-    """main(cfg) for the command line. ValueError, OSError and used-up memory end with one line on stderr and exit code
-    1; PARLANDO_DEBUG=1 shows the traceback. Streams escape characters that their encoding lacks."""
+def run(main, script, positional=(), passes=""):
+    """main(cfg) for the command line, as `configure` reads it. ValueError, OSError and used-up memory end with one line
+    on stderr and exit code 1; PARLANDO_DEBUG=1 shows the traceback. Streams escape characters that their encoding
+    lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main(configure(script, sys.argv[1:], positional))
+        main(configure(script, sys.argv[1:], positional, passes))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -149,15 +157,19 @@ def run(main, script, positional=()):
         plain = isinstance(error, ValueError | OSError) or out_of_memory(error)
         if not plain or os.environ.get("PARLANDO_DEBUG", "0") not in ("", "0"):
             raise
-        text = str(error)
-        if out_of_memory(error):
-            text = f"out of memory: {text:.300}" if text else "out of memory"
-        if isinstance(error, OSError) and error.strerror:  # the system's errors, without their number
-            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        text = " ".join(text.split()) or type(error).__name__
-        line = f"error: {text}"
-        print(line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}...", file=sys.stderr)
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def in_a_line(error):
+    """An error in words for the screen: one line of at most LONGEST_LINE characters."""
+    text = str(error)
+    if out_of_memory(error):
+        text = f"out of memory: {text:.300}" if text else "out of memory"
+    if isinstance(error, OSError) and error.strerror:  # the system's errors, without their number
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 3]}..."
 
 
 def key_nodes(tree):

@@ -4,6 +4,9 @@ device that they go to.
     tensors, config = read_weights("model.safetensors")    or the index of its shards, a pickle, a NeMo archive
 """
 
+import collections
+import contextlib
+import functools
 import io
 import json
 import math
@@ -31,6 +34,9 @@ TYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+MOST_KEPT = 8  # files that were read once for many runs
+KEPT = {}  # {function and file: what it read}
+keeping = False
 # errors of building a model with impossible sizes
 UNBUILT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
@@ -143,6 +149,57 @@ def write_pickle(file, content, where):
         raise OSError(f"{where} could not be written, the disk may be full ({reason(error)})") from None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# one file for many runs
+
+
+@contextlib.contextmanager
+def reading_once():
+    """While it lasts, functions that are `read_once` keep what they read, for the next time that it lasts too. A model
+    must not share the memory of these tensors then: see `are_kept`."""
+    global keeping
+    before = keeping
+    keeping = True
+    try:
+        yield
+    finally:
+        keeping = before
+
+
+def are_kept():
+    """Whether the tensors of a file serve other models too."""
+    return keeping
+
+
+def read_once(read):
+    """A function read(path, ...) that reads a file once, as long as that does not change and `reading_once` lasts. Each
+    caller gets dicts and lists of its own, with the same tensors."""
+    @functools.wraps(read)
+    def reader(path, *args, **options):
+        if not keeping or not os.path.isfile(path):
+            return read(path, *args, **options)
+        found = os.stat(path)
+        state = found.st_ino, found.st_size, found.st_mtime_ns
+        key = read.__qualname__, os.path.abspath(path), args, *options.items(), *state
+        content = KEPT.pop(key) if key in KEPT else read(path, *args, **options)
+        while len(KEPT) >= MOST_KEPT:
+            KEPT.pop(next(iter(KEPT)))
+        KEPT[key] = content  # the last in use goes last
+        return own_structure(content)
+
+    return reader
+
+
+def own_structure(x):
+    if type(x) in (dict, collections.OrderedDict):
+        return {key: own_structure(value) for key, value in x.items()}
+    return type(x)(map(own_structure, x)) if type(x) in (list, tuple) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of weights
+
+
 def is_index(path):
     """Whether a path names the index of a model in several safetensors files."""
     return str(path).endswith(".safetensors.index.json")
@@ -156,6 +213,7 @@ def is_safetensors(path):
         return file.read(9)[8:] == b"{"  # 8 bytes with the length of the header, then the header, which is JSON
 
 
+@read_once
 def read_weights(path, inert=""):
     """Read a file of weights: safetensors, the index of shards, what torch.save wrote, or a NeMo archive.
 

@@ -35,8 +35,13 @@ def start_pool(n):
 
 
 def start_worker():
-    """Use one thread, leave Ctrl-C to the parent, and end when the parent is killed."""
+    """Use one thread, and follow the parent."""
     torch.set_num_threads(1)
+    follow_parent()
+
+
+def follow_parent():
+    """Leave Ctrl-C to the parent, and end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow():

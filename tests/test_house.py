@@ -33,7 +33,7 @@ BELOW = {
     "plan": {"weights", "layouts", "codec", "data", "model"},
     "evaluate": {"plan", "sample", "voice", "speak", "weights", "codec", "data", "model"},
     "train": {"plan", "evaluate", "sample", "voice", "speak", "weights", "codec", "data", "model"},
-    "sweep": {"train", "evaluate"},
+    "sweep": {"train", "plan", "evaluate", "prepare", "codec", "data", "model"},
     "bench": {"train", "plan", "evaluate", "sample", "voice", "speak", "prepare", "weights", "export", "layouts",
               "codec", "data", "model"},
 }
