@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, noise, run, write_tokens
+from scipy import stats
 
 import bench
 from parts import configurator
@@ -429,6 +430,32 @@ def test_a_gpu_s_ten_minutes(measure, monkeypatch, capsys, sound):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # digits
+
+
+@pytest.mark.parametrize("a, b", [
+    ([1, 2, 3, 4], [10, 20, 40, 30]), ([1, 1, 2, 3, 3], [5, 4, 4, 4, 1]), ([0.1, 0.2, 0.2], [3, 2, 1]),
+])  # fmt: skip
+def test_rank_correlation(a, b):
+    assert bench.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert bench.ranks(a).tolist() == (stats.rankdata(a) - 1).tolist() and bench.spearman(a, [1] * len(a)) == 0
+
+
+def test_numbers_are_compared_with_word_errors(tmp_path, monkeypatch):
+    """The model with the lower loss judges both; the last row has the correlations."""
+    tokens = write_tokens(tmp_path / "tokens")
+    for steps in (1, 4, 8):
+        run(tokens, tmp_path / f"{steps}", f"--max_iters={steps}", "--warmup_iters=1", "--learning_rate=1e-2")
+    (tmp_path / "metadata.csv").write_text("audio,text,speaker\n1.wav,one two,a\n2.wav,three,b\n")
+    results = tmp_path / "rows.jsonl"
+    heard = iter(["one two", "three", "one two", "", "", ""])
+    monkeypatch.setattr(bench, "recogniser", lambda asr: lambda wav, rate: next(heard))
+    bench.main(configurator.configure(bench.__file__, [
+        "judge", f"--ckpt={tmp_path}/[148]/best.pt", f"--raw={tmp_path}", "--strings=0", f"--results={results}",
+        "--temperature=0"], ["name"]))  # fmt: skip
+    *rows, last = (json.loads(line)["values"] for line in results.read_text().splitlines())
+    assert [(row["steps"], round(row["wer"], 3)) for row in rows] == [(1, 0.0), (4, 0.333), (8, 1.0)]
+    assert last["case"].endswith("over 3 models") and last["val_loss"] == pytest.approx(-1)
+    assert {"text_margin", "cer", "missed"} <= set(last) and not {"wer", "rtf"} & set(last)
 
 
 def test_new_strings_are_in_no_recording_of_their_voice():
