@@ -1682,10 +1682,13 @@ def read_pack(path):
 # -----------------------------------------------------------------------------
 # the command
 
-COLUMNS = [{"name": name, "better": "low" if name == "bit/s" else "", "meaning": meaning} for name, meaning in (
-    ("kHz", "sample rate"), ("codebooks", "codes in a frame"), ("codebook size", "values of a code"),
-    ("frames/s", "frame rate"), ("bit/s", "what the codes need"),
-)]  # fmt: skip
+COLUMNS = [
+    {"name": "kHz", "better": "", "meaning": "sample rate"},
+    {"name": "codebooks", "better": "", "meaning": "codes in a frame"},
+    {"name": "codebook size", "better": "", "meaning": "values of a code"},
+    {"name": "frames/s", "better": "", "meaning": "frame rate"},
+    {"name": "bit/s", "better": "", "meaning": "what the codes need"},
+]
 
 
 def round_trip(codec, source, target):

@@ -85,7 +85,8 @@ def curves(lines):
 
 
 def thinned(points):
-    """At most POINTS + 1 points of a curve [[iter, y]], evenly, and the last."""
+    """At most POINTS + 1 points of a curve [[iter, y]], evenly, and the last; none without a finite y."""
+    points = [point for point in points if point[1] is not None and math.isfinite(point[1])]
     kept = points[:: max(1, -(-len(points) // POINTS))]
     return kept if kept[-1:] == points[-1:] else kept + points[-1:]
 
@@ -128,7 +129,8 @@ def plain(x):
 
 def recording(folder, name, inside):
     """What a page needs of the recording `name` in its folder: {"src", "seconds", "picture"}, addresses of the sound
-    and of a picture. inside: the sound is part of the page, as FLAC. Raises FileNotFoundError or ValueError."""
+    and of a picture. inside: the sound is part of the page, as FLAC of this "rate". Raises FileNotFoundError or
+    ValueError."""
     with open_audio(folder / name) as file:
         rate = file.samplerate
         wav = file.read(dtype="float32", always_2d=True).mean(1)
@@ -138,7 +140,7 @@ def recording(folder, name, inside):
     if inside:
         sound = io.BytesIO()
         soundfile.write(sound, wav, rate, format="FLAC", subtype="PCM_16")
-        about["src"] = address("audio/flac", sound.getvalue())
+        about |= {"src": address("audio/flac", sound.getvalue()), "rate": rate}
     return {**about, "picture": address("image/png", png(spectrogram(wav, rate)))}
 
 

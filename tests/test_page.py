@@ -87,6 +87,9 @@ def test_a_run_becomes_a_page_of_curves(tmp_path):
     assert set(curves) == {"loss", "lr", "val_loss"} and curves["val_loss"] == [[4000, 2.125]]
     assert len(curves["loss"]) <= page.POINTS + 1
     assert curves["loss"][0] == [1, 4.999] and curves["loss"][-1] == [4000, 1.0]
+    broken = {"loss": [[1, None], [2, float("nan")], [3, 2.5]], "lr": []}
+    page.write_page(path, {"title": "", "models": [{"name": "a", "curves": broken}]})
+    assert read_page(path)["models"][0]["curves"] == {"loss": [[3, 2.5]], "lr": []}
     page.draw([], str(path))  # before the first line
     assert read_page(path)["models"][0]["curves"] == {}
 
@@ -140,7 +143,7 @@ def test_a_page_holds_its_recordings_or_names_them(tmp_path, monkeypatch):
             kind, _, content = about["src"].partition(",")
             wav, rate = soundfile.read(io.BytesIO(b64decode(content)), dtype="int16")
             expected = soundfile.read(tmp_path / path, dtype="int16")[0]
-            assert kind == "data:audio/flac;base64" and rate == RATE and np.array_equal(wav, expected)
+            assert kind == "data:audio/flac;base64" and rate == about["rate"] == RATE and np.array_equal(wav, expected)
             assert about["seconds"] == len(expected) / RATE and about["picture"] == linked["picture"]
             assert linked["src"] == path.replace(" ", "%20")
     assert inside[0]["numbers"] == {name: {"text_margin": 0} for name in ("one", "two", "three")}
@@ -246,7 +249,9 @@ def browse(path, script, dark=False):
         place = path.with_name("frame.html")
         place.write_text(frame.replace("ADDRESS", json.dumps(address)))
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1000", "--hide-scrollbars",
-                 "--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                 "--allow-file-access-from-files",
+                 "--autoplay-policy=no-user-gesture-required", "--mute-audio",
+                 f"--blink-settings=preferredColorScheme={0 if dark else 1}",
                  f"--user-data-dir={path.parent}/browser", "--remote-debugging-port=0"]  # fmt: skip
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process = subprocess.Popen([BROWSER, *flags, place.as_uri()], **quiet)
@@ -375,11 +380,13 @@ def test_a_blind_test_hides_names_and_counts_preferences(compared):
         const { document } = view
         const names = ["one", "<b>two</b>", "a third model with a long name"]
         const button = text => all(document, "#blind button").find(x => x.textContent === text)
-        const sources = new Map(JSON.parse(document.querySelector("#page").textContent).sentences.flatMap(sentence =>
-            Object.entries(sentence.audio).map(([name, about]) => [about.src, name])))
+        const sources = new Map()
+        for (const sentence of view.eval("sentences"))
+            for (const name of names) sources.set(await view.playable(sentence.audio[name]), name)
         document.querySelector("#test").click()
         const found = { pairs: [], shown: [], first: 0 }
         while (button("A is better")) {
+            await new Promise(done => setTimeout(done))
             const [a, b] = all(document, "#blind audio").map(x => sources.get(x.src))
             const text = document.querySelector("#blind .spoken").textContent
             found.pairs.push([text, a, b])
@@ -408,19 +415,35 @@ def test_a_blind_test_hides_names_and_counts_preferences(compared):
 
 @browser
 def test_recordings_play(compared):
-    """The browser decodes what the page holds, and one recording plays at a time."""
+    """A click on a picture plays from there, one recording plays at a time, and the browser decodes all of them."""
     found = browse(compared, """
         const { document } = await page_of(1000)
         const players = all(document, "#sentences audio")
+        const pictures = all(document, ".picture")
+        while (!players.every(x => x.src)) await new Promise(done => setTimeout(done, 10))
+        const sound = await (await fetch(players[4].src)).arrayBuffer()
+        const samples = [...new Int16Array(sound).slice(22)]
+        const places = []
+        for (const i of [0, 1]) {
+            const playing = new Promise(done => players[i].onplaying = done)
+            const box = pictures[i].getBoundingClientRect()
+            pictures[i].dispatchEvent(new MouseEvent("click", { detail: 1, clientX: box.left + box.width / 2 }))
+            await playing
+            places.push(players[i].currentTime)
+        }
+        const paused = players.map(x => x.paused)
         const loaded = await Promise.all(players.map(x => new Promise(done => {
             x.onloadedmetadata = () => done(x.duration)
             x.onerror = () => done(x.error.message)
             x.preload = "metadata"
             x.load()
         })))
-        const pictures = all(document, ".picture img").map(x => x.decode().then(() => x.naturalWidth))
-        const widths = all(document, ".picture").map(x => x.style.width)
-        return { loaded, pictures: await Promise.all(pictures), widths }
+        const sizes = await Promise.all(all(document, ".picture img").map(x => x.decode().then(() => x.naturalWidth)))
+        return { samples, places, paused, loaded, sizes, widths: pictures.map(x => x.style.width) }
     """)
-    assert found["loaded"] == pytest.approx([1.5, 1.2, 0.9] * 2, abs=1e-3) and found["pictures"] == [240] * 6
+    expected = soundfile.read(compared.parent / "audio 1/1.wav", dtype="int16")[0]
+    assert found["samples"] == expected.tolist()
+    assert found["places"] == pytest.approx([0.75, 0.6], abs=0.2)
+    assert found["paused"] == [True, False, True, True, True, True]
+    assert found["loaded"] == pytest.approx([1.5, 1.2, 0.9] * 2, abs=1e-3) and found["sizes"] == [240] * 6
     assert [float(x.rstrip("%")) for x in found["widths"]] == pytest.approx([100, 80, 60] * 2)
