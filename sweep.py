@@ -13,6 +13,7 @@
   and the same command tries it again.
 - On a machine with several GPUs each has a process of its own; else one trial follows the other in this process.
 - results.csv and index.html rank the trials by `select_by`, at the last step that all complete trials have evaluated.
+  `python evaluate.py --ckpt="out/x/*/best.pt"` lets them speak.
 
 Exit codes: 0; 1 for an error or where a trial failed; 143 after SIGTERM and 130 after Ctrl-C, which finish the step and
 save the trial.
@@ -225,6 +226,8 @@ class Sweep:
             raise ValueError(f"overwrite: {REFUSED['overwrite']}, {self.base.out_dir}")
         if "eval_samples" not in self.base.given and self.base.select_by not in OF_SPEECH:
             self.shared.append("--eval_samples=0")
+        if not better(self.base.select_by):
+            raise ValueError(f"select_by = {self.base.select_by!r}: neither low nor high is better, it ranks nothing")
         self.sign = -1 if better(self.base.select_by) == "high" else 1
         self.list = os.path.join(self.base.out_dir, "trials.json")  # of a search: what was proposed
         self.trials = self.grid() if cfg.sampler == "grid" else self.proposed()
@@ -612,8 +615,8 @@ def rank(sweep):
 def numbers_of(results, first):
     """The names of the numbers that evaluations gave, `first` first."""
     lines = [x.best for x in results if x.best]
-    names = [name for line in lines for name, value in line.items() if name.startswith("val_") and type(value) is float]
-    return list(dict.fromkeys([first, "val_loss", *names]))
+    names = [name for line in lines for name, value in line.items() if type(value) is float]
+    return list(dict.fromkeys([first, "val_loss", *(x for x in names if x.startswith("val_") or x in NUMBERS)]))
 
 
 def write_results(sweep):

@@ -11,18 +11,18 @@ import time
 import pytest
 import soundfile
 import torch
-from helpers import ROOT, TINY, exact, run, same, voice
+from helpers import ROOT, TINY, exact, run, same
+from helpers import voice as recording
 
 import sweep
 import train
 import weights
-from data import open_tokens
-from evaluate import evaluate
+from evaluate import held_out_files, held_out_loss
 from parts import configurator, tensors
 from parts.files import locked
 from parts.metrics import read_metrics
-from plan import make_batches
-from weights import load_checkpoint, load_model, save_checkpoint
+from voice import Voice
+from weights import load_checkpoint, save_checkpoint
 
 AXES = ["--learning_rate=1e-2,1e-3", "--decoder_fraction=0.5,1"]
 NAMES = [f"learning_rate={rate},decoder_fraction={share}" for rate in ("0.01", "0.001") for share in ("0.5", "1")]
@@ -77,7 +77,7 @@ def test_every_combination_is_a_trial():
     assert name == "learning_rate=5e-05,decoder_fraction=0.0625,decoder_loss_weight=0.5"
     assert (keys["learning_rate"], keys["decoder_fraction"], keys["max_iters"]) == (5e-5, 0.0625, 60)
     assert {keys["eval_samples"] for _, keys in trials} == {0}
-    by_speech = trials_of("--seed=1,2", "--select_by=rate")  # which samples tell
+    by_speech = trials_of("--seed=1,2", "--select_by=text_margin")  # which samples tell
     assert {keys["eval_samples"] for _, keys in by_speech} == {2}
 
 
@@ -134,6 +134,7 @@ def test_the_experiments_of_kani():
     (["--max_iters=5"], "give a key several values"),
     (["--out_dir=a,b"], "out_dir cannot differ among the trials"),
     (["--select_by=val_loss,val_c0_accuracy"], "select_by cannot differ among the trials"),
+    (["--seed=1,2", "--select_by=rate"], "select_by = 'rate': neither low nor high is better"),
     (["--seed=1,2", "--overwrite=True"], "overwrite: remove the sweep's folder to start over"),
     (["--seed=1,2", "--trials=5"], "trials = 5 has no effect: sampler = 'grid'"),
     (["--seed=1,2", "--text=hello"], "text is a key of sample.py and has no effect here"),
@@ -177,17 +178,12 @@ def test_a_trial_is_an_ordinary_run(finished, tokens, tmp_path):
         assert "contract check" in (finished / name / "log.txt").read_text()
 
 
-def test_the_ranking_is_that_of_the_best_checkpoints(finished, tokens):
-    """Their held-out loss is measured again."""
+def test_the_ranking_is_that_of_the_best_checkpoints(finished):
+    """As evaluate.py measures them."""
     losses = {}
-    val = open_tokens(tokens, "val")
     for name in NAMES:
-        checkpoint = load_checkpoint(finished / name / "best.pt")
-        cfg = configurator.configure(train.__file__, [])
-        vars(cfg).update(checkpoint["config"])
-        model = load_model(checkpoint)
-        batches = make_batches(cfg, model, open_tokens(tokens, "train"), val)[1]
-        losses[name] = evaluate(model, batches, torch.autocast("cpu", enabled=False))["loss"]
+        voice = Voice.from_checkpoint(str(finished / name / "best.pt"), "cpu")
+        losses[name] = held_out_loss(voice, held_out_files(voice))["val_loss"]
     rows = table(finished)
     assert [row["name"] for row in rows] == sorted(NAMES, key=losses.get)
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
@@ -230,6 +226,13 @@ def test_select_by_ranks(flags, tmp_path):
     assert list(rows[0])[2:5] == ["learning_rate", "val_c0_accuracy", "val_loss"]
 
 
+def test_a_number_of_speech_ranks(flags, tmp_path):
+    start(*[flag for flag in flags if "eval_samples" not in flag], "--seed=1,2", "--select_by=silence", "--max_iters=4")
+    rows = table(tmp_path / "all")
+    found = [float(row["silence"]) for row in rows]
+    assert found == sorted(found) and all(row["text_margin"] and row["val_loss"] for row in rows)
+
+
 def test_time_and_price_are_said_before(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "time_steps", lambda cfg, *_: (90.0 * (1 + (cfg.learning_rate > 5e-3)), 4))
     start(*flags, *AXES, "--price=2.5", "--dry_run=True")
@@ -242,7 +245,7 @@ def test_time_and_price_are_said_before(flags, tmp_path, monkeypatch, capsys):
 def test_data_are_prepared_once_by_the_recipe(tmp_path, capsys):
     (tmp_path / "wavs").mkdir()
     for i in range(12):
-        soundfile.write(tmp_path / f"wavs/{i}.wav", voice(1.5, i, 8000).numpy(), 8000)
+        soundfile.write(tmp_path / f"wavs/{i}.wav", recording(1.5, i, 8000).numpy(), 8000)
     (tmp_path / "metadata.csv").write_text("".join(f"{i}|one two {'three ' * (i % 3)}\n" for i in range(12)))
     recipe = tmp_path / "recipe.py"
     codec = "{'n_codebooks': 2, 'codebook_size': 16, 'sample_rate': 8000, 'n_mels': 20, 'dims': 16}"
