@@ -647,11 +647,17 @@ class Batches:
             yield order[first : first + n]
             first += n
 
+    def rows(self, epoch=0):
+        """Rows of an epoch, padding included."""
+        batches, prompts = self.plan(epoch)
+        lengths = self._lengths(prompts)
+        return sum(len(b) * int(lengths[b].max()) for b in batches)
+
     def padding(self, epoch=0):
         """Share of the rows of an epoch that are padding."""
         batches, prompts = self.plan(epoch)
         lengths = self._lengths(prompts)
-        return 1 - sum(int(lengths[b].sum()) for b in batches) / sum(len(b) * int(lengths[b].max()) for b in batches)
+        return 1 - sum(int(lengths[b].sum()) for b in batches) / self.rows(epoch)
 
     def targets(self, n_batches=16):
         """Share of the frames in the first batches of an epoch that are targets. The others are in the stretch that is

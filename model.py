@@ -2693,7 +2693,7 @@ class _MultiCodebookCrossEntropy(torch.autograd.Function):
 
 def _product_type(x):
     """The type of a matrix product with x, which autocast may choose."""
-    device = x.device.type
+    device = x.device.type if not x.is_meta else "cpu"  # autocast knows no meta
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 

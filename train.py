@@ -45,7 +45,7 @@ from codec import UNKNOWN, load_codec
 from data import fingerprint, open_tokens, reference_kind, speaker_reference, speaker_timbres, token_folders
 from evaluate import OF_SPEECH, better, evaluate, held_out_line, measure
 from model import contract_check
-from parts import configurator, lora, schedule
+from parts import budget, configurator, lora, schedule
 from parts.audio import write_audio
 from parts.files import whole
 from parts.folder import alone_in, check_out_dir, clear, kept_checkpoints
@@ -64,7 +64,7 @@ from parts.optim import Average, Optimizer
 from parts.page import draw
 from parts.segment import PAD
 from parts.tensors import pick_device, reason
-from plan import idle_keys, make_batches, predict, steps_in_epoch
+from plan import Fit, disk_line, idle_keys, make_batches, predict, steps_in_epoch
 from sample import slow_type
 from voice import DRAWS, Voice, need_stretch
 from weights import (
@@ -110,6 +110,10 @@ gradient_accumulation_steps: "1 <= int <= 1000000" = 1  # micro-batches per step
 voice_prompt: "0 <= float <= 1" = 0.0  # share of utterances with another one of the same speaker before them (cloning)
 # xtts: length of the reference recording, from and to; valle: to which a voice prompt is cut or repeated
 reference_seconds: "0 < list[float] <= 3600" = [3.0, 6.0]
+# GB that a step may take on each GPU, or in each process on a CPU; 0: no limit; auto: nine tenths of what is free.
+# Where the keys need more, micro-batches become smaller (a step keeps its rows), then activations are recomputed
+memory: "float | Literal['auto'] >= 0" = 0.0
+memory_lora: "int >= 0" = 0  # lora_rank to take where all that does not fit; 0: none
 loader_workers: "0 <= int <= 256" = 0  # processes that read batches; 0: read between steps
 # optimizer
 max_iters: "int >= 0" = 2000  # steps; 0: evaluate and save the weights as they are
@@ -208,6 +212,14 @@ class Run:
         self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         self.epoch = steps_in_epoch(self.batches, cfg)
         schedule.count_steps(cfg, self.epoch, self.say)
+        if resume and "memory" not in cfg.given:
+            cfg.memory = checkpoint["config"].get("memory", cfg.memory)
+        self.fit = None
+        if cfg.memory:
+            self.fit = Fit(cfg, model, meta["codec"], self.batches, checkpoint, world, device, codec)
+            for line in self.fit.choose():
+                self.say(line)
+            self.batches, self.val = make_batches(cfg, model, self.files, self.val_files, rank, world)
         adapted = checkpoint and checkpoint.get("base")
         idle = {} if adapted else {"base": f"init_from = {cfg.init_from!r} is no adapter"}
         configurator.refuse_idle(cfg, {**idle_keys(cfg), **idle}, self.say)
@@ -223,8 +235,10 @@ class Run:
         self.codec = codec.to(device)
         self.average = Average(model, cfg.ema) if cfg.ema else None
         self.spoken = self.average.model if cfg.ema else model  # the weights that are evaluated and speak
-        self.optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16", world)
         self.autocast = torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
+        if self.fit:
+            self.try_fullest()
+        self.optimizer = Optimizer(model, cfg, device, cfg.dtype == "float16", world)
         self.window = Window(device)
         self.step = 0
         self.first_step = 0 if cfg.max_iters else -1  # without steps, step 0 is logged
@@ -237,6 +251,41 @@ class Run:
         self.check_selection()
         if resume:
             self.go_on(checkpoint)
+
+    def try_fullest(self):
+        """Run the fullest micro-batch before the first step: a run that has not enough memory says so now. Where the
+        forecast was too low the micro-batches are halved."""
+        cfg, fit = self.cfg, self.fit
+        budget.give_back_at_once(self.device)
+        while True:
+            again = cfg.gradient_accumulation_steps > self.world
+            how = cfg, fit.batch, self.device, self.autocast
+            rest = fit.kinds.get("optimizer", 0) + fit.kinds.get("gradients to add up over GPUs", 0)
+            failed = ""
+            try:
+                seconds, used = budget.try_step(self.model.train(), *how, rest, again)
+                if used and used > fit.limit:
+                    failed = f"took {budget.gigabytes(used)} GB"
+            except (RuntimeError, MemoryError) as error:
+                if not configurator.out_of_memory(error):
+                    raise
+                failed = "was out of memory"
+            if not self.any_rank(bool(failed)):
+                break
+            self.say(f"the fullest micro-batch {failed or 'did not fit on another rank'}: {fit.halve()}")
+            self.batches, self.val = make_batches(cfg, self.model, self.files, self.val_files, self.rank, self.world)
+        epoch = seconds * self.batches.rows() / fit.batch[1].numel() / self.world / 3600
+        found = f" and {budget.gigabytes(used)} GB" if used else ""
+        self.say(f"the fullest micro-batch took {seconds:.3g} s{found}: an epoch takes about {epoch:.3g} hours, the run"
+                 f" {cfg.max_iters / self.epoch * epoch:.3g}, updates and evaluations aside")  # fmt: skip
+        self.say(disk_line(cfg, self.model, self.files, self.codec))
+
+    def any_rank(self, true):
+        if self.world == 1:
+            return true
+        flag = torch.tensor(float(true), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def check_vectors(self, model):
         """Say where only one of model and data has speaker vectors. A model that has to do without leaves alone the
@@ -298,7 +347,11 @@ class Run:
         self.seconds = state["seconds"]
         self.heard = state.get("heard", self.heard)
         if state.get("data", self.data) == self.data:
-            self.batches.restore(state["batches"])
+            position = state["batches"]
+            if self.fit and not self.fit.before:  # other micro-batches: the same share of the epoch
+                share = cfg.gradient_accumulation_steps / checkpoint["config"]["gradient_accumulation_steps"]
+                position = {**position, "batch": round(position["batch"] * share)}
+            self.batches.restore(position)
         self.window.totals = {k: pair.to(self.device) * (self.rank == 0) for k, pair in state["window"].items()}
         if self.average:
             load = lora.set_adapter if cfg.lora_rank else load_weights
@@ -439,6 +492,7 @@ class Run:
         state = {
             **self.optimizer.state_dict(), "batches": self.batches.state(), "data": self.data, "best": self.best,
             "history": self.history, "window": totals, "seconds": self.elapsed(), "heard": self.heard,
+            "asked": self.fit.asked if self.fit else None,
         }  # fmt: skip
         weights = lora.adapter_state if cfg.lora_rank else torch.nn.Module.state_dict
         references = self.voice.references

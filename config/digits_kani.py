@@ -2,6 +2,9 @@
 
     python data/digits/prepare.py && python prepare.py config/digits_kani.py && python train.py config/digits_kani.py
     python sample.py config/digits_kani.py --text "three one four"
+
+About ten minutes on two CPU cores. The dry run counts 0.18 GB of memory beside Python
+and torch, and 0.02 GB of disk for checkpoints.
 """
 
 # prepare.py

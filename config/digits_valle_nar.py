@@ -2,6 +2,9 @@
 
     python prepare.py config/digits_valle_nar.py && python train.py config/digits_valle_nar.py
     python sample.py config/digits_valle_nar.py --text "three one four"
+
+About ten minutes on two CPU cores. The dry run counts 0.14 GB of memory beside Python
+and torch, and 0.04 GB of disk for checkpoints.
 """
 
 # prepare.py, as in config/digits_kani.py: the two share their tokens

@@ -7,6 +7,9 @@
 Elise is about three hours of one English speaker (MrDragonFox/Elise on the hub). The weights and the tokenizer come
 from Marvis-AI/marvis-tts-250m-v0.1, the codec from kyutai/mimi. Numbers marked "Marvis" stand in its repository's
 configs/train_cuda_finetune.json or train.py.
+
+1,000 steps hear about 131 hours of audio. The dry run counts 14 GB of memory and, for
+checkpoints, 6.5 GB of disk; how long it takes, it measures on your machine. Not tried on a GPU.
 """
 
 # prepare.py

@@ -5,6 +5,9 @@
 
 If codebook 0 does not come above 0.95 accuracy on the training data, something is wrong with data or code, and no
 amount of training will help. Held-out loss goes the other way meanwhile, and train.py says so.
+
+Some minutes on two CPU cores, not measured. The dry run counts 0.08 GB of memory beside Python
+and torch, and 0.02 GB of disk for checkpoints.
 """
 
 # prepare.py

@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 
     def __str__(self):
         words = [f"{sign} {number:g}" if number < 1e5 else f"{sign} {number:,}" for sign, number in self.bounds]
-        return " and ".join(words) or listed(self.choices)
+        return " or ".join(filter(None, [" and ".join(words), listed(self.choices)]))
 
 
 class Key(NamedTuple):
