@@ -270,7 +270,7 @@ def test_what_is_refused(detector, tmp_path, monkeypatch):
     soundfile.write(path, np.zeros(RATE), RATE)
     with pytest.raises(ValueError, match=r"a\.wav has changed"):
         make([path], out)
-    (out / "pieces.jsonl").write_text("[]\n")
+    (out / "pieces.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match="is damaged"):
         make([path], out)
     (tmp_path / "b").mkdir()

@@ -104,8 +104,8 @@ def divide(spoken, pause, shortest, longest):
 
 
 def plan(name, path, settings, bar):
-    """What to do with a recording: its name and size, the gain, cuts [(begin, end), ...] in seconds, and how many
-    stretches of speech are too long to be used."""
+    """What to do with a recording: its name and size, the settings, the gain, cuts [(begin, end), ...] in seconds, and
+    how many stretches of speech are too long to be used."""
     speech, power = hear(path, bar)
     spoken = stretches(speech)
     pieces = divide(spoken, settings["pause"], settings["shortest"], settings["longest"])
@@ -117,7 +117,8 @@ def plan(name, path, settings, bar):
     used = [(begin, end) for begin, end in cuts if end - begin <= settings["longest"]]
     loudness = math.sqrt(power[speech >= SPEECH].mean()) if len(spoken) else 0.0
     gain = 10 ** (settings["level"] / 20) / loudness if settings["level"] and loudness else 1.0
-    return {"recording": name, "size": os.path.getsize(path), "gain": gain, "cuts": used, "long": len(cuts) - len(used)}
+    return {"recording": name, "size": os.path.getsize(path), "settings": settings, "gain": gain, "cuts": used,
+            "long": len(cuts) - len(used)}  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -149,13 +150,13 @@ def read_progress(path, settings):
         lines = [json.loads(line) for line in kept.splitlines()]
         plans = {line["recording"]: line for line in lines if "recording" in line}
         pieces = {line["audio"]: line for line in lines if "audio" in line}
-        theirs = lines[0]["settings"] if lines else settings
+        theirs = [(key, line["settings"][key]) for line in plans.values() for key in settings]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: remove it to start over") from None
-    if different := [key for key in settings if theirs.get(key) != settings[key]]:
-        key = different[0]
-        raise ValueError(f"{path}: begun with --{key}={theirs.get(key)}, not {settings[key]}: choose another --out, or "
-                         "remove this file to start over")  # fmt: skip
+    for key, value in theirs:
+        if value != settings[key]:
+            raise ValueError(f"{path}: begun with --{key}={value}, not {settings[key]}: choose another --out, or "
+                             "remove this file to start over")  # fmt: skip
     return plans, pieces
 
 
@@ -196,8 +197,6 @@ def make(paths, out, settings, speaker=SOMEBODY):
         os.makedirs(os.path.join(out, "wavs"), exist_ok=True)
         plans, pieces = read_progress(progress, settings)
         with open(progress, "a", encoding="utf-8") as file:
-            if not plans:
-                note(file, {"settings": settings})
             plan_all(named, plans, settings, file)
             take_all(named, plans, pieces, out, listen, file)
         rows = table(named, plans, pieces, speaker, settings["language"])
