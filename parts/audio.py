@@ -213,8 +213,9 @@ def read_frames(source, header, first, last):
     if header.kind == "MP3" and last - first < header.frames and not isinstance(source, io.BytesIO):
         size = 300 * header.rate  # opening a long mp3 for every cut would take too long: keep pieces of five minutes
         version = file_version(source)
-        pieces = [_mp3_piece(source, version, n * size, size) for n in range(first // size, -(-last // size))]
-        return np.concatenate(pieces)[first - first // size * size :][: last - first]
+        starts = range(first // size * size, last, size)
+        pieces = [_mp3_piece(source, version, start, size)[max(0, first - start) : last - start] for start in starts]
+        return np.concatenate(pieces)
     with open_audio(source) as file:
         if first:
             file.seek(first)

