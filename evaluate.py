@@ -576,7 +576,7 @@ def main(cfg):
     if "out_dir" in cfg.recipe and "out_dir" not in cfg.flags:
         cfg.out_dir = os.path.join(cfg.out_dir, "evaluation")  # the recipe's own holds the run
     names = column_names(paths)
-    listening = Ears(ears.recogniser(cfg.asr, cfg.language) if cfg.asr else None,
+    listening = Ears(ears.recogniser(cfg.asr, cfg.language, in_words=True) if cfg.asr else None,
                      ears.speaker_encoder(cfg.similarity) if cfg.similarity else None,
                      ears.naturalness(cfg.mos) if cfg.mos else None)  # fmt: skip
     prompts = None

@@ -48,8 +48,8 @@ def heard_at(wav, sample_rate):
 # what is said
 
 
-def recogniser(asr, language=""):
-    """A function (wav (N,), sample rate) -> text.
+def recogniser(asr, language="", in_words=False):
+    """A function (wav (N,), sample rate) -> text. in_words: faster-whisper writes numbers in words, not in numerals.
 
     asr: "digits"; a command with {wav} in it; or a model of faster-whisper, by name or folder, which hears `language`,
     such as "en", or finds it out. Raises ValueError where a package is missing, OSError where a model is.
@@ -75,13 +75,17 @@ def recogniser(asr, language=""):
         model = WhisperModel(where, device="cuda" if torch.cuda.is_available() else "cpu", compute_type="auto")
     except Exception as error:  # of the hub, of files, of its own kinds
         raise ValueError(f"asr = {asr!r:.80}: faster-whisper cannot open it ({error!s:.200})") from None
-    return partial(recognise_with, model, language or None)
+    numerals = [i for token, i in model.hf_tokenizer.get_vocab().items()
+                if in_words and any(map(str.isdigit, token)) and not token.startswith("<|")]  # fmt: skip
+    return partial(recognise_with, model, language or None, [-1, *numerals])
 
 
-def recognise_with(model, language, wav, sample_rate):
-    """What a WhisperModel hears. Without sampling, and each utterance alone, so that it is always the same."""
+def recognise_with(model, language, barred, wav, sample_rate):
+    """What a WhisperModel hears, written without the tokens `barred`. Without sampling, and each utterance alone, so
+    that it is always the same."""
     wav = heard_at(wav, sample_rate).numpy()
-    pieces, _ = model.transcribe(wav, language=language, beam_size=5, temperature=0.0, condition_on_previous_text=False)
+    pieces, _ = model.transcribe(wav, language=language, beam_size=5, temperature=0.0, suppress_tokens=barred,
+                                 condition_on_previous_text=False)  # fmt: skip
     return " ".join(piece.text.strip() for piece in pieces)
 
 

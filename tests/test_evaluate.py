@@ -296,6 +296,8 @@ def test_a_judge_of_another_codec_is_refused(trained, tmp_path):
 
 def test_the_hub_s_library_reads_the_folder(evaluated):
     datasets = pytest.importorskip("datasets")
+    if int(datasets.__version__.split(".")[0]) > 3:
+        pytest.importorskip("torchcodec")  # with which these versions read recordings
     read = datasets.load_dataset("audiofolder", data_dir=str(evaluated), split="train")
     read = read.cast_column("audio", datasets.Audio(decode=False))
     assert len(read) == 8 and {*read["model"]} == {"run1", "run60"} and read[0]["audio"]["path"].endswith(".wav")
