@@ -57,8 +57,8 @@ mos: Literal["", "distillmos", "dnsmos"] = ""  # predict how natural listeners f
 upload = ""  # user/name: upload out_dir to the hub as a data set, a private one where it is new
 
 SHARED = {
-    "sample.py": ["ckpt", "speaker", "reference", "reference_text", "voice", "seed", "batch", "tries", "n_codebooks",
-                  "quantize", "linear", "device", "adapter"],
+    "sample.py": ["ckpt", "text", "speaker", "reference", "reference_text", "voice", "seed", "batch", "tries",
+                  "n_codebooks", "quantize", "linear", "device", "adapter"],
     "voice.py": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_decay", "speed",
                  "cap_seconds", "dtype"],
     "prepare.py": ["codec", "codec_path", "tokenizer", "text_format", "front_end", "language"],
@@ -417,9 +417,11 @@ def open_model(cfg, path, say=lambda line: None):
 
 
 def read_prompts(cfg, voice, files):
-    """The prompts: lines of a file, or held-out texts. Raises ValueError where neither exists."""
-    if cfg.prompts:
-        return read_lines("", cfg.prompts)
+    """The prompts: a text, lines of a file, or held-out texts. Raises ValueError where neither exists."""
+    if cfg.text and cfg.prompts:
+        raise ValueError("give either --text or --prompts")
+    if cfg.text or cfg.prompts:
+        return read_lines(cfg.text, cfg.prompts)
     if not files:
         raise ValueError("no held-out texts to speak: give --prompts=config/eval_prompts.txt, or --data_dir")
     lines = held_out_prompts(voice, files, cfg.n_prompts)
@@ -442,12 +444,13 @@ def best_judge(cfg, losses, codecs):
     {path: fingerprint}. Raises ValueError where `judged_by` cannot."""
     if cfg.judged_by:
         return cfg.judged_by
-    several = len(losses) > 1
-    if several and len({*codecs.values()}) == 1 and all(losses.values()):
-        return min(losses, key=lambda path: losses[path]["val_loss"])
-    if several:
-        print("each model judges its own speech, as they have several codecs, or not all a held-out loss: do not "
-              "compare their margins, or name a judge of the same codec (--judged_by)")  # fmt: skip
+    if len(losses) < 2:
+        return ""
+    known = [path for path in losses if losses[path]]
+    if known and len({*codecs.values()}) == 1:
+        return min(known, key=lambda path: losses[path]["val_loss"])
+    print("each model judges its own speech, as they have several codecs, or none a held-out loss: do not compare "
+          "their margins, or name a judge of the same codec (--judged_by)")  # fmt: skip
     return ""
 
 

@@ -281,7 +281,8 @@ def test_the_judge_is_the_model_with_the_lowest_loss(capsys):
     cfg = SimpleNamespace(judged_by="")
     losses = {"a": {"val_loss": 2.0}, "b": {"val_loss": 1.0}}
     assert evaluate.best_judge(cfg, losses, {"a": "x", "b": "x"}) == "b" and not capsys.readouterr().out
-    for others, codecs in ((losses, {"a": "x", "b": "y"}), ({"a": {}, "b": losses["b"]}, {"a": "x", "b": "x"})):
+    assert evaluate.best_judge(cfg, {"a": losses["a"], "b": {}}, {"a": "x", "b": "x"}) == "a"  # of published weights
+    for others, codecs in ((losses, {"a": "x", "b": "y"}), ({"a": {}, "b": {}}, {"a": "x", "b": "x"})):
         assert evaluate.best_judge(cfg, others, codecs) == "" and "judges its own" in capsys.readouterr().out
     assert evaluate.best_judge(cfg, {"a": {}}, {"a": "x"}) == "" and not capsys.readouterr().out
     assert evaluate.best_judge(SimpleNamespace(judged_by="c"), losses, {}) == "c"
@@ -335,6 +336,7 @@ def test_thresholds(trained, prompts, tmp_path, capsys):
     (["--threshold=missed"], "missed needs a number"), (["--threshold=missed=few"], "missed needs a number"),
     (["--threshold=rate=1"], "neither a low nor a high rate is better"),
     (["--rank_by=similarity"], "rank_by = 'similarity': similarity needs --similarity"),
+    (["--text=one", "--prompts={bad}"], "either --text or --prompts"),
     (["--rank_by=x"], "none of the numbers: val_loss, text_margin"), (["--asr=my_asr"], "my_asr"),
     (["--prompts={bad}"], "bad.txt: line 2: the text is empty"), (["--speaker=c"], "unknown speaker 'c'"),
     (["--data_dir={tmp}"], "not a finished token folder"), (["--upload=me"], "give user/name"),
