@@ -6,6 +6,7 @@
     python bench.py codec     what `mel` keeps of digits; speed and memory of the codecs with network weights
     python bench.py loss      seconds and memory of the loss of K classification heads
     python bench.py train     seconds and memory of a training step of each family
+    python bench.py memory    how much memory steps take beside what the dry run forecasts, for two sizes of each family
     python bench.py speak     speed of models of published sizes that speak: one text at a time, eight at once
     python bench.py gpu       for a GPU machine, in ten minutes: the tests of the kernel, speak, loss, train
     python bench.py report    print BENCHMARKS.md: python bench.py report > BENCHMARKS.md
@@ -61,8 +62,6 @@ Letters in shapes: K codebooks, V classes, D width, N rows, B utterances, S rows
 
 import contextlib
 import csv
-import ctypes
-import gc
 import json
 import math
 import os
@@ -105,8 +104,9 @@ from model import (
     field_names,
     multi_codebook_cross_entropy,
 )
-from parts import configurator, lora
+from parts import budget, configurator, lora
 from parts.audio import read_audio
+from parts.budget import forget_peak, glibc, peak, system_field
 from parts.ears import RATE, WORDS, recognise, recogniser, word_errors
 from parts.files import need
 from parts.optim import Optimizer
@@ -392,35 +392,6 @@ def timed(work, device):
     work()
     wait()
     return time.perf_counter() - start
-
-
-def glibc(name, *numbers):
-    """Call a function of the GNU C library; without that library nothing happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        getattr(ctypes.CDLL("libc.so.6"), name)(*numbers)
-
-
-def system_field(path, field):
-    """A field of /proc/self/status or /proc/meminfo in bytes; None on a system without such files."""
-    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
-
-
-def forget_peak(device):
-    """From now on `peak` counts anew. Returns the bytes in use now, None if the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    glibc("malloc_trim", 0)  # freed memory that the C library keeps would hide its next use
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return system_field("/proc/self/status", "VmRSS")
-
-
-def peak(device):
-    """Bytes at most in use since `forget_peak`: torch's on a GPU, else the process's."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else system_field("/proc/self/status", "VmHWM")
 
 
 def in_units(answer, unit):
@@ -957,6 +928,58 @@ def bench_train(cfg):
 def train_columns(frames, answer, _):
     took = statistics.median(answer["seconds"])
     return {"seconds": took, "frames/s": frames / took, "peak GB": in_units(answer, 1e9)}
+
+
+MEMORY_SIZES = {
+    "csm small": (TRAIN_SIZES["small"], 2), "csm marvis": (TRAIN_SIZES["marvis"], 2),
+    "kani small": ({**TRAIN_SIZES["kani-lora"], **REDUCED["kani"], "lora": None}, 4),
+    "kani-lora": (TRAIN_SIZES["kani-lora"], 2),
+    "xtts small": ({**TRAIN_SIZES["xtts"], "backbone": {**EVEN, **GPT2, "n_layer": 8}}, 4),
+    "xtts": (TRAIN_SIZES["xtts"], 2),
+    "valle small": ({**TRAIN_SIZES["valle"], "backbone": {**EVEN, **VALLE, "n_layer": 6}}, 2),
+    "valle": (TRAIN_SIZES["valle"], 4),
+}  # of each: a size, utterances of a micro-batch
+MICRO = {"1": 1, "2": 2}  # micro-batches of a step
+
+
+def memory_job(job):
+    """The bytes that a step of train.py takes by the forecast, by kind, and those that three steps took."""
+    device = torch.device(job["device"])
+    torch.manual_seed(0)
+    model = model_of(job).train()
+    keys = configurator.configure(HERE / "train.py", [f"--gradient_accumulation_steps={job['micro']}", *job["flags"]])
+    batch = batch_of(model.config, job, 0)
+    kinds = {**budget.forecast(budget.twin(model), keys, batch), **budget.besides(device, model)}
+    budget.give_back_at_once(device)
+    model.to(device)
+    optimizer = Optimizer(model, keys, device)
+    forget_peak(device.type)
+    for _ in range(WARM_UP):
+        for seed in range(job["micro"]):
+            torch.manual_seed(seed)
+            optimizer.backward(model(*batch)[0], job["micro"])
+        optimizer.step()
+    return {"forecast": kinds, "peak": peak(device.type)}
+
+
+def bench_memory(cfg):
+    """The forecast of a step's memory beside what it takes in a fresh process. Time plays no part."""
+    for size, (sizes, B) in chosen(cfg.sizes, MEMORY_SIZES, "sizes").items():
+        for micro in MICRO.values() if size.endswith("small") else [1]:
+            job = {"lora": None, **sizes, "utterances": B, "text_rows": 40, "frames": 152, "flags": [], "micro": micro}
+            try:
+                answer = ask(WORK, new_job("memory", size, "float32", 0, **job))
+            except ValueError as error:
+                tell(f"{size}: {error}")
+                continue
+            total = sum(answer["forecast"].values())
+            values = {"case": f"{size}, {micro} of {B} utterances", "forecast GB": total / 1e9,
+                      "taken GB": in_units(answer, 1e9)}  # fmt: skip
+            if answer["peak"]:
+                values["off by %"] = 100 * (total / answer["peak"] - 1)
+            kinds = ("weights", "gradients", "optimizer", "activations", "temporaries", "allocator", "Python and torch")
+            values |= {kind: answer["forecast"].get(kind, 0) / 1e9 for kind in kinds}
+            record(cfg, values, pick_device("auto"))
 
 
 # -----------------------------------------------------------------------------
@@ -1536,10 +1559,14 @@ def kernel_is_sound():
         return False
 
 
-JOBS = {"loss": loss_job, "train": train_job, "codec": codec_job, "speak": speak_job, "streams": streams_job}
+JOBS = {
+    "loss": loss_job, "train": train_job, "memory": memory_job, "codec": codec_job, "speak": speak_job,
+    "streams": streams_job,
+}  # fmt: skip
 BENCHES = {
     "data": bench_data, "sample": bench_sample, "judge": bench_judge, "codec": bench_codec, "loss": bench_loss,
-    "train": bench_train, "speak": bench_speak, "gpu": bench_gpu, "report": bench_report, "work": work,
+    "train": bench_train, "memory": bench_memory, "speak": bench_speak, "gpu": bench_gpu,
+    "report": bench_report, "work": work,
 }  # fmt: skip
 
 

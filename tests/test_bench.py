@@ -321,6 +321,15 @@ def test_rows_of_steps(here, measure, monkeypatch):
     assert all(row["values"]["seconds"] > 0 and row["values"]["peak GB"] > 0 for row in rows)
 
 
+def test_rows_of_memory(here, measure, monkeypatch):
+    """Of so small a model nearly all is Python and torch; each kind is counted all the same."""
+    monkeypatch.setattr(bench, "MEMORY_SIZES", {"csm small": (TINY, 2)})
+    rows = [row["values"] for row in measure("memory")]
+    assert [row["case"] for row in rows] == ["csm small, 1 of 2 utterances", "csm small, 2 of 2 utterances"]
+    assert all(row["weights"] > 0 and row["activations"] + row["temporaries"] > 0 for row in rows)
+    assert all(abs(row["off by %"]) < 30 and row["taken GB"] > 0 for row in rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # speech
 
