@@ -143,7 +143,7 @@ eval_interval: "int >= 1" = 250  # steps between evaluations, which write last.p
 eval_iters: "int >= 0" = 0  # batches of an evaluation, spread over all lengths; 0: the whole val split
 eval_samples: "int >= 0" = 2  # held-out texts to speak at each evaluation
 # best.pt is best by this number of an evaluation, such as val_c0_accuracy, or of the eval_samples texts that are spoken
-# then, such as text_margin (evaluate.py has a list)
+# then, such as missed (evaluate.py has a list; with text_margin the model judges itself, and is easily satisfied)
 select_by = "val_loss"
 keep_last: "int >= 0" = 0  # keep the weights at the last so many evaluations as ckpt_{iter}.pt
 overfit_warning: "int >= 0" = 3  # warn after so many evaluations above the best while training loss falls; 0: never
