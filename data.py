@@ -648,16 +648,16 @@ class Batches:
             first += n
 
     def rows(self, epoch=0):
-        """Rows of an epoch, padding included."""
+        """Rows of an epoch, padding included, and how many of them are padding."""
         batches, prompts = self.plan(epoch)
         lengths = self._lengths(prompts)
-        return sum(len(b) * int(lengths[b].max()) for b in batches)
+        rows = sum(len(b) * int(lengths[b].max()) for b in batches)
+        return rows, rows - sum(int(lengths[b].sum()) for b in batches)
 
     def padding(self, epoch=0):
         """Share of the rows of an epoch that are padding."""
-        batches, prompts = self.plan(epoch)
-        lengths = self._lengths(prompts)
-        return 1 - sum(int(lengths[b].sum()) for b in batches) / self.rows(epoch)
+        rows, padding = self.rows(epoch)
+        return padding / rows
 
     def targets(self, n_batches=16):
         """Share of the frames in the first batches of an epoch that are targets. The others are in the stretch that is

@@ -40,7 +40,7 @@ from parts.audio import clipped_share, longest_silence, read_audio, write_audio
 from parts.files import whole
 from parts.metrics import Window, means, read_metrics
 from parts.page import curves, settings, write_page
-from parts.text import wording
+from parts.text import package, wording
 from plan import make_batches
 from sample import HOW, column_names, find_checkpoints, folder_of, get_ready, named, read_lines
 
@@ -97,6 +97,7 @@ RIVALS = 4  # other texts, or voices, with which the own one is compared
 RECORDINGS = 4  # of a voice, that say how it sounds
 SETTINGS = ("speaker", "language", "reference", "reference_text", "cap_seconds")  # of a line, for Voice.plan
 SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # of the hub's libraries
+OWN_RECORDING = r"(?!\.\./)[^/\\]+/\d{3,}\.wav"  # in the folder of a model
 COLUMNS = ("file_name", "model", "config", "sentence_id", "sentence")  # of metadata.jsonl, before the numbers
 
 
@@ -160,9 +161,8 @@ def held_out_loss(voice, files):
     cfg = SimpleNamespace(**{key: of.default for key, of in usual.items()} | voice.trained_with)
     cfg.reference_seconds = voice.reference_seconds
     _, val = make_batches(cfg, voice.model, files, files)
-    losses = evaluate(voice.model, val, contextlib.nullcontext())["loss_by_codebook"]
-    known = [loss for loss in losses if loss is not None]
-    return {"val_loss": sum(known) / len(known) if known else None, "val_loss_by_codebook": losses}
+    found = evaluate(voice.model, val, contextlib.nullcontext())
+    return {f"val_{name}": found[name] for name in ("loss", "loss_by_codebook")}
 
 
 def held_out_line(voice, files, i):
@@ -524,32 +524,43 @@ def write_results(cfg, models, rank_by):
     write_page(os.path.join(cfg.out_dir, files[2]), {
         "title": "Side by side", "rank_by": rank_by, "sentences": sentences,
         "columns": [{"name": name, **NUMBERS[name]._asdict()} for name in columns],
-        "models": [{**model, "numbers": {name: model["numbers"][name] for name in columns}} for model in models],
+        "models": [{**{key: model[key] for key in ("name", "config", "curves")},
+                    "numbers": {name: model["numbers"][name] for name in columns}} for model in models],
     })  # fmt: skip
     return files
 
 
-def remove_older(out_dir):
-    """Remove the recordings of an earlier evaluation in out_dir: a data set may not have files without a line."""
+def older_files(out_dir):
+    """The recordings of an earlier evaluation in out_dir. Raises ValueError where metadata.jsonl there is that of
+    another data set, or damaged."""
     listed = Path(out_dir) / "metadata.jsonl"
     if not listed.exists():
-        return
-    for name in re.findall(r'"file_name": "([^"/\\]+/\d{3,}\.wav)"', listed.read_text(encoding="utf-8")):
+        return []
+    try:
+        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
+        names = [line["file_name"] for line in lines if all(key in line for key in COLUMNS)]
+        ours = len(names) == len(lines) and all(re.fullmatch(OWN_RECORDING, name) for name in names)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{listed} is not of an evaluation: take another out_dir, or remove the file")
+    return [listed.parent / name for name in names]
+
+
+def remove_older(out_dir):
+    """Remove the recordings of an earlier evaluation in out_dir: a data set may not have files without a line."""
+    for path in older_files(out_dir):
         with contextlib.suppress(OSError):
-            (listed.parent / name).unlink()
-            (listed.parent / name).parent.rmdir()  # which fails while it holds others
-    listed.unlink()
+            path.unlink()
+            path.parent.rmdir()  # which fails while it holds others
+    (Path(out_dir) / "metadata.jsonl").unlink(missing_ok=True)
 
 
 def hub(name):
     """A client of the hub that may write to the data set user/name. Raises ValueError where it cannot."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"upload = {name!r:.60}: give user/name")
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ears.missing("upload", error, "huggingface_hub") from None
-    api = HfApi()
+    api = package("huggingface_hub", "upload", "huggingface_hub").HfApi()
     try:
         api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
     except Exception as error:  # of the network, of the hub, of a missing token
@@ -582,6 +593,7 @@ def main(cfg):
     listening = Ears(ears.recogniser(cfg.asr, cfg.language, in_words=True) if cfg.asr else None,
                      ears.speaker_encoder(cfg.similarity) if cfg.similarity else None,
                      ears.naturalness(cfg.mos) if cfg.mos else None)  # fmt: skip
+    older_files(cfg.out_dir)  # which may be another's
     prompts = None
     losses = {}
     codecs = {}

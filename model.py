@@ -1181,7 +1181,7 @@ class CSM(Family):
     def stage(self, places, rows, frames, ahead=None, n_codebooks=0, **how):
         """See Family. n_codebooks: speak in so many of the first codebooks; 0: in all. ahead: how many codebooks the
         depth decoder foresees, with a single place, see `foresee`; None: AHEAD with packed weights, else 0, because a
-        plain product of three rows takes as long as three of one."""
+        plain product of several rows takes as long as one product for each of them."""
         stage = super().stage(places, rows, frames, **how)
         stage.codes = stage.codes[..., : n_codebooks or self.config.n_codebooks]
         stage.depth = self.decoder.cache(places, self.config.n_codebooks)
@@ -1416,7 +1416,7 @@ class Kani(Family):
         codebook = torch.where(token >= c.first_code, (token - c.first_code) // c.codebook_size, -1)  # -1: no code
         places = self.places(tokens)
         places = None if places is None else self.to_device(places)
-        voice = None if reference is None else self.voice_latents(reference)
+        voice = self.heard(reference)
         hidden = self.states(self.blanked(self.embed(tokens), spoken), places, voice).flatten(0, 1)
 
         spoken = spoken.flatten()

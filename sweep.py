@@ -53,6 +53,7 @@ from parts.folder import alone_in
 from parts.metrics import read_metrics
 from parts.page import curves, write_page
 from parts.tensors import pick_device, reading_once
+from parts.text import package
 from parts.workers import follow_parent
 from plan import idle_keys, time_steps
 
@@ -301,10 +302,7 @@ class Sweep:
 
 def ask_optuna(sweep, number):
     """Parameters {number of the axis: value} that optuna's TPE proposes after the trials so far."""
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError("optuna is not installed: pip install optuna, or take --sampler=grid") from None
+    optuna = package("optuna", "sampler = 'tpe'")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {str(n): axis.distribution(optuna) for n, axis in enumerate(sweep.axes)}
     seed = (sweep.base.seed + number) % 2**32

@@ -274,7 +274,8 @@ class Run:
                 break
             self.say(f"the fullest micro-batch {failed or 'did not fit on another rank'}: {fit.halve()}")
             self.batches, self.val = make_batches(cfg, self.model, self.files, self.val_files, self.rank, self.world)
-        epoch = seconds * self.batches.rows() / fit.batch[1].numel() / self.world / 3600
+        rows, _ = self.batches.rows()
+        epoch = seconds * rows / fit.batch[1].numel() / self.world / 3600
         found = f" and {budget.gigabytes(used)} GB" if used else ""
         self.say(f"the fullest micro-batch took {seconds:.3g} s{found}: an epoch takes about {epoch:.3g} hours, the run"
                  f" {cfg.max_iters / self.epoch * epoch:.3g}, updates and evaluations aside")  # fmt: skip

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from parts.audio import resample, write_audio
+from parts.text import package
 
 RATE = 16000  # of all these models
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -29,11 +30,6 @@ GRAMMAR = f"""#JSGF V1.0;
 grammar digits;
 public <string> = ( {" | ".join(WORDS)} )+ ;
 """
-
-
-def missing(what, error, packages):
-    """The error of a package that is not installed, an ImportError."""
-    return ValueError(f"{what} needs {error.name}: pip install {packages}")
 
 
 def heard_at(wav, sample_rate):
@@ -61,10 +57,7 @@ def recogniser(asr, language="", in_words=False):
         return partial(recognise_by, shlex.split(asr))
     if any(map(str.isspace, asr)):
         raise ValueError(f"asr = {asr!r:.80}: a command needs {{wav}} where the file belongs")
-    try:
-        from faster_whisper import WhisperModel
-    except ImportError as error:
-        raise missing(f"asr = {asr!r:.60}", error, "faster-whisper") from None
+    whisper = package("faster_whisper", f"asr = {asr!r:.60}")
     where = asr
     if asr == "tiny.en":
         with contextlib.suppress(ImportError):  # a package that holds this model: nothing is downloaded
@@ -72,7 +65,7 @@ def recogniser(asr, language="", in_words=False):
 
             where = str(get_model_path())
     try:
-        model = WhisperModel(where, device="cuda" if torch.cuda.is_available() else "cpu", compute_type="auto")
+        model = whisper.WhisperModel(where, device="cuda" if torch.cuda.is_available() else "cpu", compute_type="auto")
     except Exception as error:  # of the hub, of files, of its own kinds
         raise ValueError(f"asr = {asr!r:.80}: faster-whisper cannot open it ({error!s:.200})") from None
     numerals = [i for token, i in model.hf_tokenizer.get_vocab().items()
@@ -110,10 +103,7 @@ def recognise_by(command, wav, sample_rate):
 def decoder():
     """The recogniser of digits. Its probabilities of a silence and of a word are set for groups of words with pauses,
     on training recordings: with pocketsphinx's own values it hears pauses as "eight"."""
-    try:
-        import pocketsphinx
-    except ImportError as error:
-        raise missing("the recogniser of digits", error, "pocketsphinx") from None
+    pocketsphinx = package("pocketsphinx", "the recogniser of digits")
     made = pocketsphinx.Decoder(samprate=RATE, lm=None, loglevel="FATAL", silprob=0.6, wip=0.1)
     made.add_jsgf_string("digits", GRAMMAR)
     made.activate_search("digits")
@@ -175,11 +165,8 @@ def word_errors(ref, hyp):
 def speaker_encoder(name):
     """A function (wav (N,), sample rate) -> the embedding (E,) of a voice, of length 1. name: "resemblyzer". Raises
     ValueError where the package is missing."""
-    try:
-        from resemblyzer import VoiceEncoder
-    except ImportError as error:
-        raise missing(f"similarity = {name!r}", error, "resemblyzer 'setuptools<81'") from None
-    model = VoiceEncoder("cpu", verbose=False)
+    resemblyzer = package("resemblyzer", f"similarity = {name!r}", "resemblyzer 'setuptools<81'")
+    model = resemblyzer.VoiceEncoder("cpu", verbose=False)
     return partial(embed, model)
 
 
@@ -190,23 +177,19 @@ def embed(model, wav, sample_rate):
 def naturalness(name):
     """A function (wav (N,), sample rate) -> the opinion of listeners that a model predicts, 1 to 5. name: "distillmos",
     or "dnsmos", the overall quality. Raises ValueError where the package is missing."""
+    if name == "dnsmos":
+        dnsmos = package("speechmos.dnsmos", f"mos = {name!r}", "speechmos librosa onnxruntime")
+        return partial(score_with_dnsmos, dnsmos)
     try:
-        if name == "dnsmos":
-            from speechmos import dnsmos
-
-            return partial(score_with_dnsmos, dnsmos)
-        import distillmos
-    except ImportError as error:
-        package = {"dnsmos": "speechmos librosa onnxruntime", "distillmos": "distillmos"}[name]
-        raise missing(f"mos = {name!r}", error, package) from None
+        distillmos = package("distillmos", f"mos = {name!r}")
     except OSError as error:  # it imports torchaudio, which must be built for the same torch
         raise ValueError(f"mos = {name!r}: {name} cannot be imported: {error}") from None
     return partial(score_with_distillmos, distillmos.ConvTransformerSQAModel().eval())
 
 
-def score_with_dnsmos(package, wav, sample_rate):
+def score_with_dnsmos(dnsmos, wav, sample_rate):
     wav = heard_at(wav, sample_rate).clamp(-1, 1)
-    return float(package.run(wav.numpy(), sr=RATE)["ovrl_mos"])
+    return float(dnsmos.run(wav.numpy(), sr=RATE)["ovrl_mos"])
 
 
 @torch.no_grad()

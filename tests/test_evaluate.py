@@ -228,7 +228,8 @@ def evaluated(trained, prompts, tmp_path_factory):
     (out / "gone").mkdir(parents=True)
     (out / "gone/007.wav").write_bytes(b"")
     (out / "mine.wav").write_bytes(b"")
-    (out / "metadata.jsonl").write_text('{"file_name": "gone/007.wav"}\n{"file_name": "../000.wav"}\n')
+    line = dict.fromkeys(evaluate.COLUMNS, "") | {"file_name": "gone/007.wav"}
+    (out / "metadata.jsonl").write_text(json.dumps(line))
     command(f"--ckpt={trained}/run*", f"--prompts={prompts}", f"--out_dir={out}")
     (out / "mine.wav").unlink()
     return out
@@ -350,6 +351,22 @@ def test_what_is_wrong_is_refused_before_the_first_prompt(trained, tmp_path, fla
     with pytest.raises((ValueError, OSError), match=message) as error:
         command(f"--ckpt={trained}/run60", f"--out_dir={tmp_path / 'out'}", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("listed", [
+    '{"file_name": "wavs/000.wav", "transcription": "one"}', '{"file_name": "../000.wav", "model": "", "config": "", '
+    '"sentence_id": 0, "sentence": ""}', "[1]", "{", '{"file_name": 1}', "\xff",
+])  # fmt: skip
+def test_recordings_of_another_data_set_are_not_removed(trained, prompts, tmp_path, listed):
+    out = tmp_path / "mine"
+    for name in ("mine/wavs/000.wav", "000.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    (out / "metadata.jsonl").write_bytes(listed.encode("latin-1"))
+    with pytest.raises(ValueError, match="metadata.jsonl is not of an evaluation: take another out_dir"):
+        command(f"--ckpt={trained}/run60", f"--prompts={prompts}", f"--out_dir={out}")
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["000.wav", "000.wav", "metadata.jsonl"]
+    assert (out / "metadata.jsonl").read_bytes() == listed.encode("latin-1")
 
 
 def test_published_weights_or_lost_data_have_no_held_out_loss(trained, prompts, tmp_path, capsys):
